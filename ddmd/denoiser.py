@@ -1,0 +1,180 @@
+"""The slim conditional denoiser: what depends on the image once a slice, what depends on x_t often.
+
+epsilon_theta(b + X + Y + x_t, t) is split in two. `ConditionNet`, a U-Net, sees the slice b (with
+its neighbours), X and Y, runs once a slice, and gives features and an evidence map. `Denoiser`, an
+order of magnitude cheaper, sees those features, x_t and t, and runs once a sample and step.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ddmd.autoencoder import NormSiLU
+
+IMAGE_PATCH = 2  # the U-Net works on 2x2 patches of the slice
+NOISE_PATCH = 4  # the denoiser on 4x4 patches of x_t
+MULTIPLE = 16  # H and W are multiples of this
+
+
+@dataclass(frozen=True)
+class DenoiserConfig:
+    """Sizes of the two networks.
+
+    Parameters
+    ----------
+    sequences : int
+        C.
+    context : int
+        Neighbouring slices seen on either side.
+    widths : tuple of 4 int
+        Channels of the U-Net at 1/2, 1/4, 1/8 and 1/16 of the grid.
+    noise_width : int
+        Channels of the denoiser at 1/4 of the grid; twice as many at 1/8.
+    """
+
+    sequences: int = 1
+    context: int = 1
+    widths: tuple[int, ...] = (32, 64, 96, 128)
+    noise_width: int = 32
+
+    @property
+    def inputs(self) -> int:
+        """Planes of the condition: every sequence of every slice seen, X and Y."""
+        return self.sequences * (2 * self.context + 1) + 2
+
+
+def _groups(channels: int) -> int:
+    return max(1, channels // 8)
+
+
+class Block(nn.Module):
+    """Two convolutions, each followed by GroupNorm + SiLU; the skip is added by the second."""
+
+    def __init__(self, channels_in: int, channels: int, embedding: int = 0) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(channels_in, channels, 3, padding=1, bias=False)
+        self.first_norm = NormSiLU(channels, _groups(channels))
+        self.second = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.second_norm = NormSiLU(channels, _groups(channels))
+        self.skip = nn.Conv2d(channels_in, channels, 1) if channels_in != channels else None
+        self.time = nn.Linear(embedding, 2 * channels) if embedding else None
+
+    def forward(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
+        scale, shift = None, None
+        if self.time is not None and embedding is not None:
+            scale, shift = self.time(embedding).chunk(2, dim=1)
+        h = self.first_norm(self.first(x), scale, shift)
+        residual = x if self.skip is None else self.skip(x)
+        return self.second_norm(self.second(h), residual=residual)
+
+
+def _upsample(x: Tensor) -> Tensor:
+    return functional.interpolate(x, scale_factor=2.0, mode="nearest")
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What the denoiser needs to know of each slice.
+
+    features : (Z, noise_width, H / 4, W / 4); evidence : (Z, 1, H, W) logits of a lesion.
+    """
+
+    features: Tensor
+    evidence: Tensor
+
+    def rows(self, index: Tensor) -> Condition:
+        """The condition of the chosen slices, one a row."""
+        return Condition(self.features[index], self.evidence[index])
+
+
+class ConditionNet(nn.Module):
+    """U-Net over the image, X and Y. Also, alone, the supervised baseline: its evidence map."""
+
+    def __init__(self, config: DenoiserConfig) -> None:
+        super().__init__()
+        self.config = config
+        w = config.widths
+        self.stem = nn.Conv2d(config.inputs * IMAGE_PATCH**2, w[0], 3, padding=1)
+        self.down = nn.ModuleList(
+            Block(w[max(i - 1, 0)], w[i]) for i in range(len(w))
+        )
+        self.up = nn.ModuleList(
+            Block(w[i + 1] + w[i], w[i]) for i in reversed(range(len(w) - 1))
+        )
+        self.to_evidence = nn.Conv2d(w[0], IMAGE_PATCH**2, 3, padding=1)
+        nn.init.constant_(self.to_evidence.bias, -4.0)  # type: ignore[arg-type]  # lesions are rare
+        self.to_features = nn.Conv2d(w[0] * 4 + w[1] + NOISE_PATCH**2, config.noise_width, 3, padding=1)
+
+    def forward(self, planes: Tensor) -> Condition:
+        """Planes (Z, inputs, H, W) of `DenoiserConfig.inputs` -> Condition."""
+        h = self.stem(functional.pixel_unshuffle(planes, IMAGE_PATCH))
+        skips: list[Tensor] = []
+        for i, block in enumerate(self.down):
+            h = block(functional.avg_pool2d(h, 2) if i else h)
+            skips.append(h)
+        skips.pop()
+        quarter = h
+        for block in self.up:
+            quarter, h = h, block(torch.cat((_upsample(h), skips.pop()), 1))
+        evidence = functional.pixel_shuffle(self.to_evidence(h), IMAGE_PATCH)
+        features = self.to_features(
+            torch.cat(
+                (
+                    functional.pixel_unshuffle(h, NOISE_PATCH // IMAGE_PATCH),
+                    quarter,
+                    functional.pixel_unshuffle(evidence.detach().clamp(-8, 8) / 4, NOISE_PATCH),
+                ),
+                1,
+            )
+        )
+        return Condition(features, evidence)
+
+
+def time_embedding(t: Tensor, size: int) -> Tensor:
+    """Sinusoidal embedding (R, size) of the step t (R,), as in DDPM."""
+    frequency = torch.exp(
+        -math.log(10_000.0) * torch.arange(size // 2, device=t.device, dtype=torch.float32) / (size // 2)
+    )
+    angle = t.float()[:, None] * frequency
+    return torch.cat((angle.sin(), angle.cos()), 1)
+
+
+class Denoiser(nn.Module):
+    """The part that runs once a sample and step: a two-level U-Net on 4x4 patches of x_t."""
+
+    def __init__(self, config: DenoiserConfig) -> None:
+        super().__init__()
+        w = config.noise_width
+        self.embedding = 4 * w
+        self.embed = nn.Sequential(
+            nn.Linear(self.embedding, self.embedding),
+            nn.SiLU(),
+            nn.Linear(self.embedding, self.embedding),
+            nn.SiLU(),
+        )
+        self.from_noise = nn.Conv2d(NOISE_PATCH**2, w, 3, padding=1, bias=False)
+        self.down = Block(w, w, self.embedding)
+        self.middle = Block(w, 2 * w, self.embedding)
+        self.up = Block(3 * w, w, self.embedding)
+        self.to_output = nn.Conv2d(w, NOISE_PATCH**2, 3, padding=1)
+        nn.init.zeros_(self.to_output.weight)
+        nn.init.zeros_(self.to_output.bias)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor, condition: Condition, t: Tensor) -> Tensor:
+        """Logits of x_0 = 1 (R, 1, H, W) for x_t (R, 1, H, W), a row of the condition each, t (R,)."""
+        embedding = self.embed(time_embedding(t, self.embedding).to(condition.features.dtype))
+        h = self.from_noise(functional.pixel_unshuffle(x, NOISE_PATCH)) + condition.features
+        fine = self.down(h, embedding)
+        coarse = self.middle(functional.avg_pool2d(fine, 2), embedding)
+        h = self.up(torch.cat((_upsample(coarse), fine), 1), embedding)
+        return functional.pixel_shuffle(self.to_output(h), NOISE_PATCH) + condition.evidence
+
+
+def predicted_sample(logits: Tensor) -> Tensor:
+    """x_0 in [-1, 1] from the denoiser's logits: 2 sigmoid(logits) - 1."""
+    return torch.tanh(0.5 * logits)

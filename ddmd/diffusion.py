@@ -1,0 +1,131 @@
+"""The diffusion of lesion masks: noise schedule, noising, and the coefficient tables of the samplers."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ddmd import ops
+
+Sampler = Literal["ddim", "ddpm", "dpm++2m"]
+Prediction = Literal["epsilon", "sample", "v"]
+SAMPLERS: tuple[Sampler, ...] = ("ddim", "ddpm", "dpm++2m")
+FIRST_STEP = -1  # step coordinate of the noise that x_T is made of; the loop counts from 0
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A variance-preserving schedule of T steps and what the network predicts.
+
+    Parameters
+    ----------
+    steps : int
+        T. 1000 as in DDPM (Ho, Jain, Abbeel, 2020).
+    kind : "cosine" or "linear"
+        Nichol and Dhariwal (2021, eq. 17), or beta from 1e-4 to 0.02 (Ho et al.).
+    prediction : "sample", "epsilon" or "v"
+        The network's output: x_0, the noise (the paper's epsilon_theta), or
+        v = sqrt(alpha_bar) epsilon - sqrt(1 - alpha_bar) x_0 (Salimans and Ho, 2022). Each is a
+        linear function of the other two given x_t, and the tables below absorb the difference.
+    """
+
+    steps: int = 1000
+    kind: Literal["cosine", "linear"] = "cosine"
+    prediction: Prediction = "sample"
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"steps is {self.steps}; allowed is at least 1")
+        if self.kind not in ("cosine", "linear"):
+            raise ValueError(f"kind is {self.kind!r}; allowed are 'cosine' and 'linear'")
+        if self.prediction not in ("epsilon", "sample", "v"):
+            raise ValueError(
+                f"prediction is {self.prediction!r}; allowed are 'epsilon', 'sample' and 'v'"
+            )
+
+    def alpha_bar(self) -> Tensor:
+        """(T,) float64: the share of the signal's variance left after step t."""
+        if self.kind == "linear":
+            return torch.cumprod(1.0 - torch.linspace(1e-4, 0.02, self.steps, dtype=torch.float64), 0)
+        time = torch.arange(self.steps + 1, dtype=torch.float64) / self.steps
+        f = torch.cos((time + 0.008) / 1.008 * math.pi / 2).square()
+        beta = (1.0 - f[1:] / f[:-1]).clamp(max=0.999)
+        return torch.cumprod(1.0 - beta, 0)
+
+    def noising_table(self) -> Tensor:
+        """(T + 1, 2) float32 for `ops.noise`; row T is pure noise."""
+        alpha_bar = torch.cat((self.alpha_bar(), torch.zeros(1, dtype=torch.float64)))
+        return torch.stack((alpha_bar.sqrt(), (1.0 - alpha_bar).sqrt()), 1).float()
+
+    def timesteps(self, n: int) -> Tensor:
+        """(n,) int64, descending from T - 1: evenly spaced, the last step's successor being x_0."""
+        if not 1 <= n <= self.steps:
+            raise ValueError(f"steps is {n}; allowed are 1 to {self.steps}")
+        return torch.linspace(self.steps, 0, n + 1, dtype=torch.float64)[:-1].round().long() - 1
+
+    def sampler(self, n: int, kind: Sampler = "ddim", eta: float = 0.0, clip: float = 1.0) -> Tensor:
+        """(n, 8) float32 coefficients for `ops.denoise_step`, columns `ops.COLUMNS`.
+
+        "ddim" is Song, Meng, Ermon (2021, eq. 12 and 16) with the noise estimate made anew from the
+        clamped x_0; "ddpm" is the posterior q(x_{t-1} | x_t, x_0) of Ho et al. (eq. 6, 7) on the
+        chosen steps, which is DDIM with eta = 1; "dpm++2m" is algorithm 2 of Lu et al. (2022).
+        """
+        if kind not in SAMPLERS:
+            raise ValueError(f"sampler is {kind!r}; allowed are {', '.join(SAMPLERS)}")
+        if not 0.0 <= eta <= 1.0:
+            raise ValueError(f"eta is {eta}; allowed are 0 to 1")
+        alpha_bar = self.alpha_bar()
+        times = self.timesteps(n)
+        now = alpha_bar[times]
+        then = torch.cat((alpha_bar[times[1:]], torch.ones(1, dtype=torch.float64)))
+        a, s = now.sqrt(), (1.0 - now).sqrt()
+        table = torch.zeros(n, len(ops.COLUMNS), dtype=torch.float64)
+        table[:, 0], table[:, 1] = {
+            "epsilon": (1.0 / a, -s / a),
+            "sample": (torch.zeros_like(a), torch.ones_like(a)),
+            "v": (a, -s),
+        }[self.prediction]
+        if kind == "dpm++2m":
+            table[:, 2], table[:, 3], table[:, 5] = _dpm_2m(now, then)
+        else:
+            eta = 1.0 if kind == "ddpm" else eta
+            variance = eta**2 * (1.0 - then) / (1.0 - now) * (1.0 - now / then)
+            direction = (1.0 - then - variance).clamp(min=0.0).sqrt()
+            table[:, 2] = then.sqrt() - direction * a / s
+            table[:, 3] = direction / s
+            table[:, 6] = variance.sqrt()
+        table[:, 7] = clip
+        return table.float()
+
+
+def _dpm_2m(now: Tensor, then: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Coefficients of predicted x_0, x and the previous x_0; first order at both ends."""
+    lam = 0.5 * torch.log(now / (1.0 - now))
+    lam_then = torch.cat((lam[1:], torch.tensor([math.inf], dtype=torch.float64)))
+    h = lam_then - lam  # infinite at the last step, where x_0 itself is the answer
+    to_x = ((1.0 - then) / (1.0 - now)).sqrt()
+    gain = -then.sqrt() * torch.expm1(-h)
+    half_ratio = torch.zeros_like(h)  # 1 / (2 r) with r = h_{i-1} / h_i
+    half_ratio[1:-1] = h[1:-1] / (2.0 * h[:-2])
+    return gain * (1.0 + half_ratio), to_x, -gain * half_ratio
+
+
+@dataclass(frozen=True)
+class Coordinates:
+    """Where in the noise a batch of rows stands: key and counters, on the device of the batch."""
+
+    seed: Tensor  # () int64
+    sample: Tensor  # (R,) int64
+    slice_index: Tensor  # (R,) int64
+
+
+def pure_noise(like: Tensor, at: Coordinates) -> Tensor:
+    """x_T for every row of `like` (R, 1, H, W): standard normal, the same however rows are batched."""
+    t = torch.zeros(like.shape[0], dtype=torch.int64, device=like.device)
+    table = torch.tensor([[0.0, 1.0]], device=like.device)
+    step = torch.tensor(FIRST_STEP, device=like.device)
+    return ops.noise(torch.zeros_like(like), t, table, step, at.seed, at.sample, at.slice_index)

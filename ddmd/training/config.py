@@ -1,0 +1,147 @@
+"""What a training run is: frozen, typed, read from TOML, written beside the run."""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from ddmd.autoencoder import AutoencoderConfig
+from ddmd.denoiser import MULTIPLE, DenoiserConfig
+
+
+@dataclass(frozen=True)
+class DataEntry:
+    """One data set: where it is, how it is laid out, how often it is drawn from.
+
+    With split = false all of it is trained on, but for the patients in `holdout`.
+    """
+
+    root: str
+    layout: str = "auto"
+    name: str | None = None
+    weight: float = 1.0
+    split: bool = True
+
+
+@dataclass(frozen=True)
+class AutoencoderStage:
+    """Training of the K auto-encoders on A, and of the K on B.
+
+    homogeneous and heterogeneous weigh L_homo and L_hetero; the latter is bounded by `bound` nats a
+    dimension.
+    """
+
+    steps: int = 1500
+    batch: int = 12
+    learning_rate: float = 2e-3
+    homogeneous: float = 0.02
+    heterogeneous: float = 0.02
+    bound: float = 2.0
+
+
+@dataclass(frozen=True)
+class DenoiserStage:
+    """Training of the condition network and the denoiser.
+
+    Parameters
+    ----------
+    rounds : tuple of float
+        Shares of the steps at which the network's own masks on positive slices are made anew
+        (image-label track).
+    painted, normal : float
+        Shares of a batch: lesions painted on normal slices, and normal slices as they are. The
+        rest are slices of B with their mask (pixel track) or pseudo-mask (image track; painted
+        ones until the first round).
+    use_inter, use_intra : bool
+        Whether X and Y reach the network, for the ablations.
+    diffusion : bool
+        False trains the condition network alone: the baseline without diffusion.
+    """
+
+    steps: int = 9000
+    batch: int = 8
+    learning_rate: float = 2e-3
+    ema: float = 0.998
+    rounds: tuple[float, ...] = (0.45, 0.65, 0.82)
+    painted: float = 0.5
+    normal: float = 0.15
+    use_inter: bool = True
+    use_intra: bool = True
+    diffusion: bool = True
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything `ddmd train` needs. A patient named in `holdout` is never trained on."""
+
+    data: tuple[DataEntry, ...]
+    name: str = "ddmd-light"
+    sequences: tuple[str, ...] = ("flair",)
+    labels: Literal["image", "pixel"] = "image"
+    seed: int = 0
+    size: int = 144
+    mm: float = 1.0
+    validation: float = 0.1
+    test: float = 0.2
+    holdout: tuple[str, ...] = ()
+    licence: str = ""
+    workers: int = 1
+    checkpoint_minutes: float = 2.0
+    autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
+    denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
+    autoencoder_stage: AutoencoderStage = field(default_factory=AutoencoderStage)
+    denoiser_stage: DenoiserStage = field(default_factory=DenoiserStage)
+
+    def __post_init__(self) -> None:
+        if self.labels not in ("image", "pixel"):
+            raise ValueError(f"labels is {self.labels!r}; allowed are 'image' and 'pixel'")
+        if self.size % MULTIPLE:
+            raise ValueError(f"size is {self.size}; allowed are multiples of {MULTIPLE}")
+        if not self.data:
+            raise ValueError("data is empty; name at least one data set as [[data]]")
+        for part in (self.autoencoder, self.denoiser):
+            if part.sequences != len(self.sequences):
+                raise ValueError(
+                    f"sequences is {self.sequences}; allowed are {part.sequences}, as in "
+                    f"{type(part).__name__}"
+                )
+
+
+def _build(kind: type, values: dict[str, Any], where: str) -> Any:
+    known = {f.name for f in dataclasses.fields(kind)}
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise ValueError(f"{where}: {', '.join(unknown)} not known; allowed are {', '.join(sorted(known))}")
+    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+def read_config(path: str | Path) -> TrainConfig:
+    """Read a run's TOML. Roots of data sets are relative to the working directory.
+
+    Raises
+    ------
+    ValueError
+        Naming the file, the entry and what is allowed.
+    """
+    path = Path(path)
+    try:
+        values = tomllib.loads(path.read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file; give the path of a training configuration") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{path}: not TOML ({error})") from None
+    parts = {
+        "autoencoder": AutoencoderConfig,
+        "denoiser": DenoiserConfig,
+        "autoencoder_stage": AutoencoderStage,
+        "denoiser_stage": DenoiserStage,
+    }
+    for key, kind in parts.items():
+        if key in values:
+            values[key] = _build(kind, values[key], f"{path}, [{key}]")
+    values["data"] = [_build(DataEntry, entry, f"{path}, [[data]]") for entry in values.get("data", [])]
+    config: TrainConfig = _build(TrainConfig, values, str(path))
+    return config

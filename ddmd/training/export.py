@@ -1,0 +1,41 @@
+"""From a finished run to one weights file that says what it is."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ddmd.training.stages import DISCREPANCY_SCALE
+
+if TYPE_CHECKING:
+    from ddmd.training.run import _Run
+
+
+def export(run: _Run, split: dict[str, str]) -> Path:
+    """Write OUT/<name>.safetensors: four networks, their sizes, and how they were trained."""
+    from ddmd import weights
+
+    config = run.config
+    path = run.out / f"{config.name}.safetensors"
+    description = weights.Description(
+        name=config.name,
+        sequences=config.sequences,
+        grid={"mm": config.mm, "multiple": 16},
+        schedule=dataclasses.asdict(run.schedule),
+        autoencoder=dataclasses.asdict(config.autoencoder),
+        denoiser=dataclasses.asdict(config.denoiser),
+        discrepancy_scale=DISCREPANCY_SCALE,
+        training={
+            "labels": config.labels,
+            "data": [entry.name or Path(entry.root).name for entry in config.data],
+            "licence": config.licence,
+            "patients": sum(part == "train" for part in split.values()),
+            "seed": config.seed,
+        },
+    )
+    system = weights.System(
+        description, run.autoencoders["a"], run.autoencoders["b"], run.condition, run.denoiser
+    )
+    weights.save(system, path)
+    return path

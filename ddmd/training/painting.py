@@ -1,0 +1,259 @@
+"""Lesions painted on slices that have none, and the augmentation that makes scanners look different.
+
+Both are transforms of numpy arrays, decided by the generator they are given.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.random import Generator
+from scipy import ndimage
+
+LOW, HIGH = -2.0, 3.0  # air, and the brightest a plane gets: robust z-scores times 0.5
+
+
+@dataclass(frozen=True)
+class PainterConfig:
+    """Ranges the painter draws from: radii in mm, contrast in half robust z-scores.
+
+    kinds : chances of one large lesion (glioma), a few of middling size, many small ones (multiple
+    sclerosis, white-matter disease).
+    dark : chance that a lesion is darker than its surroundings.
+    core, rim : chances of a darker core and of a brighter rim in a lesion that is not small.
+    displacement : largest shift, in mm, by which a large lesion pushes the tissue around it.
+    """
+
+    kinds: tuple[float, float, float] = (0.45, 0.25, 0.3)
+    large_mm: tuple[float, float] = (10.0, 34.0)
+    middling_mm: tuple[float, float] = (4.5, 11.0)
+    small_mm: tuple[float, float] = (1.6, 5.0)
+    contrast: tuple[float, float] = (0.35, 2.4)
+    replaced: tuple[float, float] = (0.2, 1.0)
+    texture: float = 0.25
+    dark: float = 0.05
+    core: float = 0.3
+    rim: float = 0.15
+    displacement: float = 5.0
+
+
+def smooth_noise(shape: tuple[int, int], cell: float, rng: Generator) -> np.ndarray:
+    """Noise of unit scale (H, W) that varies over about `cell` pixels: a coarse grid, splined."""
+    coarse = tuple(max(2, int(np.ceil(n / cell)) + 1) for n in shape)
+    field = rng.standard_normal(coarse).astype(np.float32)
+    zoom = [n / c for n, c in zip(shape, coarse, strict=True)]
+    return ndimage.zoom(field, zoom, order=1, mode="nearest", grid_mode=True)
+
+
+class LesionPainter:
+    """Paint synthetic lesions on slices known to be normal.
+
+    A lesion is an ellipsoid with a wandering surface, mostly hyperintense: tissue is brightened and
+    partly replaced by the lesion's own level, with soft edges, texture, at times a dark core or a
+    bright rim. The neighbouring planes show the same body where it still reaches them.
+    """
+
+    def __init__(self, config: PainterConfig | None = None) -> None:
+        self.config = config or PainterConfig()
+
+    def __call__(
+        self, planes: np.ndarray, brain: np.ndarray, spacing_mm: float, offset_mm: float, rng: Generator
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Paint one to twenty lesions.
+
+        Parameters
+        ----------
+        planes : (P, C, H, W) float32
+            A slice in the middle of its neighbours; robust z-scores times 0.5.
+        brain : (H, W) bool
+            Where lesions may be.
+        spacing_mm, offset_mm : float
+            Millimetres a pixel, and between planes.
+        rng : Generator
+
+        Returns
+        -------
+        planes : (P, C, H, W) float32
+        mask : (H, W) bool, where at least half of a pixel of the middle plane is lesion.
+        """
+        c = self.config
+        planes, share = planes.copy(), np.zeros(brain.shape, np.float32)
+        inside = np.argwhere(ndimage.binary_erosion(brain, iterations=3) if brain.any() else brain)
+        if not len(inside):
+            return planes, share > 0.5
+        kind = rng.choice(3, p=c.kinds)
+        low, high = (c.large_mm, c.middling_mm, c.small_mm)[kind]
+        count = (1, int(rng.integers(1, 4)), int(rng.integers(1, 16)))[kind]
+        contrast = float(np.exp(rng.uniform(*np.log(c.contrast))))
+        sign = -1.0 if rng.random() < c.dark else 1.0
+        for _ in range(count):
+            radius = float(np.exp(rng.uniform(np.log(low), np.log(high)))) / spacing_mm
+            centre = inside[rng.integers(len(inside))]
+            level = sign * contrast * rng.uniform(0.8, 1.2)
+            body = self._body(centre, radius, planes.shape, brain, offset_mm / spacing_mm, rng)
+            if body is None:
+                continue
+            box, alphas = body
+            if kind == 0 and rng.random() < 0.4:
+                self._push(planes, centre, radius, spacing_mm, rng)
+            self._fill(planes, box, alphas, level, kind, rng)
+            middle = alphas[len(alphas) // 2]
+            share[box] = np.maximum(share[box], middle)
+        return np.clip(planes, LOW, HIGH), share >= 0.5
+
+    def _body(
+        self, centre: np.ndarray, radius: float, shape: tuple[int, ...], brain: np.ndarray, gap: float, rng: Generator
+    ) -> tuple[tuple[slice, slice], np.ndarray] | None:
+        """The lesion's share of each pixel (P, h, w) in its bounding box."""
+        reach = int(np.ceil(radius * 1.9)) + 3
+        y0, x0 = (max(int(v) - reach, 0) for v in centre)
+        y1, x1 = (min(int(v) + reach + 1, n) for v, n in zip(centre, brain.shape, strict=True))
+        box = (slice(y0, y1), slice(x0, x1))
+        y, x = np.mgrid[y0:y1, x0:x1].astype(np.float32)
+        angle = rng.uniform(0, np.pi)
+        axes = radius * np.exp(rng.normal(0, 0.25, 3)).clip(0.55, 1.6)
+        u = (np.cos(angle) * (y - centre[0]) + np.sin(angle) * (x - centre[1])) / axes[0]
+        v = (-np.sin(angle) * (y - centre[0]) + np.cos(angle) * (x - centre[1])) / axes[1]
+        size = (y1 - y0, x1 - x0)
+        wander = 0.28 * smooth_noise(size, max(radius * 0.7, 2.0), rng) + 0.12 * smooth_noise(
+            size, max(radius * 0.25, 2.0), rng
+        )
+        edge = rng.uniform(0.5, 2.2)
+        planes = shape[0]
+        depth = rng.uniform(-0.5, 0.5)
+        alphas = np.empty((planes, *size), np.float32)
+        soft_brain = ndimage.uniform_filter(brain[box].astype(np.float32), 3)
+        for p in range(planes):
+            w = (p - planes // 2) * gap / axes[2] + (depth if p != planes // 2 else 0.0)
+            distance = (1.0 + wander - np.sqrt(u * u + v * v + w * w)) * radius  # pixels inside the surface
+            alphas[p] = np.clip(0.5 + distance / (2 * edge), 0, 1) * soft_brain
+        return (box, alphas) if (alphas[planes // 2] >= 0.5).sum() >= 3 else None
+
+    def _fill(
+        self, planes: np.ndarray, box: tuple[slice, slice], alphas: np.ndarray, level: float, kind: int, rng: Generator
+    ) -> None:
+        c = self.config
+        size = alphas.shape[1:]
+        replaced = rng.uniform(*c.replaced)
+        texture = c.texture * rng.random() * smooth_noise(size, rng.uniform(2, 8), rng)
+        core = rim = 0.0
+        if kind < 2 and level > 0:
+            core = rng.uniform(0.4, 1.6) if rng.random() < c.core else 0.0
+            rim = rng.uniform(0.1, 0.5) if rng.random() < c.rim else 0.0
+        middle = alphas[len(alphas) // 2]
+        solid = middle >= 0.5
+        deep = ndimage.distance_transform_edt(np.pad(solid, 1))[1:-1, 1:-1] if core or rim else middle
+        deepest = max(float(deep.max()), 1.0)
+        profile = np.zeros(size, np.float32)
+        if core:
+            profile -= core * abs(level) * np.clip((deep / deepest - rng.uniform(0.3, 0.6)) * 4, 0, 1)
+        if rim:
+            profile += rim * abs(level) * ((deep > 0) & (deep < 3))
+        for channel in range(planes.shape[1]):
+            own = planes[len(alphas) // 2, channel][box]
+            around = float(np.median(own[solid])) if solid.any() else float(own.mean())
+            for p, alpha in enumerate(alphas):
+                tissue = planes[p, channel][box]
+                target = (1 - replaced) * tissue + replaced * around + level + texture + profile
+                planes[p, channel][box] = tissue + alpha * (target - tissue)
+
+    def _push(
+        self, planes: np.ndarray, centre: np.ndarray, radius: float, spacing_mm: float, rng: Generator
+    ) -> None:
+        """Mass effect: tissue around the centre moves outwards, most at the lesion's edge."""
+        h, w = planes.shape[-2:]
+        shift = rng.uniform(0.0, self.config.displacement) / spacing_mm
+        y, x = np.mgrid[0:h, 0:w].astype(np.float32)
+        dy, dx = y - centre[0], x - centre[1]
+        distance = np.sqrt(dy * dy + dx * dx) + 1e-3
+        amount = shift * (distance / radius) * np.exp(1 - distance / radius) / distance
+        at = np.stack((y - dy * amount, x - dx * amount))
+        for p in range(planes.shape[0]):
+            for channel in range(planes.shape[1]):
+                planes[p, channel] = ndimage.map_coordinates(planes[p, channel], at, order=1, mode="nearest")
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Geometry, contrast, bias field, resolution and noise, each with its chance.
+
+    Masks are moved with the planes and keep their meaning; intensities never change them.
+    """
+
+    flip: float = 0.5
+    affine: float = 0.5
+    rotation_degrees: float = 15.0
+    scale: float = 0.15
+    contrast: float = 0.7
+    bias: float = 0.5
+    blur: float = 0.25
+    coarse: float = 0.2
+    noise: float = 0.5
+
+    def __call__(
+        self, planes: np.ndarray, masks: np.ndarray, rng: Generator
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Planes (P, C, H, W) and masks (M, H, W), both float32, moved alike; planes also altered."""
+        if rng.random() < self.flip:
+            planes, masks = planes[..., ::-1], masks[..., ::-1]
+        if rng.random() < self.affine:
+            planes, masks = self._move(planes, masks, rng)
+        planes = np.ascontiguousarray(planes, dtype=np.float32)
+        air = planes <= LOW + 0.02
+        if rng.random() < self.contrast:
+            planes = self._contrast(planes, rng)
+        if rng.random() < self.bias:
+            field = smooth_noise(planes.shape[-2:], max(planes.shape[-2:]) / rng.uniform(1.5, 4), rng)
+            planes = (planes - LOW) * np.exp(rng.uniform(0, 0.2) * field) + LOW
+        if rng.random() < self.blur:
+            sigma = rng.uniform(0.3, 1.2)
+            planes = ndimage.gaussian_filter(planes, (0, 0, sigma, sigma), mode="nearest")
+        elif rng.random() < self.coarse:
+            planes = self._coarsen(planes, rng)
+        if rng.random() < self.noise:
+            planes = planes + rng.standard_normal(planes.shape, np.float32) * rng.uniform(0.01, 0.2)
+        planes = np.where(air, LOW, planes)
+        return np.clip(planes, LOW, HIGH).astype(np.float32), np.ascontiguousarray(masks)
+
+    def _move(self, planes: np.ndarray, masks: np.ndarray, rng: Generator) -> tuple[np.ndarray, np.ndarray]:
+        import torch
+        from torch.nn import functional
+
+        angle = np.deg2rad(rng.uniform(-self.rotation_degrees, self.rotation_degrees))
+        scale = np.exp(rng.uniform(-self.scale, self.scale, 2))
+        rotation = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+        shift = rng.uniform(-0.06, 0.06, (2, 1))
+        theta = torch.from_numpy(np.hstack((rotation * scale[:, None], shift)).astype(np.float32))[None]
+        flat = np.concatenate((planes.reshape(-1, *planes.shape[-2:]) - LOW, masks))
+        grid = functional.affine_grid(theta, [1, len(flat), *flat.shape[1:]], align_corners=False)
+        moved = functional.grid_sample(
+            torch.from_numpy(flat)[None], grid, padding_mode="zeros", align_corners=False
+        )[0].numpy()
+        count = len(flat) - len(masks)
+        return (moved[:count] + LOW).reshape(planes.shape), moved[count:]
+
+    @staticmethod
+    def _contrast(planes: np.ndarray, rng: Generator) -> np.ndarray:
+        """A random monotone curve (gamma and three bends), then gain and offset."""
+        unit = np.clip((planes - LOW) / (HIGH - LOW), 0, 1)
+        gamma = np.exp(rng.normal(0, 0.25))
+        knots = np.linspace(0, 1, 5)
+        steps = rng.uniform(0.6, 1.4, 4)
+        values = np.concatenate(([0.0], np.cumsum(steps))) / steps.sum()
+        unit = np.interp(unit**gamma, knots, values).astype(np.float32)
+        tissue = unit * (HIGH - LOW) + LOW
+        pivot = float(np.median(tissue[unit > 0.05])) if (unit > 0.05).any() else 0.0
+        return (tissue - pivot) * rng.uniform(0.7, 1.35) + pivot * rng.uniform(0.3, 1.0) + rng.normal(0, 0.12)
+
+    @staticmethod
+    def _coarsen(planes: np.ndarray, rng: Generator) -> np.ndarray:
+        """Lose resolution along one or both axes and interpolate back."""
+        import torch
+        from torch.nn import functional
+
+        h, w = planes.shape[-2:]
+        factor = rng.uniform(1.3, 3.0)
+        size = (int(h / factor), w) if rng.random() < 0.4 else (int(h / factor), int(w / factor))
+        small = functional.interpolate(torch.from_numpy(planes), size, mode="bilinear", antialias=True)
+        return functional.interpolate(small, (h, w), mode="bilinear").numpy()

@@ -1,0 +1,200 @@
+"""One run: data and split, both ensembles, the denoiser with its rounds of pseudo-masks, the weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ddmd.autoencoder import AutoencoderEnsemble
+from ddmd.data.datasets import Case, find_cases, split_by_patient
+from ddmd.denoiser import ConditionNet, Denoiser
+from ddmd.diffusion import Schedule
+from ddmd.training.config import TrainConfig, read_config
+from ddmd.training.loop import Plan, Stage
+from ddmd.training.samples import Draw, Packed, pack
+from ddmd.training.stages import AutoencoderLosses, DenoiserLosses, teach
+
+log = logging.getLogger("ddmd.training")
+LOG_EVERY = 50  # steps between TensorBoard points
+
+
+def cases_of(config: TrainConfig) -> list[Case]:
+    """Every case of the configured data sets."""
+    return [
+        dataclasses.replace(case, source=entry.name or Path(entry.root).name)
+        for entry in config.data
+        for case in find_cases(entry.root, entry.layout, entry.name)
+        if all(sequence in case.files for sequence in config.sequences)
+    ]
+
+
+def split_of(config: TrainConfig, cases: list[Case]) -> dict[str, str]:
+    """patient -> "train", "validation" or "test"; held-out patients are always "test"."""
+    fractions = {
+        "train": 1 - config.validation - config.test,
+        "validation": config.validation,
+        "test": config.test,
+    }
+    whole = {entry.name or Path(entry.root).name for entry in config.data if not entry.split}
+    split = split_by_patient((c for c in cases if c.source not in whole), fractions, config.seed)
+    split |= {case.patient: "train" for case in cases if case.source in whole}
+    return split | {case.patient: "test" for case in cases if case.patient in config.holdout}
+
+
+def train(config: str | Path | TrainConfig, out: str | Path, until: str | None = None) -> Path:
+    """Train a system, or go on with a run that was killed.
+
+    Parameters
+    ----------
+    config : path of a TOML file, or TrainConfig
+    out : path
+        The run's folder: config.json, split.json, checkpoints, TensorBoard events, the weights.
+    until : "autoencoders_a", "autoencoders_b" or "denoiser", optional
+        Stop after this stage.
+
+    Returns
+    -------
+    Path of the weights.
+
+    Raises
+    ------
+    ValueError
+        If the configuration or the data is not usable, or the folder holds another run.
+    DivergedError
+        If the loss stops being a number.
+    """
+    from accelerate import Accelerator
+
+    config = config if isinstance(config, TrainConfig) else read_config(config)
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    described = json.dumps(dataclasses.asdict(config), indent=1, default=str)
+    written = out / "config.json"
+    if written.exists() and json.loads(written.read_text()) != json.loads(described):
+        raise ValueError(f"{out} holds a run of another configuration; choose another folder")
+    written.write_text(described)
+    accelerator = Accelerator()
+    cases = cases_of(config)
+    split = split_of(config, cases)
+    (out / "split.json").write_text(json.dumps(split, indent=1, sort_keys=True))
+    training = [case for case in cases if split[case.patient] == "train"]
+    if config.labels == "image":  # nothing below can open a mask it does not know of
+        training = [dataclasses.replace(case, masks=None) for case in training]
+    log.info("reading %d cases", len(training))
+    packed = pack(training, config, read_masks=config.labels == "pixel")
+    run = _Run(config, out, accelerator, packed)
+    for name, stage in run.stages().items():
+        stage()
+        if name == until:
+            break
+    if until not in (None, "denoiser"):
+        return out
+    from ddmd.training.export import export
+
+    return export(run, split)
+
+
+class _Run:
+    """The networks of one run and the stages that train them, in order."""
+
+    def __init__(self, config: TrainConfig, out: Path, accelerator: Any, packed: list[Packed]) -> None:
+        self.config, self.out, self.accelerator, self.packed = config, out, accelerator, packed
+        torch.manual_seed(config.seed)
+        self.autoencoders = {
+            "a": AutoencoderEnsemble(config.autoencoder),
+            "b": AutoencoderEnsemble(config.autoencoder),
+        }
+        self.condition, self.denoiser = ConditionNet(config.denoiser), Denoiser(config.denoiser)
+        self.schedule = Schedule()
+        self.writer: Any = None
+        if accelerator.is_main_process:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.writer = SummaryWriter(str(out / "events"))
+
+    def stages(self) -> dict[str, Callable[[], None]]:
+        return {
+            "autoencoders_a": lambda: self._autoencoders("a"),
+            "autoencoders_b": lambda: self._autoencoders("b"),
+            "denoiser": self._denoiser,
+        }
+
+    def _draw(self, kind: str, count: int) -> Draw:
+        weights = {entry.name or Path(entry.root).name: entry.weight for entry in self.config.data}
+        return Draw(self.packed, self.config, kind, weights, count)
+
+    def _stage(self, name: str, losses: nn.Module, steps: int, batch: int, rate: float, ema: float) -> Stage:
+        plan = Plan(
+            name, steps, batch, rate, ema, self.config.workers, self.config.checkpoint_minutes
+        )
+        return Stage(losses, plan, self.out, self.accelerator)
+
+    def _logger(self, name: str) -> Callable[[int, dict[str, float]], None]:
+        def on_step(step: int, losses: dict[str, float]) -> None:
+            if self.writer is not None and step % LOG_EVERY == 0:
+                for key, value in losses.items():
+                    self.writer.add_scalar(f"{name}/{key}", value, step)
+            if step % 500 == 0 and not sys.stderr.isatty():
+                log.info("%s step %d %s", name, step, {k: round(v, 4) for k, v in losses.items()})
+
+        return on_step
+
+    def _autoencoders(self, which: str) -> None:
+        plan = self.config.autoencoder_stage
+        losses = AutoencoderLosses(self.autoencoders[which], plan, mixed=which == "b")
+        name = f"autoencoders_{which}"
+        stage = self._stage(name, losses, plan.steps, plan.batch, plan.learning_rate, ema=0.0)
+        data = self._draw("normal" if which == "a" else "mixed", plan.steps * plan.batch)
+        if not stage.finished:
+            stage.run(data, plan.steps, self._logger(name))
+        self.autoencoders[which].requires_grad_(False)
+
+    def _denoiser(self) -> None:
+        plan, config = self.config.denoiser_stage, self.config
+        losses = DenoiserLosses(
+            self.autoencoders["a"], self.autoencoders["b"], self.condition, self.denoiser, self.schedule, plan
+        )
+        stage = self._stage("denoiser", losses, plan.steps, plan.batch, plan.learning_rate, plan.ema)
+        rounds = [round(share * plan.steps) for share in plan.rounds] if config.labels == "image" else []
+        edges = [*rounds, plan.steps]
+        for number, edge in enumerate(edges):
+            if stage.step >= edge and edge != plan.steps:
+                continue
+            if number and config.labels == "image":
+                self._teach(losses, stage, number)
+            if not stage.finished:
+                stage.run(
+                    self._draw("lesions", plan.steps * plan.batch), edge, self._logger("denoiser")
+                )
+            self._show(losses, stage.step)
+        losses.load_state_dict(stage.averaged())
+
+    def _teach(self, losses: DenoiserLosses, stage: Stage, number: int) -> None:
+        """Pseudo-masks by the averaged weights; the weights in training stay as they are."""
+        current = {k: v.clone() for k, v in losses.state_dict().items()}
+        losses.load_state_dict(stage.averaged())
+        told = teach(losses, self.packed, self.config.seed + number)
+        losses.load_state_dict(current)
+        log.info("round %d of pseudo-masks at step %d: %s", number, stage.step, told)
+
+    def _show(self, losses: DenoiserLosses, step: int) -> None:
+        """A few samples with their mask and the network's one-step draw, for TensorBoard."""
+        if self.writer is None:
+            return
+        draw = self._draw("lesions", 8)
+        batch = [draw[i] for i in range(8)]
+        image, mask = (torch.stack([b[k] for b in batch]) for k in ("planes", "mask"))
+        losses.eval()
+        drawn = losses.draw(image, self.config.seed).mean(0)
+        losses.train()
+        middle = image.shape[1] // 2
+        shown = torch.cat(((image[:, middle : middle + 1] + 2) / 5, mask, drawn), 3).clamp(0, 1)
+        self.writer.add_images("denoiser/image, mask, draw", shown, step)

@@ -1,0 +1,163 @@
+"""Training samples: packed slices in memory, and which of them, painted or not, make sample i."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from ddmd import slices
+from ddmd.data.datasets import Case
+from ddmd.training.config import TrainConfig
+from ddmd.training.painting import Augmentation, LesionPainter
+
+AIR = slices.BACKGROUND * slices.INTENSITY_SCALE
+
+
+@dataclass
+class Packed:
+    """One patient's slices on the model's grid, in float16, with what is known of each."""
+
+    case: Case
+    image: np.ndarray  # (Z, C, H, W) float16
+    brain: np.ndarray  # (Z, H, W) bool
+    label: np.ndarray  # (Z,) int8: 1 has a lesion, 0 has none, -1 not known
+    offset: int
+    offset_mm: float
+    mask: np.ndarray | None = None  # (Z, H, W) float16: annotator's (pixel track) or pseudo (image)
+    weight: np.ndarray | None = None  # (Z, H, W) float16: how far the mask is trusted
+
+    def planes(self, z: int, context: int) -> np.ndarray:
+        """(P, C, H, W) float32: slice z between its neighbours."""
+        last = len(self.image) - 1
+        around = [min(max(z + i * self.offset, 0), last) for i in range(-context, context + 1)]
+        return self.image[around].astype(np.float32)
+
+
+def pack(cases: Sequence[Case], config: TrainConfig, read_masks: bool) -> list[Packed]:
+    """Read the volumes once. Masks are opened only where `read_masks` says so."""
+    packed = []
+    grid = slices.SliceGrid(mm=config.mm)
+    for case in cases:
+        volume = case.volume(config.sequences)
+        cut = slices.extract(volume, config.sequences, grid)
+        item = Packed(
+            case=case,
+            image=cut.image.numpy().astype(np.float16),
+            brain=cut.brain[:, 0].numpy(),
+            label=case.labels()[cut.index.numpy()],
+            offset=cut.offset,
+            offset_mm=cut.offset * volume.spacing[2],
+        )
+        if read_masks and case.masks is not None:
+            item.mask = slices.to_grid(case.lesion(), cut)[:, 0].numpy().astype(np.float16)
+            item.weight = np.ones_like(item.mask)
+        packed.append(item)
+    return packed
+
+
+def _cropped(arrays: Sequence[np.ndarray], fills: Sequence[float], size: int, at: tuple[int, int]) -> list:
+    """Crop or pad the last two axes to size x size, the window starting at `at`."""
+    out = []
+    for array, fill in zip(arrays, fills, strict=True):
+        height, width = array.shape[-2:]
+        top, left = at
+        window = np.full((*array.shape[:-2], size, size), fill, dtype=array.dtype)
+        y0, y1, x0, x1 = max(top, 0), min(top + size, height), max(left, 0), min(left + size, width)
+        window[..., y0 - top : y1 - top, x0 - left : x1 - left] = array[..., y0:y1, x0:x1]
+        out.append(window)
+    return out
+
+
+def _start(length: int, size: int, rng: np.random.Generator) -> int:
+    slack = length - size
+    return int(rng.integers(min(0, slack), max(0, slack) + 1)) if slack > 0 else slack // 2
+
+
+class Draw(Dataset):
+    """Sample i of a run: decided by (seed, stage, i) alone, so that a run resumes where it was.
+
+    kind "normal" draws slices of A for the auto-encoders, "mixed" slices of B, and "lesions" the
+    painted, normal and masked slices that train the denoiser.
+    """
+
+    def __init__(
+        self,
+        packed: Sequence[Packed],
+        config: TrainConfig,
+        kind: str,
+        weights: Mapping[str, float],
+        count: int,
+    ) -> None:
+        self.packed, self.config, self.kind, self.count = packed, config, kind, count
+        self.painter, self.augment = LesionPainter(), Augmentation()
+        usable = {
+            "normal": lambda p: p.label == 0,
+            "positive": lambda p: p.label == 1 if p.mask is None else p.mask.any(axis=(1, 2)),
+            "mixed": lambda p: np.ones(len(p.label), bool),
+        }
+        self.choices = {
+            name: [(i, np.flatnonzero(rule(p))) for i, p in enumerate(packed) if rule(p).any()]
+            for name, rule in usable.items()
+        }
+        self.masked = [(i, z) for i, z in self.choices["positive"] if packed[i].mask is not None]
+        self.chances = {}
+        for name, choices in (*self.choices.items(), ("masked", self.masked)):
+            counts: dict[str, int] = {}
+            for i, _ in choices:
+                source = packed[i].case.source
+                counts[source] = counts.get(source, 0) + 1
+            chance = np.array([weights[packed[i].case.source] / counts[packed[i].case.source] for i, _ in choices])
+            self.chances[name] = chance / chance.sum() if len(chance) else chance
+
+    def __len__(self) -> int:
+        return self.count
+
+    def _pick(self, name: str, rng: np.random.Generator) -> tuple[Packed, int]:
+        choices = self.masked if name == "masked" else self.choices[name]
+        if not choices:
+            raise ValueError(f"the training data has no {name} slice; check its image-level labels")
+        index, zs = choices[rng.choice(len(choices), p=self.chances[name])]
+        return self.packed[index], int(rng.choice(zs))
+
+    def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
+        stage = {"normal": 1, "mixed": 2, "lesions": 3}[self.kind]
+        rng = np.random.default_rng((self.config.seed, stage, i))
+        if self.kind != "lesions":
+            item, z = self._pick(self.kind, rng)
+            return self._finish(item, z, "as it is", 0, rng)
+        stage_config = self.config.denoiser_stage
+        draw = rng.random()
+        if draw < stage_config.normal:
+            item, z = self._pick("normal", rng)
+            return self._finish(item, z, "as it is", self.config.denoiser.context, rng)
+        if draw < stage_config.normal + stage_config.painted or not self.masked:
+            item, z = self._pick("normal", rng)
+            return self._finish(item, z, "painted", self.config.denoiser.context, rng)
+        item, z = self._pick("masked", rng)
+        return self._finish(item, z, "masked", self.config.denoiser.context, rng)
+
+    def _finish(
+        self, item: Packed, z: int, how: str, context: int, rng: np.random.Generator
+    ) -> dict[str, torch.Tensor]:
+        planes, brain = item.planes(z, context), item.brain[z]
+        mask = np.zeros(brain.shape, np.float32)
+        weight = np.ones(brain.shape, np.float32)
+        if how == "painted":
+            planes, painted = self.painter(planes, brain, self.config.mm, item.offset_mm, rng)
+            mask = painted.astype(np.float32)
+        elif how == "masked" and item.mask is not None and item.weight is not None:
+            mask, weight = item.mask[z].astype(np.float32), item.weight[z].astype(np.float32)
+        size = self.config.size
+        at = (_start(brain.shape[0], size, rng), _start(brain.shape[1], size, rng))
+        planes, mask, weight = _cropped((planes, mask, weight), (AIR, 0.0, 1.0), size, at)
+        planes, maps = self.augment(planes, np.stack((mask, weight)), rng)
+        return {
+            "planes": torch.from_numpy(np.ascontiguousarray(planes, dtype=np.float32)).flatten(0, 1),
+            "mask": torch.from_numpy((maps[:1] > 0.5).astype(np.float32)),
+            "weight": torch.from_numpy(np.ascontiguousarray(maps[1:], dtype=np.float32)),
+            "label": torch.tensor(int(item.label[z])),
+        }
