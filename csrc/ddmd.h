@@ -1,0 +1,88 @@
+// The C++ and CUDA core of ddmd: plain pointers, int64 sizes and strides (in elements), no torch.
+#pragma once
+#include <cstdint>
+
+namespace ddmd {
+
+enum class DType : int { f32 = 0, bf16 = 1, f16 = 2 };
+
+// Work of one kind, compiled once an instruction set; each call does one part of the whole.
+// Ranges [begin, end) are of columns, rows or chunks, so that the caller decides on threads.
+struct Kernels {
+  const char *name;
+  // mean and sum of squared deviations over S samples, of contiguous columns
+  void (*moments)(const void *x, DType type, int64_t samples, int64_t sample_stride, int64_t begin, int64_t end,
+                  float *mean, float *m2);
+  // the same for columns `step` elements apart, one row
+  void (*moments_strided)(const void *x, DType type, int64_t samples, int64_t sample_stride, int64_t step,
+                          int64_t columns, float *mean, float *m2);
+  void (*merge)(float *mean, float *m2, int64_t count, const float *other_mean, const float *other_m2,
+                int64_t other_count, int64_t begin, int64_t end);
+  void (*denoise)(void *x, DType type, const void *output, DType output_type, void *x0, const float *row,
+                  uint32_t step, uint64_t seed, const int64_t *sample, const int64_t *slice, int64_t row_size,
+                  int64_t begin, int64_t end);
+  void (*noise)(const void *x0, void *x, DType type, const int64_t *t, const float *table, uint32_t step,
+                uint64_t seed, const int64_t *sample, const int64_t *slice, int64_t row_size, int64_t begin,
+                int64_t end);
+  void (*philox)(const uint32_t *counters, uint64_t seed, uint32_t *words, int64_t count);
+  void (*maps)(const void *a, const void *b, DType type, int64_t members_a, int64_t members_b, int64_t slices,
+               int64_t channels, int64_t pixels, float *inter, float *intra, int64_t begin, int64_t end);
+  // GroupNorm + SiLU; layout: channels last (N, pixels, C) or first (N, C, pixels)
+  void (*norm_moments)(const struct Norm &n, int64_t begin, int64_t end);
+  void (*norm_apply)(const struct Norm &n, int64_t begin, int64_t end);
+  void (*norm_grad_sums)(const struct Norm &n, int64_t begin, int64_t end);
+  void (*norm_grad_apply)(const struct Norm &n, int64_t begin, int64_t end);
+};
+
+// One GroupNorm + SiLU. Work is cut into chunks of `chunk` pixels, whatever the number of threads.
+struct Norm {
+  DType type;
+  bool channels_last;
+  int64_t batch, channels, pixels, groups, chunk, chunks;  // chunks an image
+  const void *x, *residual, *grad;
+  void *y;                           // forward: the result; backward: d x
+  const float *gain, *offset;        // (N, C): y = silu(gain x + offset)
+  const float *centre, *rstd;        // (N, groups), backward
+  const float *mean_g, *mean_gh;     // (N, groups), backward, second pass
+  const float *inner;                // (N, C): weight (1 + scale), backward, second pass
+  float *part_one, *part_two;        // (N, chunks, C): forward mean and M2; backward sums of g and g h
+};
+
+const Kernels &kernels();      // the best set this CPU runs
+const Kernels *kernel_set(int index);  // the sets that were built, best first; null after the last
+
+// ---- whole operations, on `threads` threads
+void ensemble_moments(const void *x, DType type, int64_t samples, int64_t sample_stride, const int64_t *shape,
+                      const int64_t *strides, int dims, float *mean, float *m2, int threads);
+void ensemble_variance(const void *x, DType type, int64_t samples, int64_t sample_stride, const int64_t *shape,
+                       const int64_t *strides, int dims, int correction, float *mean, float *variance, int threads);
+void ensemble_merge(float *mean, float *m2, int64_t count, const float *other_mean, const float *other_m2,
+                    int64_t other_count, int64_t size, int threads);
+void ensemble_update(float *mean, float *m2, int64_t count, const void *x, DType type, int64_t samples,
+                     int64_t sample_stride, const int64_t *shape, const int64_t *strides, int dims, int threads);
+void denoise_step(void *x, DType type, const void *output, DType output_type, void *x0, const float *table,
+                  int64_t step, int64_t seed, const int64_t *sample, const int64_t *slice, int64_t rows,
+                  int64_t row_size, int threads);
+void noise(const void *x0, void *x, DType type, const int64_t *t, const float *table, int64_t step, int64_t seed,
+           const int64_t *sample, const int64_t *slice, int64_t rows, int64_t row_size, int threads);
+void discrepancy_maps(const void *a, const void *b, DType type, int64_t members_a, int64_t members_b, int64_t slices,
+                      int64_t channels, int64_t pixels, float *inter, float *intra, int threads);
+void group_norm_silu(const void *x, DType type, bool channels_last, int64_t batch, int64_t channels, int64_t pixels,
+                     int64_t groups, const float *weight, const float *bias, const float *scale, const float *shift,
+                     const void *residual, double eps, void *y, float *mean, float *rstd, int threads);
+// sums_g and sums_gh, (N, C): sums of g = d silu and of g times the normalised x over the pixels
+void group_norm_silu_backward(const void *grad, const void *x, DType type, bool channels_last, int64_t batch,
+                              int64_t channels, int64_t pixels, int64_t groups, const float *weight,
+                              const float *bias, const float *scale, const float *shift, const float *mean,
+                              const float *rstd, void *d_x, float *sums_g, float *sums_gh, int threads);
+
+#ifdef DDMD_CUDA
+// Status is a CUDA error's text, or null. Nothing here synchronises.
+const char *cuda_ensemble(const void *x, DType type, int64_t samples, int64_t sample_stride, const int64_t *shape,
+                          const int64_t *strides, int dims, int64_t size, int correction, float *mean,
+                          float *variance, int64_t running_count, bool running, void *stream);
+const char *cuda_merge(float *mean, float *m2, int64_t count, const float *other_mean, const float *other_m2,
+                       int64_t other_count, int64_t size, void *stream);
+#endif
+
+}  // namespace ddmd

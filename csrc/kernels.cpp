@@ -1,0 +1,569 @@
+// The loops themselves. This file is compiled once for each instruction set (DDMD_ISA names it); the
+// loops are written so that the compiler vectorises them, and call nothing outside this file.
+#include <cstring>
+
+#include "ddmd.h"
+
+#define DDMD_STRING_(x) #x
+#define DDMD_STRING(x) DDMD_STRING_(x)
+#define DDMD_CONCAT_(a, b) a##b
+#define DDMD_CONCAT(a, b) DDMD_CONCAT_(a, b)
+
+namespace ddmd {
+namespace {
+
+template <class To, class From>
+inline To bits(From from) {
+  To to;
+  static_assert(sizeof(To) == sizeof(From));
+  std::memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+struct BFloat16 {
+  uint16_t value;
+};
+inline float wide(float x) { return x; }
+inline float wide(BFloat16 x) { return bits<float>(uint32_t{x.value} << 16); }
+inline float wide(_Float16 x) { return static_cast<float>(x); }
+template <class T>
+inline T narrow(float x);
+template <>
+inline float narrow<float>(float x) {
+  return x;
+}
+template <>
+inline _Float16 narrow<_Float16>(float x) {
+  return static_cast<_Float16>(x);
+}
+template <>
+inline BFloat16 narrow<BFloat16>(float x) {
+  const uint32_t u = bits<uint32_t>(x);
+  const uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;  // to nearest, ties to even
+  const uint32_t quiet = (u >> 16) | 0x40u;
+  return {static_cast<uint16_t>((u & 0x7fffffffu) > 0x7f800000u ? quiet : rounded)};
+}
+
+template <class Call>
+inline void with_type(DType type, Call call) {
+  switch (type) {
+    case DType::f32: return call(float{});
+    case DType::bf16: return call(BFloat16{});
+    case DType::f16: return call(_Float16{});
+  }
+}
+
+// ---- elementary functions, float32, branch-free (Cephes coefficients)
+
+inline float exp_(float x) {
+  x = x < -87.0f ? -87.0f : (x > 88.0f ? 88.0f : x);
+  const float n = static_cast<float>(static_cast<int32_t>(x * 1.44269504f + (x < 0 ? -0.5f : 0.5f)));
+  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  return p * bits<float>((static_cast<int32_t>(n) + 127) << 23);
+}
+
+inline float sigmoid(float x) { return 1.0f / (1.0f + exp_(-x)); }
+
+// natural logarithm of a normal positive number
+inline float log_(float x) {
+  const uint32_t u = bits<uint32_t>(x);
+  int32_t e = static_cast<int32_t>(u >> 23) - 126;
+  float m = bits<float>((u & 0x007fffffu) | 0x3f000000u);  // [0.5, 1)
+  const bool low = m < 0.707106781f;
+  e = low ? e - 1 : e;
+  m = low ? m + m - 1.0f : m - 1.0f;
+  const float z = m * m;
+  float p = 7.0376836292e-2f;
+  p = p * m - 1.1514610310e-1f;
+  p = p * m + 1.1676998740e-1f;
+  p = p * m - 1.2420140846e-1f;
+  p = p * m + 1.4249322787e-1f;
+  p = p * m - 1.6668057665e-1f;
+  p = p * m + 2.0000714765e-1f;
+  p = p * m - 2.4999993993e-1f;
+  p = p * m + 3.3333331174e-1f;
+  p = p * m * z;
+  const float k = static_cast<float>(e);
+  return m + (p - 2.12194440e-4f * k - 0.5f * z) + 0.693359375f * k;
+}
+
+// cosine and sine of 2 pi v, v in [0, 1)
+inline void turn(float v, float *cosine, float *sine) {
+  const int32_t q = static_cast<int32_t>(4.0f * v + 0.5f);
+  const float a = (v - 0.25f * static_cast<float>(q)) * 6.28318530717958647f;  // [-pi/4, pi/4]
+  const float z = a * a;
+  float s = -1.9515295891e-4f;
+  s = s * z + 8.3321608736e-3f;
+  s = s * z - 1.6666654611e-1f;
+  s = s * z * a + a;
+  float c = 2.443315711809948e-5f;
+  c = c * z - 1.388731625493765e-3f;
+  c = c * z + 4.166664568298827e-2f;
+  c = c * z * z - 0.5f * z + 1.0f;
+  const bool swap = q & 1;
+  const float x = swap ? s : c, y = swap ? c : s;
+  *cosine = (q + 1) & 2 ? -x : x;
+  *sine = q & 2 ? -y : y;
+}
+
+// ---- moments over samples: two sweeps over a tile that stays in the nearest cache
+
+constexpr int64_t kTile = 1024;
+
+template <class T>
+void tile_moments(const T *x, int64_t samples, int64_t sample_stride, int64_t n, float *mean, float *m2) {
+  float sum[kTile], square[kTile];
+  const float share = 1.0f / static_cast<float>(samples);
+  for (int64_t i = 0; i < n; ++i) sum[i] = 0.0f, square[i] = 0.0f;
+  for (int64_t s = 0; s < samples; ++s) {
+    const T *row = x + s * sample_stride;
+    for (int64_t i = 0; i < n; ++i) sum[i] += wide(row[i]);
+  }
+  for (int64_t i = 0; i < n; ++i) sum[i] *= share;
+  for (int64_t s = 0; s < samples; ++s) {
+    const T *row = x + s * sample_stride;
+    for (int64_t i = 0; i < n; ++i) {
+      const float d = wide(row[i]) - sum[i];
+      square[i] += d * d;
+    }
+  }
+  std::memcpy(mean, sum, n * sizeof(float));
+  std::memcpy(m2, square, n * sizeof(float));
+}
+
+int64_t tile_for(int64_t samples) {
+  int64_t tile = kTile;
+  while (tile > 64 && tile * samples > 65536) tile /= 2;  // 256 KiB of float32
+  return tile;
+}
+
+void moments(const void *x, DType type, int64_t samples, int64_t sample_stride, int64_t begin, int64_t end,
+             float *mean, float *m2) {
+  with_type(type, [&](auto zero) {
+    using T = decltype(zero);
+    const int64_t tile = tile_for(samples);
+    for (int64_t i = begin; i < end; i += tile) {
+      const int64_t n = end - i < tile ? end - i : tile;
+      tile_moments(static_cast<const T *>(x) + i, samples, sample_stride, n, mean + i, m2 + i);
+    }
+  });
+}
+
+void moments_strided(const void *x, DType type, int64_t samples, int64_t sample_stride, int64_t step,
+                     int64_t columns, float *mean, float *m2) {
+  with_type(type, [&](auto zero) {
+    using T = decltype(zero);
+    const T *base = static_cast<const T *>(x);
+    for (int64_t i = 0; i < columns; ++i) {
+      float sum = 0.0f, square = 0.0f;
+      const T *column = base + i * step;
+      for (int64_t s = 0; s < samples; ++s) sum += wide(column[s * sample_stride]);
+      sum /= static_cast<float>(samples);
+      for (int64_t s = 0; s < samples; ++s) {
+        const float d = wide(column[s * sample_stride]) - sum;
+        square += d * d;
+      }
+      mean[i] = sum;
+      m2[i] = square;
+    }
+  });
+}
+
+void merge(float *mean, float *m2, int64_t count, const float *other_mean, const float *other_m2,
+           int64_t other_count, int64_t begin, int64_t end) {
+  const double total = static_cast<double>(count + other_count);
+  const float share = static_cast<float>(other_count / total);
+  const float cross = static_cast<float>(count * (other_count / total));
+  for (int64_t i = begin; i < end; ++i) {
+    const float delta = other_mean[i] - mean[i];
+    mean[i] += delta * share;
+    m2[i] += other_m2[i] + delta * delta * cross;
+  }
+}
+
+// ---- Philox4x32-10 (Salmon et al., 2011) and Box-Muller
+
+constexpr int kLanes = 64;         // counters at a time
+constexpr int kBlock = 4 * kLanes;  // elements at a time
+
+struct Words {
+  alignas(64) uint32_t w[4][kLanes];
+};
+
+inline void philox_rounds(Words &c, uint64_t seed) {
+  uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
+  for (int round = 0; round < 10; ++round) {
+    for (int i = 0; i < kLanes; ++i) {
+      const uint64_t p0 = uint64_t{c.w[0][i]} * 0xD2511F53u, p1 = uint64_t{c.w[2][i]} * 0xCD9E8D57u;
+      c.w[0][i] = static_cast<uint32_t>(p1 >> 32) ^ c.w[1][i] ^ k0;
+      c.w[2][i] = static_cast<uint32_t>(p0 >> 32) ^ c.w[3][i] ^ k1;
+      c.w[1][i] = static_cast<uint32_t>(p1);
+      c.w[3][i] = static_cast<uint32_t>(p0);
+    }
+    k0 += 0x9E3779B9u;
+    k1 += 0xBB67AE85u;
+  }
+}
+
+// kBlock normal draws, of elements 4 position and on
+inline void normal_block(uint32_t position, uint32_t step, uint32_t sample, uint32_t slice, uint64_t seed,
+                         float *z) {
+  Words c;
+  for (int i = 0; i < kLanes; ++i) {
+    c.w[0][i] = position + static_cast<uint32_t>(i);
+    c.w[1][i] = step;
+    c.w[2][i] = sample;
+    c.w[3][i] = slice;
+  }
+  philox_rounds(c, seed);
+  alignas(64) float out[4][kLanes];
+  for (int pair = 0; pair < 2; ++pair) {
+    for (int i = 0; i < kLanes; ++i) {
+      const float u = static_cast<float>(static_cast<int32_t>((c.w[2 * pair][i] >> 8) + 1)) * 0x1p-24f;
+      const float v = static_cast<float>(static_cast<int32_t>(c.w[2 * pair + 1][i] >> 8)) * 0x1p-24f;
+      const float radius = __builtin_sqrtf(-2.0f * log_(u));
+      float cosine, sine;
+      turn(v, &cosine, &sine);
+      out[2 * pair][i] = radius * cosine;
+      out[2 * pair + 1][i] = radius * sine;
+    }
+  }
+  for (int i = 0; i < kLanes; ++i)
+    for (int lane = 0; lane < 4; ++lane) z[4 * i + lane] = out[lane][i];
+}
+
+void philox(const uint32_t *counters, uint64_t seed, uint32_t *words, int64_t count) {
+  for (int64_t first = 0; first < count; first += kLanes) {
+    const int64_t n = count - first < kLanes ? count - first : kLanes;
+    Words c = {};
+    for (int64_t i = 0; i < n; ++i)
+      for (int j = 0; j < 4; ++j) c.w[j][i] = counters[4 * (first + i) + j];
+    philox_rounds(c, seed);
+    for (int64_t i = 0; i < n; ++i)
+      for (int j = 0; j < 4; ++j) words[4 * (first + i) + j] = c.w[j][i];
+  }
+}
+
+// Calls update(element offset, count, z) for every block of rows [begin, end).
+template <class Update>
+inline void over_blocks(bool random, uint32_t step, uint64_t seed, const int64_t *sample, const int64_t *slice,
+                        int64_t row_size, int64_t begin, int64_t end, Update update) {
+  const int64_t blocks = (row_size + kBlock - 1) / kBlock;
+  alignas(64) float z[kBlock] = {};
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const int64_t row = unit / blocks, block = unit % blocks, first = block * kBlock;
+    const int64_t n = row_size - first < kBlock ? row_size - first : kBlock;
+    if (random)
+      normal_block(static_cast<uint32_t>(block * kLanes), step, static_cast<uint32_t>(sample[row]),
+                   static_cast<uint32_t>(slice[row]), seed, z);
+    update(row, row * row_size + first, n, z);
+  }
+}
+
+void denoise(void *x, DType type, const void *output, DType output_type, void *x0, const float *c, uint32_t step,
+             uint64_t seed, const int64_t *sample, const int64_t *slice, int64_t row_size, int64_t begin,
+             int64_t end) {
+  const float from_x = c[0], from_output = c[1], to_x0 = c[2], to_x = c[3], to_output = c[4], to_previous = c[5],
+              sigma = c[6], clip = c[7];
+  with_type(type, [&](auto zero) {
+    using T = decltype(zero);
+    with_type(output_type, [&](auto output_zero) {
+      using O = decltype(output_zero);
+      over_blocks(sigma != 0.0f, step, seed, sample, slice, row_size, begin, end,
+                  [&](int64_t, int64_t at, int64_t n, const float *z) {
+                    T *state = static_cast<T *>(x) + at;
+                    const O *out = static_cast<const O *>(output) + at;
+                    if (x0 == nullptr) {
+                      for (int64_t i = 0; i < n; ++i) {
+                        const float s = wide(state[i]), o = wide(out[i]);
+                        float p = from_x * s + from_output * o;
+                        p = p < -clip ? -clip : (p > clip ? clip : p);
+                        state[i] = narrow<T>(to_x0 * p + to_x * s + to_output * o + sigma * z[i]);
+                      }
+                    } else {
+                      T *previous = static_cast<T *>(x0) + at;
+                      for (int64_t i = 0; i < n; ++i) {
+                        const float s = wide(state[i]), o = wide(out[i]);
+                        float p = from_x * s + from_output * o;
+                        p = p < -clip ? -clip : (p > clip ? clip : p);
+                        state[i] = narrow<T>(to_x0 * p + to_x * s + to_output * o +
+                                             to_previous * wide(previous[i]) + sigma * z[i]);
+                        previous[i] = narrow<T>(p);
+                      }
+                    }
+                  });
+    });
+  });
+}
+
+void noise(const void *x0, void *x, DType type, const int64_t *t, const float *table, uint32_t step, uint64_t seed,
+           const int64_t *sample, const int64_t *slice, int64_t row_size, int64_t begin, int64_t end) {
+  with_type(type, [&](auto zero) {
+    using T = decltype(zero);
+    over_blocks(true, step, seed, sample, slice, row_size, begin, end,
+                [&](int64_t row, int64_t at, int64_t n, const float *z) {
+                  const float signal = table[2 * t[row]], sigma = table[2 * t[row] + 1];
+                  const T *from = static_cast<const T *>(x0) + at;
+                  T *to = static_cast<T *>(x) + at;
+                  for (int64_t i = 0; i < n; ++i) to[i] = narrow<T>(signal * wide(from[i]) + sigma * z[i]);
+                });
+  });
+}
+
+// ---- X and Y: every reconstruction comes from memory once, the second sweep from the cache
+
+constexpr int64_t kPixels = 512;
+
+void maps(const void *a, const void *b, DType type, int64_t members_a, int64_t members_b, int64_t slices,
+          int64_t channels, int64_t pixels, float *inter, float *intra, int64_t begin, int64_t end) {
+  const int64_t tiles = (pixels + kPixels - 1) / kPixels, stride = slices * channels * pixels;
+  const float share_a = 1.0f / members_a, share_b = 1.0f / members_b, share_c = 1.0f / channels;
+  with_type(type, [&](auto zero) {
+    using T = decltype(zero);
+    alignas(64) float mu[kPixels], other[kPixels], x[kPixels], y[kPixels];
+    for (int64_t unit = begin; unit < end; ++unit) {
+      const int64_t z = unit / tiles, first = unit % tiles * kPixels;
+      const int64_t n = pixels - first < kPixels ? pixels - first : kPixels;
+      for (int64_t i = 0; i < n; ++i) x[i] = 0.0f, y[i] = 0.0f;
+      for (int64_t c = 0; c < channels; ++c) {
+        const int64_t at = (z * channels + c) * pixels + first;
+        const T *pa = static_cast<const T *>(a) + at, *pb = static_cast<const T *>(b) + at;
+        for (int64_t i = 0; i < n; ++i) mu[i] = 0.0f, other[i] = 0.0f;
+        for (int64_t k = 0; k < members_a; ++k)
+          for (int64_t i = 0; i < n; ++i) mu[i] += wide(pa[k * stride + i]);
+        for (int64_t k = 0; k < members_b; ++k)
+          for (int64_t i = 0; i < n; ++i) other[i] += wide(pb[k * stride + i]);
+        for (int64_t i = 0; i < n; ++i) {
+          mu[i] *= share_a;
+          x[i] += __builtin_fabsf(other[i] * share_b - mu[i]);
+        }
+        for (int64_t k = 0; k < members_a; ++k)
+          for (int64_t i = 0; i < n; ++i) {
+            const float d = wide(pa[k * stride + i]) - mu[i];
+            y[i] += d * d;
+          }
+      }
+      float *to_x = inter + z * pixels + first, *to_y = intra + z * pixels + first;
+      for (int64_t i = 0; i < n; ++i) {
+        to_x[i] = x[i] * share_c;
+        to_y[i] = __builtin_sqrtf(y[i] * share_a * share_c);
+      }
+    }
+  });
+}
+
+// ---- GroupNorm + SiLU
+
+// Calls one(n, chunk, first pixel, pixels) for chunks [begin, end) of all images.
+template <class One>
+inline void over_chunks(const Norm &n, int64_t begin, int64_t end, One one) {
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const int64_t image = unit / n.chunks, first = unit % n.chunks * n.chunk;
+    one(image, unit, first, n.pixels - first < n.chunk ? n.pixels - first : n.chunk);
+  }
+}
+
+// Mean and M2 of each channel in a chunk, by sums about the chunk's first pixel.
+void norm_moments(const Norm &n, int64_t begin, int64_t end) {
+  const int64_t channels = n.channels;
+  with_type(n.type, [&](auto zero) {
+    using T = decltype(zero);
+    over_chunks(n, begin, end, [&](int64_t image, int64_t unit, int64_t first, int64_t count) {
+      float *mean = n.part_one + unit * channels, *m2 = n.part_two + unit * channels;
+      const float share = 1.0f / count;
+      if (n.channels_last) {
+        const T *x = static_cast<const T *>(n.x) + (image * n.pixels + first) * channels;
+        for (int64_t c = 0; c < channels; ++c) mean[c] = 0.0f, m2[c] = 0.0f;
+        for (int64_t p = 1; p < count; ++p) {
+          const T *row = x + p * channels;
+#pragma GCC ivdep
+          for (int64_t c = 0; c < channels; ++c) {
+            const float d = wide(row[c]) - wide(x[c]);
+            mean[c] += d;
+            m2[c] += d * d;
+          }
+        }
+        for (int64_t c = 0; c < channels; ++c) {
+          const float d = mean[c] * share;
+          m2[c] -= mean[c] * d;
+          mean[c] = wide(x[c]) + d;
+        }
+      } else {
+        for (int64_t c = 0; c < channels; ++c) {
+          const T *x = static_cast<const T *>(n.x) + (image * channels + c) * n.pixels + first;
+          const float pivot = wide(x[0]);
+          float lanes[16] = {}, squares[16] = {};
+          const int64_t whole = count / 16 * 16;
+          for (int64_t p = 0; p < whole; p += 16)
+            for (int j = 0; j < 16; ++j) {
+              const float d = wide(x[p + j]) - pivot;
+              lanes[j] += d;
+              squares[j] += d * d;
+            }
+          for (int64_t p = whole; p < count; ++p) {
+            const float d = wide(x[p]) - pivot;
+            lanes[p - whole] += d;
+            squares[p - whole] += d * d;
+          }
+          float sum = 0.0f, square = 0.0f;
+          for (int j = 0; j < 16; ++j) sum += lanes[j], square += squares[j];
+          mean[c] = pivot + sum * share;
+          m2[c] = square - sum * sum * share;
+        }
+      }
+    });
+  });
+}
+
+// Calls row(x index, count, channel or -1): a run of pixels of one channel, or of channels of one pixel.
+template <class Row>
+inline void over_rows(const Norm &n, int64_t image, int64_t first, int64_t count, Row row) {
+  if (n.channels_last)
+    for (int64_t p = 0; p < count; ++p) row((image * n.pixels + first + p) * n.channels, n.channels, int64_t{-1});
+  else
+    for (int64_t c = 0; c < n.channels; ++c) row((image * n.channels + c) * n.pixels + first, count, c);
+}
+
+void norm_apply(const Norm &n, int64_t begin, int64_t end) {
+  with_type(n.type, [&](auto zero) {
+    using T = decltype(zero);
+    over_chunks(n, begin, end, [&](int64_t image, int64_t, int64_t first, int64_t count) {
+      const float *gain = n.gain + image * n.channels, *offset = n.offset + image * n.channels;
+      over_rows(n, image, first, count, [&](int64_t at, int64_t length, int64_t c) {
+        const T *x = static_cast<const T *>(n.x) + at;
+        const T *residual = static_cast<const T *>(n.residual) + (n.residual ? at : 0);
+        T *y = static_cast<T *>(n.y) + at;
+        const bool add = n.residual != nullptr;
+        if (c < 0 && add) {
+#pragma GCC ivdep
+          for (int64_t i = 0; i < length; ++i) {
+            const float v = gain[i] * wide(x[i]) + offset[i];
+            y[i] = narrow<T>(v * sigmoid(v) + wide(residual[i]));
+          }
+        } else if (c < 0) {
+#pragma GCC ivdep
+          for (int64_t i = 0; i < length; ++i) {
+            const float v = gain[i] * wide(x[i]) + offset[i];
+            y[i] = narrow<T>(v * sigmoid(v));
+          }
+        } else {
+          const float a = gain[c], b = offset[c];
+#pragma GCC ivdep
+          for (int64_t i = 0; i < length; ++i) {
+            const float v = a * wide(x[i]) + b;
+            y[i] = narrow<T>(v * sigmoid(v) + (add ? wide(residual[i]) : 0.0f));
+          }
+        }
+      });
+    });
+  });
+}
+
+inline float silu_slope(float v) {
+  const float s = sigmoid(v);
+  return s * (1.0f + v * (1.0f - s));
+}
+
+// The normalised x as a multiple and an offset of x, a channel at a time, of one image.
+inline void normalising(const Norm &n, int64_t image, float *multiple, float *offset) {
+  const int64_t per_group = n.channels / n.groups;
+  for (int64_t c = 0; c < n.channels; ++c) {
+    const int64_t g = image * n.groups + c / per_group;
+    multiple[c] = n.rstd[g];
+    offset[c] = -n.centre[g] * n.rstd[g];
+  }
+}
+
+constexpr int64_t kChannels = 4096;  // most channels, so that scratch needs no allocation
+
+void norm_grad_sums(const Norm &n, int64_t begin, int64_t end) {
+  with_type(n.type, [&](auto zero) {
+    using T = decltype(zero);
+    float multiple[kChannels], centre[kChannels];
+    over_chunks(n, begin, end, [&](int64_t image, int64_t unit, int64_t first, int64_t count) {
+      const float *gain = n.gain + image * n.channels, *offset = n.offset + image * n.channels;
+      float *sum = n.part_one + unit * n.channels, *sum_h = n.part_two + unit * n.channels;
+      normalising(n, image, multiple, centre);
+      for (int64_t c = 0; c < n.channels; ++c) sum[c] = 0.0f, sum_h[c] = 0.0f;
+      over_rows(n, image, first, count, [&](int64_t at, int64_t length, int64_t c) {
+        const T *x = static_cast<const T *>(n.x) + at, *grad = static_cast<const T *>(n.grad) + at;
+        if (c < 0) {
+#pragma GCC ivdep
+          for (int64_t i = 0; i < length; ++i) {
+            const float v = wide(x[i]);
+            const float g = wide(grad[i]) * silu_slope(gain[i] * v + offset[i]);
+            sum[i] += g;
+            sum_h[i] += g * (v * multiple[i] + centre[i]);
+          }
+        } else {
+          float lanes[16] = {}, lanes_h[16] = {};
+          for (int64_t p = 0; p < length; p += 16) {
+            const int64_t wide_run = length - p < 16 ? length - p : 16;
+            for (int64_t j = 0; j < wide_run; ++j) {
+              const float v = wide(x[p + j]);
+              const float g = wide(grad[p + j]) * silu_slope(gain[c] * v + offset[c]);
+              lanes[j] += g;
+              lanes_h[j] += g * (v * multiple[c] + centre[c]);
+            }
+          }
+          for (int j = 0; j < 16; ++j) sum[c] += lanes[j], sum_h[c] += lanes_h[j];
+        }
+      });
+    });
+  });
+}
+
+void norm_grad_apply(const Norm &n, int64_t begin, int64_t end) {
+  const int64_t per_group = n.channels / n.groups;
+  with_type(n.type, [&](auto zero) {
+    using T = decltype(zero);
+    float multiple[kChannels], centre[kChannels], mean_g[kChannels], mean_gh[kChannels];
+    over_chunks(n, begin, end, [&](int64_t image, int64_t, int64_t first, int64_t count) {
+      const float *gain = n.gain + image * n.channels, *offset = n.offset + image * n.channels;
+      const float *inner = n.inner + image * n.channels;
+      normalising(n, image, multiple, centre);
+      for (int64_t c = 0; c < n.channels; ++c) {
+        mean_g[c] = n.mean_g[image * n.groups + c / per_group];
+        mean_gh[c] = n.mean_gh[image * n.groups + c / per_group];
+      }
+      over_rows(n, image, first, count, [&](int64_t at, int64_t length, int64_t c) {
+        const T *x = static_cast<const T *>(n.x) + at, *grad = static_cast<const T *>(n.grad) + at;
+        T *d_x = static_cast<T *>(n.y) + at;
+        if (c < 0) {
+#pragma GCC ivdep
+          for (int64_t i = 0; i < length; ++i) {
+            const float v = wide(x[i]), h = v * multiple[i] + centre[i];
+            const float g = wide(grad[i]) * silu_slope(gain[i] * v + offset[i]);
+            d_x[i] = narrow<T>(multiple[i] * (g * inner[i] - mean_g[i] - h * mean_gh[i]));
+          }
+        } else {
+          const float a = gain[c], b = offset[c], r = multiple[c], o = centre[c], w = inner[c];
+          const float m = mean_g[c], mh = mean_gh[c];
+#pragma GCC ivdep
+          for (int64_t i = 0; i < length; ++i) {
+            const float v = wide(x[i]), h = v * r + o;
+            const float g = wide(grad[i]) * silu_slope(a * v + b);
+            d_x[i] = narrow<T>(r * (g * w - m - h * mh));
+          }
+        }
+      });
+    });
+  });
+}
+
+}  // namespace
+
+extern const Kernels DDMD_CONCAT(kernels_, DDMD_ISA);
+const Kernels DDMD_CONCAT(kernels_, DDMD_ISA) = {
+    DDMD_STRING(DDMD_ISA), moments,      moments_strided, merge,          denoise,        noise,
+    philox,                maps,         norm_moments,    norm_apply,     norm_grad_sums, norm_grad_apply,
+};
+
+}  // namespace ddmd

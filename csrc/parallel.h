@@ -1,0 +1,12 @@
+// A small persistent pool of threads: the same parts on any number of threads, none of them torch's.
+#pragma once
+#include <cstdint>
+#include <functional>
+
+namespace ddmd {
+
+// Calls work(begin, end) on disjoint ranges that cover [0, size), none shorter than `grain` but the
+// last. Runs in the calling thread where that is enough, or while another thread uses the pool.
+void parallel_for(int64_t size, int64_t grain, int threads, const std::function<void(int64_t, int64_t)> &work);
+
+}  // namespace ddmd

@@ -1,0 +1,1 @@
+"""Trained systems that ship with the package."""
