@@ -497,6 +497,12 @@ def pairwise_sqdist(z: Tensor, group: Tensor, num_groups: int) -> Tensor:
         group.dtype == torch.int64, f"pairwise_sqdist: group has dtype {group.dtype}; allowed is int64"
     )
     _require(num_groups >= 1, f"pairwise_sqdist: num_groups is {num_groups}; allowed is at least 1")
+    if group.device.type == "cpu" and len(group):  # on a GPU, looking would be a synchronisation
+        low, high = int(group.min()), int(group.max())
+        _require(
+            low >= 0 and high < num_groups,
+            f"pairwise_sqdist: group holds {low if low < 0 else high}; allowed are 0 to {num_groups - 1}",
+        )
     return torch.ops.ddmd.pairwise_sqdist(z, group, num_groups)
 
 

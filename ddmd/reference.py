@@ -111,6 +111,8 @@ def denoise_step(
     x <- to_x0 predicted + to_x x + to_output output + to_previous x0 + sigma z; x0 <- predicted.
     """
     state, out = wide(x), wide(output)
+    if x.device.type == "cpu" and not 0 <= int(step) < len(table):
+        raise IndexError(f"denoise_step: step is {int(step)}; allowed are 0 to {len(table) - 1}")
     x0_from_x, x0_from_output, to_x0, to_x, to_output, to_previous, sigma, clip = (
         table.to(state.dtype)[step].unbind()
     )
@@ -132,7 +134,9 @@ def discrepancy_maps(recon_a: Tensor, recon_b: Tensor) -> tuple[Tensor, Tensor]:
     return inter, intra
 
 
-def gaussian_kl(mu_q: Tensor, logvar_q: Tensor, mu_p: Tensor, logvar_p: Tensor, reduction: str) -> Tensor:
+def gaussian_kl(
+    mu_q: Tensor, logvar_q: Tensor, mu_p: Tensor, logvar_p: Tensor, reduction: str = "sum"
+) -> Tensor:
     """KL(q || p) of diagonal Gaussians, elementwise, summed or averaged over the elements."""
     mu_q, logvar_q, mu_p, logvar_p = map(wide, (mu_q, logvar_q, mu_p, logvar_p))
     ratio = torch.exp(logvar_q - logvar_p)

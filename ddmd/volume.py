@@ -58,6 +58,7 @@ class Volume:
         sequences: str | Sequence[str] | None = None,
         require: Sequence[str] = (),
         resample: str | bool | None = None,
+        check_all: bool = False,
     ) -> Volume:
         """Read a volume from files, nibabel images or arrays.
 
@@ -72,6 +73,8 @@ class Volume:
         resample : None, True or a sequence
             Bring sequences of different grids onto that of the first required one, or of the one
             named. This does not register them.
+        check_all : bool
+            Whether the grids of sequences that are not required must agree, too.
 
         Raises
         ------
@@ -103,7 +106,8 @@ class Volume:
                 f"the input lacks {', '.join(missing)}; add it, or name the sequence if it is there"
             )
         if require:
-            chosen = {s: chosen[s] for s in require}
+            others = [s for s in chosen if s not in require] if check_all and not resample else []
+            chosen = {s: chosen[s] for s in (*require, *others)}
         return cls._assemble(chosen, resample, notes)
 
     @classmethod

@@ -1,1 +1,27 @@
-"""Triton kernels."""
+"""Triton kernels for CUDA, one op family a file; launchers with the names and arguments of `ddmd.reference`.
+
+With TRITON_INTERPRET=1 set before the import they run on CPU tensors, one element at a time: for tests.
+"""
+
+from ddmd.kernels.denoise import denoise_step, noise, philox
+from ddmd.kernels.discrepancy import discrepancy_maps
+from ddmd.kernels.group_norm import group_norm_silu, group_norm_silu_backward
+from ddmd.kernels.losses import (
+    gaussian_kl,
+    gaussian_kl_backward,
+    pairwise_sqdist,
+    pairwise_sqdist_backward,
+)
+
+__all__ = [
+    "denoise_step", "discrepancy_maps", "gaussian_kl", "gaussian_kl_backward", "group_norm_silu",
+    "group_norm_silu_backward", "noise", "pairwise_sqdist", "pairwise_sqdist_backward", "philox", "why_not",
+]  # fmt: skip
+
+
+def why_not() -> str | None:
+    """Why the kernels do not serve CUDA tensors, or None where they do."""
+    import triton
+
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    return None if version >= (3, 6) else f"Triton {triton.__version__} is older than 3.6"

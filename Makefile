@@ -1,0 +1,77 @@
+# make demo: the main job on a made-up brain, or on VOLUME=file. make test: all tests.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+TORCH = torch==2.13.0
+PIP = $(BIN)/pip --quiet --disable-pip-version-check
+SOURCES = setup.py pyproject.toml CMakeLists.txt $(wildcard csrc/*)
+export MAX_JOBS ?= $(shell nproc 2>/dev/null || echo 2)
+
+.PHONY: demo test lint bench bench-gpu gpu-check aot wheel-check clean
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "Python 3.11 or newer is needed; set PYTHON=/path/to/python3.11"; exit 1; }
+	@echo "creating $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+
+# torch first and pinned: any other order can pull another build of it
+$(VENV)/torch.stamp: $(BIN)/python
+	@echo "installing $(TORCH)"
+	@$(PIP) install "$(TORCH)" 2>/dev/null || $(PIP) install "$(TORCH)"
+	@touch $@
+
+$(VENV)/demo.stamp: $(VENV)/torch.stamp $(SOURCES)
+	@echo "building and installing ddmd"
+	@$(PIP) install "$(TORCH)" -e ".[phantom]"
+	@touch $@
+
+$(VENV)/test.stamp: $(VENV)/demo.stamp
+	@echo "installing what the tests need"
+	@$(PIP) install "$(TORCH)" -e ".[test]" cmake ninja
+	@touch $@
+
+$(VENV)/lint.stamp: $(VENV)/test.stamp
+	@$(PIP) install "$(TORCH)" -e ".[lint]"
+	@touch $@
+
+demo: $(VENV)/demo.stamp
+ifdef VOLUME
+	@$(BIN)/ddmd detect "$(VOLUME)" -o out/demo --overwrite
+else
+	@echo "making a phantom (1 mm) with three lesions"
+	@$(BIN)/ddmd phantom out/phantom --seed 1 > /dev/null
+	@$(BIN)/ddmd detect out/phantom/phantom-1_flair.nii.gz -o out/demo --overwrite
+	@echo "where the lesions really are: out/phantom/phantom-1_lesion.nii.gz"
+endif
+
+test: $(VENV)/test.stamp
+	@$(BIN)/cmake -S . -B build/ctest -G Ninja -DCMAKE_MAKE_PROGRAM="$(abspath $(BIN))/ninja" > build-ctest.log 2>&1 \
+	  && $(BIN)/cmake --build build/ctest --target ddmd_test >> build-ctest.log 2>&1 \
+	  || { cat build-ctest.log; exit 1; }
+	@rm -f build-ctest.log
+	@build/ctest/ddmd_test
+	@$(BIN)/python -m pytest
+
+lint: $(VENV)/lint.stamp
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+bench: $(VENV)/test.stamp
+	@$(BIN)/python -m benchmarks.ops
+	@$(BIN)/python -m benchmarks.end_to_end
+	@$(BIN)/python -m benchmarks.table
+
+# An isolated build of the wheel, installed in a fresh environment, doing the main job.
+wheel-check: $(VENV)/test.stamp
+	@rm -rf build/wheel build/wheel-venv && mkdir -p build/wheel
+	@$(PIP) wheel --no-deps --wheel-dir build/wheel .
+	@$(PYTHON) -m venv build/wheel-venv
+	@build/wheel-venv/bin/pip --quiet --disable-pip-version-check install "$(TORCH)"
+	@build/wheel-venv/bin/pip --quiet --disable-pip-version-check install "$(TORCH)" build/wheel/*.whl nilearn
+	@cd build && wheel-venv/bin/ddmd info && wheel-venv/bin/ddmd phantom wheel-out --spacing 3 \
+	  && wheel-venv/bin/ddmd detect wheel-out/phantom-0_flair.nii.gz -o wheel-out/found --overwrite
+
+clean:
+	rm -rf build out $(VENV) *.egg-info

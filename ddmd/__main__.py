@@ -1,0 +1,5 @@
+"""`python -m ddmd` is the command `ddmd`."""
+
+from ddmd.cli import main
+
+main()

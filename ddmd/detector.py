@@ -1,0 +1,206 @@
+"""A trained system at work: a volume in, a Detection out."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+
+from ddmd import weights
+from ddmd.detection import Detection, find_lesions, image_score
+from ddmd.ensemble import Maps, Progress, SamplingConfig, detect_slices
+from ddmd.slices import SliceGrid, Slices, extract
+from ddmd.volume import Volume
+
+
+def pick_device(device: str) -> torch.device:
+    """The device of a name; "auto" is CUDA where there is one."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        picked = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"device is {device!r}; allowed are auto, cpu, cuda and cuda:N") from None
+    if picked.type not in ("cpu", "cuda"):
+        raise ValueError(f"device is {device!r}; allowed are auto, cpu, cuda and cuda:N")
+    if picked.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device is {device!r} and torch sees no CUDA device; use cpu")
+    return picked
+
+
+@dataclass(frozen=True)
+class Detector:
+    """A loaded system; load once, detect many.
+
+    >>> detector = Detector.load("ddmd-light")        # doctest: +SKIP
+    >>> detection = detector.detect("flair.nii.gz")   # doctest: +SKIP
+    """
+
+    system: weights.System
+
+    @classmethod
+    def load(cls, name_or_path: str | os.PathLike[str] = weights.DEFAULT, device: str = "auto") -> Detector:
+        """Load a shipped system by name, or a weights file.
+
+        Raises
+        ------
+        WeightsError
+            If the weights cannot be used.
+        ValueError
+            If there is no such device.
+        """
+        return cls(weights.load(name_or_path, pick_device(device)))
+
+    @property
+    def description(self) -> weights.Description:
+        """What the weights say of themselves."""
+        return self.system.description
+
+    def configured(
+        self,
+        samples: int | None = None,
+        steps: int | None = None,
+        sampler: str | None = None,
+        seed: int = 0,
+        batch: int | None = None,
+    ) -> SamplingConfig:
+        """Sampling by the weights' defaults, but for what is given."""
+        default = weights.Sampling(**self.description.sampling)
+        config = SamplingConfig(
+            samples=default.samples if samples is None else samples,
+            steps=default.steps if steps is None else steps,
+            sampler=default.sampler if sampler is None else sampler,
+            eta=default.eta,
+            seed=seed,
+            batch=batch,
+        )
+        most = self.system.schedule.steps
+        if config.steps > most:
+            raise ValueError(f"steps is {config.steps}; allowed are 1 to {most}")
+        return config
+
+    def maps(
+        self, volume: Volume, config: SamplingConfig, progress: Progress | None = None
+    ) -> tuple[Slices, Maps]:
+        """Slices of a volume on the model's grid, and the maps of every slice."""
+        slices = extract(volume, self.description.sequences, SliceGrid(**self.description.grid))
+        return slices, detect_slices(self.system, slices, config, progress)
+
+    def detect(
+        self,
+        volume: Any,
+        *,
+        affine: np.ndarray | None = None,
+        sequences: str | Sequence[str] | None = None,
+        resample: str | bool | None = None,
+        samples: int | None = None,
+        steps: int | None = None,
+        sampler: str | None = None,
+        seed: int = 0,
+        threshold: float | None = None,
+        batch: int | None = None,
+        progress: Progress | None = None,
+    ) -> Detection:
+        """Find lesions in one volume.
+
+        Parameters
+        ----------
+        volume : path, {sequence: path}, list of paths, nibabel image, array, or Volume
+        affine, sequences, resample
+            As `Volume.read` takes them.
+        samples, steps : int, optional
+            S masks of N steps each; by default what the weights say.
+        sampler : "ddim", "ddpm" or "dpm++2m", optional
+        seed : int
+            The same seed gives the same result.
+        threshold : float in (0, 1), optional
+            Probability from which a voxel is lesion.
+        batch : int, optional
+            Slices at once; changes time and memory, not the result.
+        progress : called with (slices done, slices in all), optional
+
+        Raises
+        ------
+        VolumeError
+            If the volume cannot be used, naming the file and what to do.
+        ValueError
+            If an option is out of range.
+        """
+        threshold = self.description.threshold if threshold is None else threshold
+        if not 0.0 < threshold < 1.0:
+            raise ValueError(f"threshold is {threshold}; allowed are values between 0 and 1")
+        config = self.configured(samples, steps, sampler, seed, batch)
+        if not isinstance(volume, Volume):
+            volume = Volume.read(
+                volume,
+                affine=affine,
+                sequences=sequences,
+                require=self.description.sequences,
+                resample=resample,
+            )
+        slices, maps = self.maps(volume, config, progress)
+        brain = volume.brain
+        probability = slices.restore(maps.probability).clip(0, 1) * brain
+        uncertainty = slices.restore(maps.uncertainty).clip(0) * brain
+        mask, lesions = find_lesions(
+            probability >= threshold, probability, uncertainty, volume.affine, self.description.min_lesion_ml
+        )
+        how = {
+            "Weights": self.description.name,
+            "Sampling": dataclasses.asdict(config),
+            "Threshold": threshold,
+            "MinLesionMl": self.description.min_lesion_ml,
+            "Sources": dict(volume.sources),
+        }
+        return Detection(
+            mask=volume.to_native(mask, np.uint8),
+            probability=volume.to_native(probability),
+            uncertainty=volume.to_native(uncertainty),
+            inter_discrepancy=volume.to_native(slices.restore(maps.inter) * brain),
+            intra_discrepancy=volume.to_native(slices.restore(maps.intra) * brain),
+            image=volume.to_native(volume.images[self.description.sequences[0]]),
+            score=image_score(probability, float(np.prod(volume.spacing)) / 1000),
+            lesions=lesions,
+            notes=volume.notes,
+            how=how,
+            name=volume.name,
+        )
+
+
+@lru_cache(maxsize=2)
+def _loaded(name_or_path: str, device: str) -> Detector:
+    return Detector.load(name_or_path, device)
+
+
+def detect(
+    volume: Any, *, weights: str | os.PathLike[str] = weights.DEFAULT, device: str = "auto", **options: Any
+) -> Detection:
+    """Find lesions in one brain MRI volume.
+
+    Parameters
+    ----------
+    volume : path, {sequence: path}, list of paths, nibabel image, or array with affine=
+    weights : name of a shipped system, or path of a weights file
+    device : "auto", "cpu", "cuda" or "cuda:N"
+    **options
+        As `Detector.detect` takes them.
+
+    Returns
+    -------
+    Detection
+
+    Examples
+    --------
+    >>> import ddmd
+    >>> from ddmd.data.phantom import phantom
+    >>> found = ddmd.detect({"flair": phantom(seed=1, spacing_mm=4.0).images["flair"]})
+    >>> found.mask.shape == found.probability.shape
+    True
+    """
+    return _loaded(os.fspath(weights), device).detect(volume, **options)

@@ -1,0 +1,196 @@
+"""Trained systems as files: safetensors with a JSON description, never pickle."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from ddmd.autoencoder import AutoencoderConfig, AutoencoderEnsemble
+from ddmd.denoiser import ConditionNet, Denoiser, DenoiserConfig
+from ddmd.diffusion import Schedule
+
+FORMAT = 1
+EMBEDDED = Path(__file__).parent / "embedded"
+DEFAULT = "ddmd-light"
+
+
+class WeightsError(ValueError):
+    """A weights file that cannot be used; the message names it and says what to do."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How masks are drawn by default: sampler, N steps, S samples, eta."""
+
+    sampler: str = "ddim"
+    steps: int = 5
+    samples: int = 5
+    eta: float = 0.0
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a weights file says of itself.
+
+    sequences : the C sequences, in the order the networks take them.
+    grid : {"mm": millimetres a pixel, "multiple": of H and W}.
+    discrepancy_scale : what X and Y are multiplied by before they enter the network.
+    threshold : probability from which a voxel is lesion; threshold_chosen says how.
+    min_lesion_ml : smaller components are left out of the mask.
+    training : data, licence, labels, command.
+    """
+
+    name: str
+    sequences: tuple[str, ...]
+    grid: dict[str, Any]
+    schedule: dict[str, Any]
+    autoencoder: dict[str, Any]
+    denoiser: dict[str, Any]
+    discrepancy_scale: float
+    sampling: dict[str, Any] = field(default_factory=lambda: dataclasses.asdict(Sampling()))
+    threshold: float = 0.5
+    threshold_chosen: str = "one half"
+    min_lesion_ml: float = 0.05
+    training: dict[str, Any] = field(default_factory=dict)
+    format: int = FORMAT
+
+
+@dataclass(frozen=True)
+class System:
+    """A trained system: two ensembles of auto-encoders, the condition network and the denoiser."""
+
+    description: Description
+    autoencoders_a: AutoencoderEnsemble
+    autoencoders_b: AutoencoderEnsemble
+    condition: ConditionNet
+    denoiser: Denoiser
+
+    def parts(self) -> dict[str, nn.Module]:
+        """The four networks by the name their tensors carry."""
+        return {
+            name: getattr(self, name)
+            for name in ("autoencoders_a", "autoencoders_b", "condition", "denoiser")
+        }
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.denoiser.parameters()).device
+
+    @property
+    def schedule(self) -> Schedule:
+        return Schedule(**self.description.schedule)
+
+
+def build(description: Description) -> System:
+    """The networks a description calls for, with fresh weights."""
+    autoencoder = AutoencoderConfig(**description.autoencoder)
+    sizes = {k: tuple(v) if isinstance(v, list) else v for k, v in description.denoiser.items()}
+    denoiser = DenoiserConfig(**sizes)
+    return System(
+        description,
+        AutoencoderEnsemble(autoencoder),
+        AutoencoderEnsemble(autoencoder),
+        ConditionNet(denoiser),
+        Denoiser(denoiser),
+    )
+
+
+def save(system: System, path: str | Path, dtype: torch.dtype = torch.float16) -> None:
+    """Write a system to one file, whole or not at all. float16 halves it."""
+    path = Path(path)
+    tensors = {
+        f"{part}.{key}": value.detach().to("cpu", dtype).contiguous()
+        for part, module in system.parts().items()
+        for key, value in module.state_dict().items()
+    }
+    temporary = path.with_name(f".{path.name}.partial")
+    save_file(tensors, temporary, {"ddmd": json.dumps(dataclasses.asdict(system.description))})
+    os.replace(temporary, path)
+
+
+def available() -> list[str]:
+    """Names of the systems that ship with the package."""
+    return sorted(path.stem for path in EMBEDDED.glob("*.safetensors"))
+
+
+def find(name_or_path: str | os.PathLike[str]) -> Path:
+    """The file of a shipped system's name, or of a path."""
+    path = Path(name_or_path)
+    if path.is_file():
+        return path
+    embedded = EMBEDDED / f"{name_or_path}.safetensors"
+    if path.parent == Path() and embedded.is_file():
+        return embedded
+    raise WeightsError(
+        f"{name_or_path}: no such weights; give the path of a .safetensors file, or one of "
+        f"{', '.join(available()) or '(none is shipped)'}"
+    )
+
+
+def describe(path: Path) -> Description:
+    """The description in a weights file's header; the tensors are not read."""
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(
+            f"{path}: not a safetensors file ({error}); pickled weights (.pt, .pth) are never loaded"
+        ) from None
+    if "ddmd" not in metadata:
+        raise WeightsError(f"{path}: lacks its description; weights are written by ddmd train")
+    try:
+        values = json.loads(metadata["ddmd"])
+        values["sequences"] = tuple(values["sequences"])
+        description = Description(**values)
+    except (ValueError, TypeError, KeyError) as error:
+        raise WeightsError(f"{path}: its description cannot be read ({error})") from None
+    if description.format > FORMAT:
+        raise WeightsError(f"{path}: format {description.format} is newer than {FORMAT}; update ddmd")
+    return description
+
+
+def load(name_or_path: str | os.PathLike[str] = DEFAULT, device: str | torch.device = "cpu") -> System:
+    """Load a system.
+
+    Raises
+    ------
+    WeightsError
+        If there is no such file, it is not safetensors, lacks its description, or its tensors are not
+        those of the networks it describes.
+    """
+    path = find(name_or_path)
+    description = describe(path)
+    try:
+        system = build(description)
+    except (TypeError, ValueError, KeyError, RuntimeError) as error:
+        raise WeightsError(f"{path}: describes another architecture ({error})") from None
+    with safe_open(path, "pt") as file:
+        held = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    wanted = {
+        f"{part}.{key}": value
+        for part, module in system.parts().items()
+        for key, value in module.state_dict().items()
+    }
+    wrong = sorted(
+        key for key in held.keys() | wanted.keys()
+        if key not in held or key not in wanted or held[key].shape != wanted[key].shape
+    )  # fmt: skip
+    if wrong:
+        raise WeightsError(
+            f"{path}: of another architecture: {len(wrong)} tensors missing, extra or of another shape "
+            f"({', '.join(wrong[:3])}, ...); load it with the version of ddmd that wrote it"
+        )
+    for part, module in system.parts().items():
+        module.load_state_dict({k: held[f"{part}.{k}"].float() for k in module.state_dict()})
+        module.eval().requires_grad_(False)
+        module.to(device).to(memory_format=torch.channels_last)
+    return system

@@ -1,0 +1,156 @@
+"""The Triton kernels against the reference: on a CUDA device, or interpreted on the CPU."""
+
+import pytest
+import torch
+
+from ddmd import reference
+from tests.shapes import TYPES, assert_close, rows
+
+kernels = pytest.importorskip("ddmd.kernels", reason="Triton is not installed")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # conftest has the interpreter on where there is none
+each_type = pytest.mark.parametrize("dtype", TYPES)
+
+
+def randn(*shape, dtype=torch.float32):
+    return torch.randn(*shape, device=DEVICE).to(dtype)
+
+
+def test_philox_words_are_the_references():
+    counters = torch.randint(-(2**31), 2**31, (4, 300), device=DEVICE).to(torch.int32)
+    seed = torch.randint(-(2**62), 2**62, (), device=DEVICE)
+    words = kernels.philox(counters, seed).long() & 0xFFFFFFFF
+    key = (seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF)
+    assert torch.equal(words, torch.stack(reference.philox((counters.long() & 0xFFFFFFFF).unbind(0), key)))
+
+
+@each_type
+@pytest.mark.parametrize("shape", [(1, 1), (3, 1, 5, 7), (2, 1, 16, 16), (2, 1, 40, 37), (0, 1, 4, 4)])
+@pytest.mark.parametrize("memory", [False, True])
+def test_denoise_step(dtype, shape, memory):
+    x, out, table = randn(*shape, dtype=dtype), randn(*shape), torch.rand(3, 8, device=DEVICE) + 0.1
+    at = rows(shape[0], DEVICE)
+    x0 = randn(*shape, dtype=dtype) if memory else None
+    ours, ours_x0 = x.clone(), None if x0 is None else x0.clone()
+    kernels.denoise_step(ours, out, table, *at, ours_x0)
+    reference.denoise_step(x, out, table, *at, x0)
+    assert_close(ours, x, dtype)
+    if x0 is not None and ours_x0 is not None:
+        assert_close(ours_x0, x0, dtype)
+
+
+def test_denoise_step_without_noise_and_into_a_strided_state():
+    base, out = randn(2, 1, 6, 8), randn(2, 1, 6, 4)
+    view, at = base[..., ::2], rows(2, DEVICE)
+    table = torch.rand(3, 8, device=DEVICE)
+    table[:, 6] = 0.0
+    wanted = view.clone()
+    kernels.denoise_step(view, out, table, *at)
+    reference.denoise_step(wanted, out, table, *at)
+    assert_close(base[..., ::2], wanted)
+
+
+@each_type
+def test_noise(dtype):
+    x0, t = randn(3, 1, 21, 13, dtype=dtype), torch.randint(0, 10, (3,), device=DEVICE)
+    table, at = torch.rand(10, 2, device=DEVICE), rows(3, DEVICE)
+    assert_close(kernels.noise(x0, t, table, *at), reference.noise(x0, t, table, *at), dtype)
+
+
+def test_rows_cut_into_batches_give_the_same_bits():
+    x, out, table = randn(5, 1, 9, 11), randn(5, 1, 9, 11), torch.rand(3, 8, device=DEVICE) + 0.1
+    step, seed, sample, place = rows(5, DEVICE)
+    whole = x.clone()
+    kernels.denoise_step(whole, out, table, step, seed, sample, place)
+    for i in range(0, 5, 2):
+        part = x[i : i + 2].clone()
+        kernels.denoise_step(part, out[i : i + 2], table, step, seed, sample[i : i + 2], place[i : i + 2])
+        assert torch.equal(part, whole[i : i + 2])
+
+
+@each_type
+@pytest.mark.parametrize("shape", [(1, 2, 1, 3, 3), (3, 2, 2, 9, 70), (2, 0, 1, 4, 4)])
+def test_discrepancy_maps(dtype, shape):
+    a, b = randn(*shape, dtype=dtype), randn(4, *shape[1:], dtype=dtype)
+    for ours, wanted in zip(kernels.discrepancy_maps(a, b), reference.discrepancy_maps(a, b), strict=True):
+        assert_close(ours, wanted)
+
+
+@each_type
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+@pytest.mark.parametrize("shape", [(1,), (3, 5), (1100,), (0, 2)])
+def test_gaussian_kl(dtype, reduction, shape):
+    inputs = [randn(*shape, dtype=dtype) for _ in range(4)]
+    if shape[0] == 0 and reduction == "mean":
+        return assert_nan(kernels.gaussian_kl(*inputs, reduction))
+    assert_close(kernels.gaussian_kl(*inputs, reduction), reference.gaussian_kl(*inputs, reduction))
+    grad = randn(*shape) if reduction == "none" else randn(1)[0]
+    for ours, wanted in zip(
+        kernels.gaussian_kl_backward(grad, *inputs, reduction),
+        reference.gaussian_kl_backward(grad, *inputs, reduction), strict=True,
+    ):  # fmt: skip
+        assert_close(ours, wanted, dtype)
+
+
+def assert_nan(value):
+    assert torch.isnan(value)
+
+
+@each_type
+@pytest.mark.parametrize(("n", "d"), [(1, 1), (7, 3), (33, 130), (0, 4)])
+def test_pairwise_sqdist(dtype, n, d):
+    z, group = randn(n, d, dtype=dtype), torch.randint(0, 3, (n,), device=DEVICE)
+    assert_close(kernels.pairwise_sqdist(z, group, 4), reference.pairwise_sqdist(z, group, 4))
+    grad = randn(1)[0]
+    assert_close(
+        kernels.pairwise_sqdist_backward(grad, z, group, 4),
+        reference.pairwise_sqdist_backward(grad, z, group, 4), dtype,
+    )  # fmt: skip
+
+
+@each_type
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(("shape", "groups"), [((1, 1, 1, 1), 1), ((2, 6, 3, 5), 2), ((2, 24, 17, 13), 4)])
+def test_group_norm_silu_forward_and_backward(dtype, layout, shape, groups):
+    n, c = shape[:2]
+    x = (randn(*shape) * 2 + 3).to(dtype).contiguous(memory_format=layout)
+    w, b, scale, shift = randn(c), randn(c), randn(n, c), randn(n, c)
+    residual, grad = torch.randn_like(x), torch.randn_like(x)
+    for extra in ((scale, shift, residual), (None, None, None)):
+        wanted = reference.group_norm_silu(x, groups, w, b, *extra, 1e-5)
+        ours = kernels.group_norm_silu(x, groups, w, b, *extra, 1e-5)
+        assert ours[0].stride() == wanted[0].stride()
+        for a, r in zip(ours, wanted, strict=True):
+            assert_close(a, r, dtype)
+        grads = kernels.group_norm_silu_backward(grad, x, groups, w, b, *extra[:2], *wanted[1:])
+        for a, r in zip(
+            grads, reference.group_norm_silu_backward(grad, x, groups, w, b, *extra[:2], *wanted[1:]), strict=True
+        ):
+            assert_close(a / n, r / n, dtype)
+
+
+def test_sums_are_the_same_bits_every_time():
+    inputs = [randn(5000) for _ in range(4)]
+    z, group = randn(200, 9), torch.randint(0, 2, (200,), device=DEVICE)
+    for call in (lambda: kernels.gaussian_kl(*inputs, "sum"), lambda: kernels.pairwise_sqdist(z, group, 2)):
+        assert torch.equal(call(), call())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="no CUDA device")
+def test_a_captured_graph_replays_the_next_step():
+    x, out, table = randn(2, 1, 32, 32), randn(2, 1, 32, 32), torch.rand(4, 8, device=DEVICE)
+    _, seed, sample, place = rows(2, DEVICE)
+    step = torch.zeros((), dtype=torch.int64, device=DEVICE)
+    wanted, state = x.clone(), x.clone()
+    kernels.denoise_step(x.clone(), out, table, step, seed, sample, place)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kernels.denoise_step(state, out, table, step, seed, sample, place)
+        step += 1
+    state.copy_(x)
+    step.zero_()
+    for i in range(4):
+        graph.replay()
+        reference.denoise_step(wanted, out, table, torch.tensor(i, device=DEVICE), seed, sample, place)
+    assert_close(state, wanted)

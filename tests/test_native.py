@@ -1,0 +1,163 @@
+"""The C++ ops against the reference: types, layouts, odd and empty shapes, threads, the random stream."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from ddmd import native, reference
+from tests.shapes import TYPES, assert_close, rows
+
+pytestmark = pytest.mark.skipif(native.why_not() is not None, reason=f"{native.why_not()}")
+each_type = pytest.mark.parametrize("dtype", TYPES)
+
+
+def test_philox_words_are_the_references():
+    counters = torch.randint(-(2**31), 2**31, (777, 4)).to(torch.int32)
+    seed = int(torch.randint(-(2**62), 2**62, ()))
+    words = native.philox(counters, seed).long() & 0xFFFFFFFF
+    key = (torch.tensor(seed & 0xFFFFFFFF), torch.tensor(seed >> 32 & 0xFFFFFFFF))
+    wanted = reference.philox((counters.long() & 0xFFFFFFFF).unbind(1), key)
+    assert torch.equal(words, torch.stack(wanted, 1))
+
+
+@each_type
+@pytest.mark.parametrize("shape", [(1, 1), (5, 1, 3, 3), (3, 1, 16, 16), (2, 1, 33, 31), (4, 1023), (0, 1, 4, 4)])
+@pytest.mark.parametrize("memory", [False, True])
+def test_denoise_step(dtype, shape, memory):
+    x, out, table = torch.randn(shape).to(dtype), torch.randn(shape), torch.rand(3, 8) + 0.1
+    at = rows(shape[0])
+    x0 = torch.randn(shape).to(dtype) if memory else None
+    ours, ours_x0 = x.clone(), None if x0 is None else x0.clone()
+    native.denoise_step(ours, out, table, *at, ours_x0)
+    reference.denoise_step(x, out, table, *at, x0)
+    assert_close(ours, x, dtype)
+    if x0 is not None and ours_x0 is not None:
+        assert_close(ours_x0, x0, dtype)
+
+
+@each_type
+def test_noise(dtype):
+    x0, t = torch.randn(6, 1, 21, 13).to(dtype), torch.randint(0, 10, (6,))
+    table, at = torch.rand(10, 2), rows(6)
+    assert_close(native.noise(x0, t, table, *at), reference.noise(x0, t, table, *at), dtype)
+
+
+def test_denoise_step_updates_a_strided_state_in_place():
+    base = torch.randn(4, 1, 8, 16)
+    view, out, table, at = base[..., ::2], torch.randn(4, 1, 8, 8), torch.rand(2, 8), rows(4)
+    wanted, untouched = view.clone(), base[..., 1::2].clone()
+    reference.denoise_step(wanted, out, table, *at)
+    native.denoise_step(view, out, table, *at)
+    assert_close(base[..., ::2], wanted)
+    assert torch.equal(base[..., 1::2], untouched)
+
+
+@each_type
+@pytest.mark.parametrize("shape", [(1, 2, 1, 3, 3), (3, 5, 2, 9, 70), (2, 1, 4, 32, 32), (3, 0, 1, 4, 4)])
+def test_discrepancy_maps(dtype, shape):
+    a, b = torch.randn(shape).to(dtype), torch.randn(4, *shape[1:]).to(dtype)
+    for ours, wanted in zip(native.discrepancy_maps(a, b), reference.discrepancy_maps(a, b), strict=True):
+        assert_close(ours, wanted)
+
+
+@each_type
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(("shape", "groups"), [
+    ((1, 1, 1, 1), 1), ((2, 6, 3, 5), 2), ((3, 24, 17, 13), 24), ((2, 64, 24, 24), 8), ((1, 5, 40, 41), 1),
+])  # fmt: skip
+def test_group_norm_silu_forward_and_backward(dtype, layout, shape, groups):
+    n, c = shape[:2]
+    x = (torch.randn(shape) * 2 + 3).to(dtype).contiguous(memory_format=layout)
+    w, b, scale, shift = torch.randn(c), torch.randn(c), torch.randn(n, c), torch.randn(n, c)
+    residual, grad = torch.randn_like(x), torch.randn_like(x)
+    for extra in ((scale, shift, residual), (None, None, None), (scale, None, None)):
+        ours = native.group_norm_silu(x, groups, w, b, *extra, 1e-5)
+        wanted = reference.group_norm_silu(x, groups, w, b, *extra, 1e-5)
+        assert ours[0].stride() == wanted[0].stride()
+        for a, r in zip(ours, wanted, strict=True):
+            assert_close(a, r, dtype)
+        grads = native.group_norm_silu_backward(grad, x, groups, w, b, *extra[:2], *wanted[1:])
+        for a, r in zip(
+            grads, reference.group_norm_silu_backward(grad, x, groups, w, b, *extra[:2], *wanted[1:]), strict=True
+        ):
+            assert_close(a / n, r / n, dtype)
+
+
+def test_group_norm_keeps_its_precision_under_a_large_mean():
+    x = torch.randn(2, 16, 30, 30) + 1000
+    _, mean, rstd = native.group_norm_silu(x, 4, torch.ones(16), torch.zeros(16), None, None, None, 1e-5)
+    exact = x.double().reshape(2, 4, -1)
+    assert_close(mean, exact.mean(2))
+    assert_close(rstd, exact.var(2, correction=0).rsqrt())
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    shape=st.lists(st.integers(1, 9), min_size=1, max_size=4),
+    order=st.randoms(use_true_random=False),
+    step=st.integers(1, 3),
+    dtype=st.sampled_from(TYPES),
+    correction=st.integers(0, 1),
+)
+def test_ensemble_variance_takes_any_strides(shape, order, step, dtype, correction):
+    axes = list(range(len(shape) + 1))
+    order.shuffle(axes)
+    full = torch.randn([5, *shape]).to(dtype) + 7
+    samples = full.permute(axes)[::step]
+    samples = samples if len(samples) > correction else full
+    for ours, wanted in zip(
+        native.ensemble_variance(samples, correction), reference.ensemble_variance(samples, correction), strict=True
+    ):
+        assert_close(ours, wanted)
+
+
+def test_ensemble_variance_survives_a_large_mean_and_empty_shapes():
+    samples = torch.randn(64, 3000) + 1e4
+    for ours, wanted in zip(
+        native.ensemble_variance(samples), reference.ensemble_variance(samples.double()), strict=True
+    ):
+        assert_close(ours, wanted)
+    assert native.ensemble_variance(torch.empty(3, 0, 4))[0].shape == (0, 4)
+
+
+@each_type
+def test_running_moments_are_those_of_the_whole(dtype):
+    samples = torch.randn(9, 4, 50).to(dtype)
+    mean, m2 = torch.zeros(4, 50), torch.zeros(4, 50)
+    count = 0
+    for part in samples.split([1, 3, 5]):
+        native.ensemble_update(mean, m2, count, part)
+        count += len(part)
+    wanted = reference.ensemble_variance(samples)
+    assert_close(mean, wanted[0])
+    assert_close(m2 / 8, wanted[1])
+
+
+def test_merging_two_states():
+    x = torch.randn(11, 40)
+    state = [x[:4].mean(0), x[:4].var(0) * 3]
+    native.ensemble_merge(*state, 4, x[4:].mean(0), x[4:].var(0) * 6, 7)
+    assert_close(state[0], x.mean(0))
+    assert_close(state[1], x.var(0) * 10)
+
+
+def test_the_number_of_threads_changes_no_bit():
+    x = torch.randn(5, 32, 64, 64)
+    w, b = torch.randn(32), torch.randn(32)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            state = x[:, :1].clone()
+            native.denoise_step(state, x[:, 1:2], torch.full((2, 8), 0.3), *(t for t in FIXED))
+            norm = native.group_norm_silu(x, 8, w, b, None, None, None, 1e-5)
+            results.append((state, *norm, *native.ensemble_variance(x)))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, c) for a, c in zip(results[0], other, strict=True))
+
+
+FIXED = (torch.tensor(1), torch.tensor(5), torch.arange(5), torch.arange(5))

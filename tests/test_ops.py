@@ -1,0 +1,137 @@
+"""Every registered op: opcheck, gradients, what it refuses and how it says so, and who serves it."""
+
+import pytest
+import torch
+
+from ddmd import ops, reference
+from ddmd.diffusion import Schedule
+from tests.shapes import assert_close, rows
+
+
+def _arguments(op: str, dtype=torch.float32):
+    x = torch.randn(3, 1, 5, 6).to(dtype)
+    table = torch.rand(4, 8)
+    w, b = torch.randn(8), torch.randn(8)
+    image = torch.randn(2, 8, 5, 6).to(dtype).contiguous(memory_format=torch.channels_last)
+    return {
+        "noise": (x, torch.tensor([0, 1, 3]), torch.rand(4, 2), *rows(3)),
+        "denoise_step": (x, torch.randn(3, 1, 5, 6), table, *rows(3), torch.randn(3, 1, 5, 6).to(dtype)),
+        "discrepancy_maps": (torch.randn(2, 3, 1, 4, 5).to(dtype), torch.randn(3, 3, 1, 4, 5).to(dtype)),
+        "gaussian_kl": (*(torch.randn(4, 3).to(dtype) for _ in range(4)), "mean"),
+        "pairwise_sqdist": (torch.randn(6, 3).to(dtype), torch.tensor([0, 1, 0, 1, 1, 0]), 2),
+        "ensemble_variance": (torch.randn(4, 3, 5).to(dtype),),
+        "ensemble_update": (torch.randn(3, 5), torch.rand(3, 5), 2, torch.randn(4, 3, 5).to(dtype)),
+        "ensemble_merge": (torch.randn(9), torch.rand(9), 2, torch.randn(9), torch.rand(9), 3),
+        "group_norm_silu": (image, 4, w, b, torch.randn(2, 8), torch.randn(2, 8), image.clone(), 1e-5),
+    }[op]
+
+
+@pytest.mark.parametrize("op", ops.OPS)
+def test_op_passes_opcheck(op, monkeypatch):
+    monkeypatch.undo()  # opcheck compares outputs of functions that may leave padding unwritten
+    result = torch.library.opcheck(getattr(torch.ops.ddmd, op).default, _arguments(op))
+    assert set(result.values()) == {"SUCCESS"}
+
+
+def test_gradients_are_those_of_finite_differences():
+    def double(*shape):
+        return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+    check = torch.autograd.gradcheck
+    for reduction in ("none", "sum", "mean"):
+        assert check(lambda *t, r=reduction: ops.gaussian_kl(*t, r), tuple(double(2, 3) for _ in range(4)))
+    group = torch.tensor([0, 1, 1, 0, 2])
+    assert check(lambda z: ops.pairwise_sqdist(z, group, 3), (double(5, 3),))
+    assert check(
+        lambda x, w, b, s, h, r: ops.group_norm_silu(x, 2, w, b, scale=s, shift=h, residual=r),
+        (double(2, 4, 3, 2), double(4), double(4), double(2, 4), double(2, 4), double(2, 4, 3, 2)),
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_norm_trains_as_torchs_own_does(dtype, layout):
+    x = torch.randn(3, 8, 6, 7).to(dtype).contiguous(memory_format=layout)
+    leaves = [t.requires_grad_() for t in (x.clone(memory_format=torch.preserve_format), torch.randn(8), torch.randn(8))]
+    grad = torch.randn_like(x)
+    ours = torch.autograd.grad(ops.group_norm_silu(leaves[0], 2, *leaves[1:]), leaves, grad)
+    plain = torch.nn.functional.group_norm(leaves[0].double(), 2, *(t.double() for t in leaves[1:]), 1e-5)
+    theirs = torch.autograd.grad(torch.nn.functional.silu(plain), leaves, grad.double())
+    for a, b in zip(ours, theirs, strict=True):
+        assert_close(a, b, dtype)
+
+
+def test_forcing_the_reference_changes_the_backend_and_not_the_result():
+    x = torch.randn(4, 100)
+    fast = ops.ensemble_variance(x)
+    with ops.backend("reference"):
+        assert ops.serving("ensemble_variance", "cpu") == ("reference", "DDMD_BACKEND=reference")
+        plain = ops.ensemble_variance(x)
+    for a, b in zip(fast, plain, strict=True):
+        assert_close(a, b)
+    with pytest.raises(ValueError, match="allowed are 'auto' and 'reference'"), ops.backend("fast"):
+        pass
+
+
+def test_rows_cut_into_batches_give_the_same_bits():
+    x, out = torch.randn(7, 1, 9, 11), torch.randn(7, 1, 9, 11)
+    step, seed, sample, place = rows(7)
+    table = Schedule().sampler(4, "ddpm")
+    whole = ops.denoise_step(x.clone(), out, table, step, seed, sample, place)
+    for cut in (1, 2, 3):
+        parts = [
+            ops.denoise_step(x[i : i + cut].clone(), out[i : i + cut], table, step, seed, sample[i : i + cut], place[i : i + cut])
+            for i in range(0, 7, cut)
+        ]  # fmt: skip
+        assert torch.equal(whole, torch.cat(parts))
+
+
+def test_more_than_two_billion_elements():
+    samples = torch.randn(2, 1).to(torch.bfloat16).expand(2, 3).unsqueeze(1).expand(2, 2**30, 3)[:, :: 2**18]
+    assert samples[0].numel() * 2**18 > 2**31  # the strides reach that far
+    mean, variance = ops.ensemble_variance(samples)
+    assert_close(mean, samples.float().mean(0))
+    assert_close(variance, samples.float().var(0))
+
+
+WRONG = {
+    "wrong dtype": (lambda: ops.ensemble_variance(torch.ones(3, 2, dtype=torch.int64)), TypeError,
+                    r"samples has dtype torch.int64; allowed are float32, bfloat16 and float16"),
+    "one sample": (lambda: ops.ensemble_variance(torch.ones(1, 2)), ValueError,
+                   r"samples has shape \(1, 2\); allowed is \(S, \.\.\.\) with S at least 2 for correction=1"),
+    "correction": (lambda: ops.ensemble_variance(torch.ones(3, 2), correction=2), ValueError,
+                   "correction is 2; allowed are 0 and 1"),
+    "grad": (lambda: ops.ensemble_variance(torch.ones(3, 2, requires_grad=True)), ValueError,
+             "samples requires grad, and ensemble_variance has no gradient"),
+    "shape": (lambda: ops.discrepancy_maps(torch.ones(2, 3, 1, 4, 4), torch.ones(2, 3, 1, 4, 5)), ValueError,
+              r"recon_b has shape \(2, 3, 1, 4, 5\); allowed is \(2, 3, 1, 4, 4\)"),
+    "device": (lambda: ops.gaussian_kl(torch.ones(2), torch.ones(2, device="meta"), torch.ones(2), torch.ones(2)),
+               ValueError, "logvar_q is on meta; allowed is cpu"),
+    "reduction": (lambda: ops.gaussian_kl(*[torch.ones(2)] * 4, "max"), ValueError, "reduction is 'max'"),
+    "groups": (lambda: ops.group_norm_silu(torch.ones(1, 6, 2, 2), 4, torch.ones(6), torch.ones(6)), ValueError,
+               "num_groups is 4; allowed is a divisor of the 6 channels"),
+    "group ids": (lambda: ops.pairwise_sqdist(torch.ones(2, 3), torch.tensor([0, 2]), 2), ValueError,
+                  "group holds 2; allowed are 0 to 1"),
+    "table": (lambda: ops.denoise_step(torch.ones(2, 3), torch.ones(2, 3), torch.ones(4, 6), *rows(2)), ValueError,
+              r"table has shape \(4, 6\); allowed is \(N, 8\)"),
+    "step type": (lambda: ops.denoise_step(torch.ones(2, 3), torch.ones(2, 3), torch.ones(4, 8), torch.tensor(1.0),
+                  *rows(2)[1:]), ValueError, "step has dtype torch.float32; allowed is int64"),
+    "step": (lambda: ops.denoise_step(torch.ones(2, 3), torch.ones(2, 3), torch.ones(4, 8), torch.tensor(4),
+             *rows(2)[1:]), IndexError, "step is 4; allowed are 0 to 3"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_refusal_names_the_argument_its_value_and_what_is_allowed(case):
+    call, kind, message = WRONG[case]
+    with pytest.raises(kind, match=message):
+        call()
+
+
+@pytest.mark.parametrize("op", sorted(reference.__dict__.keys() & set(ops.SCHEMAS)))
+def test_every_op_has_a_schema_of_the_references_arguments(op):
+    import inspect
+
+    wanted = list(inspect.signature(getattr(reference, op)).parameters)
+    schema = getattr(torch.ops.ddmd, op).default._schema
+    assert [a.name for a in schema.arguments] == wanted
