@@ -12,6 +12,7 @@ from numpy.random import Generator
 from scipy import ndimage
 
 LOW, HIGH = -2.0, 3.0  # air, and the brightest a plane gets: robust z-scores times 0.5
+AIR_MARGIN = 0.02  # what is closer to LOW than this is air
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class PainterConfig:
 
 
 def smooth_noise(shape: tuple[int, int], cell: float, rng: Generator) -> np.ndarray:
-    """Noise of unit scale (H, W) that varies over about `cell` pixels: a coarse grid, splined."""
+    """Noise of unit scale (H, W) that varies over about `cell` pixels: a coarse grid, interpolated."""
     coarse = tuple(max(2, int(np.ceil(n / cell)) + 1) for n in shape)
     field = rng.standard_normal(coarse).astype(np.float32)
     zoom = [n / c for n, c in zip(shape, coarse, strict=True)]
@@ -100,10 +101,16 @@ class LesionPainter:
             self._fill(planes, box, alphas, level, kind, rng)
             middle = alphas[len(alphas) // 2]
             share[box] = np.maximum(share[box], middle)
-        return np.clip(planes, LOW, HIGH), share >= 0.5
+        return np.clip(planes, LOW, HIGH), (share >= 0.5) & brain
 
     def _body(
-        self, centre: np.ndarray, radius: float, shape: tuple[int, ...], brain: np.ndarray, gap: float, rng: Generator
+        self,
+        centre: np.ndarray,
+        radius: float,
+        shape: tuple[int, ...],
+        brain: np.ndarray,
+        gap: float,
+        rng: Generator,
     ) -> tuple[tuple[slice, slice], np.ndarray] | None:
         """The lesion's share of each pixel (P, h, w) in its bounding box."""
         reach = int(np.ceil(radius * 1.9)) + 3
@@ -131,7 +138,13 @@ class LesionPainter:
         return (box, alphas) if (alphas[planes // 2] >= 0.5).sum() >= 3 else None
 
     def _fill(
-        self, planes: np.ndarray, box: tuple[slice, slice], alphas: np.ndarray, level: float, kind: int, rng: Generator
+        self,
+        planes: np.ndarray,
+        box: tuple[slice, slice],
+        alphas: np.ndarray,
+        level: float,
+        kind: int,
+        rng: Generator,
     ) -> None:
         c = self.config
         size = alphas.shape[1:]
@@ -156,6 +169,7 @@ class LesionPainter:
             for p, alpha in enumerate(alphas):
                 tissue = planes[p, channel][box]
                 target = (1 - replaced) * tissue + replaced * around + level + texture + profile
+                alpha = np.where(tissue > LOW + AIR_MARGIN, alpha, 0.0)  # the brain ends here in this plane
                 planes[p, channel][box] = tissue + alpha * (target - tissue)
 
     def _push(
@@ -176,7 +190,7 @@ class LesionPainter:
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Geometry, contrast, bias field, resolution and noise, each with its chance.
+    """Geometry, contrast, bias field, resolution, noise and saturation, each with its chance.
 
     Masks are moved with the planes and keep their meaning; intensities never change them.
     """
@@ -190,6 +204,7 @@ class Augmentation:
     blur: float = 0.25
     coarse: float = 0.2
     noise: float = 0.5
+    window: float = 0.1
 
     def __call__(
         self, planes: np.ndarray, masks: np.ndarray, rng: Generator
@@ -200,7 +215,7 @@ class Augmentation:
         if rng.random() < self.affine:
             planes, masks = self._move(planes, masks, rng)
         planes = np.ascontiguousarray(planes, dtype=np.float32)
-        air = planes <= LOW + 0.02
+        air = planes <= LOW + AIR_MARGIN
         if rng.random() < self.contrast:
             planes = self._contrast(planes, rng)
         if rng.random() < self.bias:
@@ -213,6 +228,8 @@ class Augmentation:
             planes = self._coarsen(planes, rng)
         if rng.random() < self.noise:
             planes = planes + rng.standard_normal(planes.shape, np.float32) * rng.uniform(0.01, 0.2)
+        if rng.random() < self.window:
+            planes = np.minimum(planes, np.quantile(planes[..., ::2, ::2], rng.uniform(0.97, 0.999)))
         planes = np.where(air, LOW, planes)
         return np.clip(planes, LOW, HIGH).astype(np.float32), np.ascontiguousarray(masks)
 
@@ -221,8 +238,9 @@ class Augmentation:
         from torch.nn import functional
 
         angle = np.deg2rad(rng.uniform(-self.rotation_degrees, self.rotation_degrees))
+        h, w = planes.shape[-2:]
         scale = np.exp(rng.uniform(-self.scale, self.scale, 2))
-        rotation = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+        rotation = np.array([[np.cos(angle), -np.sin(angle) * h / w], [np.sin(angle) * w / h, np.cos(angle)]])
         shift = rng.uniform(-0.06, 0.06, (2, 1))
         theta = torch.from_numpy(np.hstack((rotation * scale[:, None], shift)).astype(np.float32))[None]
         flat = np.concatenate((planes.reshape(-1, *planes.shape[-2:]) - LOW, masks))

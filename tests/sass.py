@@ -1,0 +1,185 @@
+"""Compile every kernel ahead of time for GPUs that are not here, and read the machine code.
+
+`python -m tests.sass --write` renews sass_baseline.json after a change that is meant to cost
+instructions. Runs without TRITON_INTERPRET; the test starts it as a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+BASELINE = Path(__file__).with_name("sass_baseline.json")
+CSRC = Path(__file__).resolve().parents[1] / "csrc"
+ARCHITECTURES = (80, 90)
+GROWTH = 1.10  # a kernel may take this many times its baseline's instructions
+
+F, H, I64, I = "*fp32", "*bf16", "*i64", "i32"
+
+
+def triton_kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], bool]]:
+    """name -> kernel, signature, constants, whether 128-bit loads are promised."""
+    from ddmd.kernels import denoise, discrepancy, group_norm, losses
+
+    rows = {"table_ptr": F, "step_ptr": I64, "seed_ptr": I64, "sample_ptr": I64, "slice_ptr": I64, "row_size": I}
+    tile = {"pixels": I, "channels": I, "chunks": I}
+    table: dict[str, tuple[Any, dict[str, str], dict[str, Any], bool]] = {}
+    for kind, t in (("f32", F), ("bf16", H)):
+        step = {"x_ptr": t, "output_ptr": t, "x0_ptr": t, **rows}
+        for memory in (False, True):
+            table[f"denoise_step_{kind}{'_2m' if memory else ''}"] = (
+                denoise.denoise_step_fwd_kernel, step,
+                {"MEMORY": memory, "BP": denoise.POSITIONS, "FAST": True}, True,
+            )  # fmt: skip
+        table[f"noise_{kind}"] = (
+            denoise.noise_fwd_kernel, {"x0_ptr": t, "x_ptr": t, "t_ptr": I64, **rows},
+            {"BP": denoise.POSITIONS, "FAST": True}, True,
+        )  # fmt: skip
+        table[f"discrepancy_maps_{kind}"] = (
+            discrepancy.discrepancy_maps_fwd_kernel,
+            {"a_ptr": t, "b_ptr": t, "inter_ptr": F, "intra_ptr": F, "slices": I, "channels": I, "pixels": I},
+            {"KA": 3, "KB": 3, "BLOCK": discrepancy.PIXELS}, True,
+        )  # fmt: skip
+        four = {"mu_q_ptr": t, "logvar_q_ptr": t, "mu_p_ptr": t, "logvar_p_ptr": t}
+        for reduced in (False, True):
+            table[f"gaussian_kl_{kind}{'_sum' if reduced else '_map'}"] = (
+                losses.gaussian_kl_fwd_kernel, {**four, "out_ptr": F, "n": I},
+                {"MAP": not reduced, "BLOCK": losses.BLOCK}, True,
+            )  # fmt: skip
+        table[f"gaussian_kl_backward_{kind}"] = (
+            losses.gaussian_kl_bwd_kernel,
+            {"grad_ptr": F, **four, **{f"d_{k}": v for k, v in four.items()}, "scale": "fp32", "n": I},
+            {"MAP": True, "BLOCK": losses.BLOCK}, True,
+        )  # fmt: skip
+        of = {"centroid_ptr": F, "count_ptr": F}
+        shape, block = {"n": I, "d": I}, {"BN": 32, "BD": 128}
+        table[f"centroid_{kind}"] = (
+            losses.centroid_fwd_kernel, {"z_ptr": t, "group_ptr": I64, **of, **shape}, block, True
+        )  # fmt: skip
+        table[f"pairwise_sqdist_{kind}"] = (
+            losses.pairwise_sqdist_fwd_kernel,
+            {"z_ptr": t, "group_ptr": I64, **of, "partial_ptr": F, **shape}, block, True,
+        )  # fmt: skip
+        table[f"pairwise_sqdist_backward_{kind}"] = (
+            losses.pairwise_sqdist_bwd_kernel,
+            {"grad_ptr": F, "z_ptr": t, "group_ptr": I64, **of, "d_z_ptr": t, **shape}, block, True,
+        )  # fmt: skip
+        extents = {"BP": group_norm.TILE // 64, "BC": 64}
+        table[f"group_norm_moments_{kind}"] = (
+            group_norm.group_norm_moments_fwd_kernel, {"x_ptr": t, "mean_ptr": F, "m2_ptr": F, **tile}, extents, True
+        )  # fmt: skip
+        table[f"group_norm_silu_{kind}"] = (
+            group_norm.group_norm_silu_fwd_kernel,
+            {"x_ptr": t, "gain_ptr": F, "offset_ptr": F, "residual_ptr": t, "y_ptr": t, **tile},
+            {"RESIDUAL": True, **extents}, True,
+        )  # fmt: skip
+        channels = {"gain_ptr": F, "offset_ptr": F, "multiple_ptr": F, "centre_ptr": F}
+        table[f"group_norm_sums_backward_{kind}"] = (
+            group_norm.group_norm_sums_bwd_kernel,
+            {"grad_ptr": t, "x_ptr": t, **channels, "sum_ptr": F, "sum_h_ptr": F, **tile}, extents, True,
+        )  # fmt: skip
+        more = {"inner_ptr": F, "mean_g_ptr": F, "mean_gh_ptr": F}
+        table[f"group_norm_silu_backward_{kind}"] = (
+            group_norm.group_norm_silu_bwd_kernel,
+            {"grad_ptr": t, "x_ptr": t, **channels, **more, "d_x_ptr": t, **tile}, extents, True,
+        )  # fmt: skip
+    table["group_norm_merge"] = (
+        group_norm.group_norm_merge_fwd_kernel,
+        {"part_mean_ptr": F, "part_m2_ptr": F, "mean_ptr": F, "rstd_ptr": F, **tile, "groups": I, "eps": "fp32"},
+        {"BP": 64, "BK": 128, "BG": 8}, False,
+    )  # fmt: skip
+    table["sum"] = (
+        losses.sum_fwd_kernel, {"partial_ptr": F, "out_ptr": F, "n": I, "scale": "fp32"}, {"BLOCK": 512}, False
+    )
+    return table
+
+
+def _disassemble(cubin: bytes) -> str:
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([tool, "-sass", file.name], check=True, capture_output=True, text=True).stdout
+
+
+def _facts(sass: str) -> dict[str, int]:
+    opcodes = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)", sass)
+    opcodes = [o for o in opcodes if not o.startswith("NOP")]
+    return {
+        "instructions": len(opcodes),
+        "loads_128": sum(o.startswith("LDG") and ".128" in o for o in opcodes),
+        "local": sum(o.startswith(("LDL", "STL")) for o in opcodes),
+    }
+
+
+def compile_triton(name: str, architecture: int) -> dict[str, int]:
+    """Facts about one Triton kernel's machine code, its pointers and sizes divisible by 16."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel, signature, constants, _ = triton_kernels()[name]
+    names = [p for p in kernel.arg_names]
+    full = {p: signature.get(p, "constexpr") for p in names}
+    unscaled = ("fp32",)
+    divisible = {
+        (i,): [["tt.divisibility", 16]] for i, p in enumerate(names) if p in signature and signature[p] not in unscaled
+    }
+    source = ASTSource(kernel, full, {(names.index(k),): v for k, v in constants.items()}, divisible)
+    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32))
+    return _facts(_disassemble(compiled.asm["cubin"]))
+
+
+def compile_cuda(source: Path, architecture: int) -> dict[str, dict[str, int]]:
+    """Facts about each kernel of one .cu file."""
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "out.cubin"
+        command = ["nvcc", "-cubin", "-O3", "-std=c++17", f"-arch=sm_{architecture}", "-o", cubin, source]
+        subprocess.run(command, check=True, capture_output=True, text=True)
+        sass = _disassemble(cubin.read_bytes())
+    found = {}
+    for part in re.split(r"\n\s*Function : ", sass)[1:]:
+        mangled, body = part.split("\n", 1)
+        kernel = re.search(r"\d+((?:ensemble_(?:vector|strided)|merge)_kernel)(I\w+?E)?", mangled)
+        assert kernel, mangled
+        kind = {"If": "_f32", "I13": "_bf16", "I6_": "_f16"}.get((kernel[2] or "")[:3].rstrip("E"), "")
+        if not kind and kernel[2]:
+            kind = "_f32" if kernel[2].startswith("If") else ("_bf16" if "bfloat" in kernel[2] else "_f16")
+        found[f"{kernel[1].removesuffix('_kernel')}{kind}"] = _facts(body)
+    return found
+
+
+def collect(only: int | None = None) -> dict[str, dict[str, int]]:
+    """Every kernel's facts for every architecture, or for one."""
+    facts = {}
+    for architecture in [only] if only else ARCHITECTURES:
+        for name, (_, _, _, vector) in triton_kernels().items():
+            facts[f"{name} sm_{architecture}"] = {**compile_triton(name, architecture), "vector": int(vector)}
+        if shutil.which("nvcc"):
+            for source in sorted(CSRC.glob("*.cu")):
+                for name, found in compile_cuda(source, architecture).items():
+                    facts[f"{name} sm_{architecture}"] = {**found, "vector": int("vector" in name)}
+    return facts
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--write", action="store_true", help="make what is found the new baseline")
+    if parser.parse_args().write:
+        counts = {name: f["instructions"] for name, f in collect().items()}
+        BASELINE.write_text(json.dumps(counts, indent=1, sort_keys=True) + "\n")
+    else:
+        json.dump(collect(), sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

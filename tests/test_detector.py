@@ -1,0 +1,302 @@
+"""The face: one volume in, maps on its grid out; promises about batches, seeds, axes and memory."""
+
+import json
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+
+from ddmd import ensemble, weights
+from ddmd.detection import OutputError, find_lesions
+from ddmd.detector import Detector
+from ddmd.diffusion import Schedule
+from tests.volumes import head, tiny_system, write
+
+TOLERANCE = 1e-4  # of probability: convolutions of other batches round otherwise
+
+
+@pytest.fixture
+def detector() -> Detector:
+    return Detector(tiny_system())
+
+
+@pytest.fixture
+def volume(rng):
+    return head(rng)
+
+
+def _detect(detector, volume, **options):
+    return detector.detect(volume[0], affine=volume[1], sequences="flair", **options)
+
+
+def _data(image):
+    return np.asanyarray(image.dataobj)
+
+
+def test_maps_are_on_the_inputs_grid_and_in_range(detector, volume):
+    found = _detect(detector, volume)
+    for image in (found.mask, found.probability, found.uncertainty, found.inter_discrepancy, found.intra_discrepancy):
+        assert image.shape == volume[0].shape
+        assert np.array_equal(image.affine, volume[1])
+        assert np.isfinite(_data(image)).all()
+        assert not _data(image)[volume[0] == 0].any()
+    probability = _data(found.probability)
+    assert probability.min() >= 0
+    assert probability.max() <= 1
+    assert 0 < probability.mean() < 1, "the small system should mark something and not everything"
+    assert _data(found.uncertainty).max() > 0
+    assert 0 <= found.score <= 1
+    assert set(np.unique(_data(found.mask))) <= {0, 1}
+
+
+def test_lesions_describe_the_mask(detector, volume):
+    found = _detect(detector, volume)
+    voxel_ml = abs(np.linalg.det(volume[1][:3, :3])) / 1000
+    assert sum(lesion.volume_ml for lesion in found.lesions) == pytest.approx(_data(found.mask).sum() * voxel_ml)
+    assert all(lesion.volume_ml >= 0.5 for lesion in found.lesions)
+    assert all(0.5 <= lesion.mean_probability <= lesion.peak_probability <= 1 for lesion in found.lesions)
+
+
+def test_a_lesions_row_by_hand():
+    mask = np.zeros((10, 10, 10), bool)
+    mask[2:4, 5, 5], mask[8, 8, 8] = True, True
+    affine = np.diag([10.0, 10.0, 10.0, 1.0])
+    affine[0, 3] = -5
+    kept, (lesion,) = find_lesions(mask, mask * 0.75, mask * 0.1, affine, min_ml=1.5)
+    assert lesion.volume_ml == pytest.approx(2.0)
+    assert lesion.centre_mm == pytest.approx((20.0, 50.0, 50.0))
+    assert (lesion.peak_probability, lesion.mean_uncertainty) == pytest.approx((0.75, 0.1))
+    assert kept.sum() == 2
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "dpm++2m"])
+def test_the_batch_does_not_change_the_result(detector, volume, sampler):
+    whole = _detect(detector, volume, sampler=sampler, batch=100)
+    for batch in (1, 3):
+        other = _detect(detector, volume, sampler=sampler, batch=batch)
+        assert np.abs(_data(whole.probability) - _data(other.probability)).max() < TOLERANCE
+        assert np.abs(_data(whole.uncertainty) - _data(other.uncertainty)).max() < TOLERANCE
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_does_not(detector, volume):
+    one, again, other = (_detect(detector, volume, seed=s) for s in (3, 3, 4))
+    assert np.array_equal(_data(one.probability), _data(again.probability))
+    assert not np.array_equal(_data(one.probability), _data(other.probability))
+
+
+def test_turning_the_input_turns_the_result(detector, volume):
+    image = nib.Nifti1Image(*volume)
+    straight = detector.detect({"flair": image})
+    for moves in ([[1, -1], [0, 1], [2, 1]], [[2, 1], [1, -1], [0, -1]], [[0, -1], [1, -1], [2, -1]]):
+        turned = detector.detect({"flair": image.as_reoriented(np.array(moves))})
+        for name in ("mask", "probability", "uncertainty", "inter_discrepancy"):
+            back = nib.as_closest_canonical(getattr(turned, name))
+            assert np.array_equal(_data(back), _data(getattr(straight, name)))
+            np.testing.assert_allclose(back.affine, image.affine, atol=1e-6)
+        assert [x.volume_ml for x in turned.lesions] == [x.volume_ml for x in straight.lesions]
+        assert turned.lesions[0].centre_mm == pytest.approx(straight.lesions[0].centre_mm, abs=1e-4)
+
+
+def test_statistics_do_not_grow_with_the_samples(detector, volume, monkeypatch):
+    alive = []
+    draw = ensemble._Sampling.draw
+
+    def counted(self, condition, index, sample):
+        drawn = draw(self, condition, index, sample)
+        import gc
+
+        alive.append(sum(t.numel() for t in gc.get_objects() if type(t) is torch.Tensor and t.shape == drawn.shape))
+        return drawn
+
+    monkeypatch.setattr(ensemble._Sampling, "draw", counted)
+    found = _detect(detector, volume, samples=64, steps=1, batch=100)
+    assert len(alive) == 64
+    assert alive[-1] <= alive[2], f"{alive[2]} numbers alive after 3 samples, {alive[-1]} after 64"
+    assert np.isfinite(_data(found.uncertainty)).all()
+
+
+def test_streamed_moments_are_those_of_all_samples_at_once(detector, volume, monkeypatch):
+    drawn = []
+    draw = ensemble._Sampling.draw
+    monkeypatch.setattr(
+        ensemble._Sampling, "draw", lambda *a: drawn.append(draw(*a)) or drawn[-1]
+    )  # fmt: skip
+    from ddmd.slices import SliceGrid, extract
+    from ddmd.volume import Volume
+
+    cut = extract(Volume.from_array({"flair": volume[0]}, volume[1]), ("flair",), SliceGrid(4.0, 16))
+    maps = ensemble.detect_slices(detector.system, cut, ensemble.SamplingConfig(samples=7, steps=2, batch=100))
+    samples = torch.stack(drawn)
+    assert torch.allclose(maps.probability, samples.mean(0), atol=1e-6)
+    assert torch.allclose(maps.uncertainty, samples.var(0), atol=1e-6)
+
+
+def test_memory_that_does_not_suffice_halves_the_batch(detector, volume, monkeypatch):
+    sizes = []
+    condition_on = ensemble.condition_on
+
+    def scarce(system, planes):
+        sizes.append(len(planes))
+        if len(planes) > 3:
+            raise torch.OutOfMemoryError("a made-up shortage")
+        return condition_on(system, planes)
+
+    wanted = _detect(detector, volume, batch=8)
+    monkeypatch.setattr(ensemble, "condition_on", scarce)
+    found = _detect(detector, volume, batch=8)
+    assert sizes[:3] == [8, 4, 2]
+    assert np.abs(_data(found.probability) - _data(wanted.probability)).max() < TOLERANCE
+
+
+def test_options_out_of_range_are_refused_by_name(detector, volume):
+    for options, message in (
+        ({"samples": 0}, "samples is 0; allowed is at least 1"), ({"steps": 1001}, "steps is 1001; allowed are 1 to"),
+        ({"sampler": "euler"}, "sampler is 'euler'; allowed are ddim"), ({"threshold": 1.0}, "threshold is 1.0"),
+        ({"seed": 2**70}, "seed is"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            _detect(detector, volume, **options)
+    with pytest.raises(ValueError, match="device is 'tpu'"):
+        Detector.load("ddmd-light", "tpu")
+
+
+def test_saving_writes_all_or_nothing(detector, volume, tmp_path, monkeypatch):
+    found = _detect(detector, volume)
+    paths = found.save(tmp_path / "out")
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted(
+        [p.name for p in paths.values()]
+        + [p.name.replace(".nii.gz", ".json") for p in paths.values() if p.suffix == ".gz"]
+    )
+    back = nib.load(paths["probability"])
+    assert np.array_equal(_data(back), _data(found.probability))
+    assert np.array_equal(back.affine, volume[1])
+    sidecar = json.loads((tmp_path / "out" / paths["mask"].name.replace(".nii.gz", ".json")).read_text())
+    assert sidecar["Weights"] == "tiny"
+    assert sidecar["Sampling"]["samples"] == 2
+    rows = paths["lesions"].read_text().splitlines()
+    assert len(rows) == 1 + len(found.lesions)
+    with pytest.raises(OutputError, match="holds earlier results .*--overwrite"):
+        found.save(tmp_path / "out")
+    found.save(tmp_path / "out", overwrite=True)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="is a file; name a folder"):
+        found.save(tmp_path / "file")
+
+    def broken(image, path):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(nib, "save", broken)
+    with pytest.raises(OutputError, match="no space left"):
+        found.save(tmp_path / "full")
+    assert list((tmp_path / "full").iterdir()) == []
+
+
+def test_the_picture_is_a_png_of_some_size(detector, volume, tmp_path):
+    from matplotlib.image import imread
+
+    picture = imread(_detect(detector, volume).overlay(tmp_path / "a" / "b.png"))
+    assert picture.shape[0] > 300
+    assert picture[..., 0].std() > 0.05
+
+
+def test_saved_weights_load_as_they_were(tmp_path, volume):
+    system = tiny_system()
+    weights.save(system, tmp_path / "tiny.safetensors", torch.float32)
+    loaded = Detector.load(tmp_path / "tiny.safetensors", "cpu")
+    one, other = _detect(Detector(system), volume), _detect(loaded, volume)
+    assert np.array_equal(_data(one.probability), _data(other.probability))
+
+
+def test_weights_that_cannot_be_used_are_refused(tmp_path):
+    from safetensors.torch import save_file
+
+    refused = weights.WeightsError
+    with pytest.raises(refused, match="no such weights"):
+        weights.load("ddmd-heavy")
+    torch.save({"a": torch.ones(2)}, tmp_path / "pickled.pt")
+    with pytest.raises(refused, match=r"pickled.pt: not a safetensors file .* never loaded"):
+        weights.load(tmp_path / "pickled.pt")
+    save_file({"a": torch.ones(2)}, tmp_path / "bare.safetensors")
+    with pytest.raises(refused, match="bare.safetensors: lacks its description"):
+        weights.load(tmp_path / "bare.safetensors")
+    weights.save(tiny_system(), tmp_path / "tiny.safetensors")
+    description = json.dumps(json.loads(_metadata(tmp_path / "tiny.safetensors")["ddmd"]))
+    save_file({"a": torch.ones(2)}, tmp_path / "other.safetensors", {"ddmd": description})
+    with pytest.raises(refused, match="other.safetensors: of another architecture"):
+        weights.load(tmp_path / "other.safetensors")
+    newer = json.dumps({**json.loads(description), "format": 99})
+    save_file({"a": torch.ones(2)}, tmp_path / "newer.safetensors", {"ddmd": newer})
+    with pytest.raises(refused, match="format 99 is newer"):
+        weights.load(tmp_path / "newer.safetensors")
+
+
+def _metadata(path):
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        return file.metadata()
+
+
+def test_two_sequences_are_taken_in_the_weights_order(volume):
+    detector = Detector(tiny_system(sequences=("flair", "t1")))
+    values, affine = volume
+    inputs = {"flair": nib.Nifti1Image(values, affine), "t1": nib.Nifti1Image(values[::-1].copy(), affine)}
+    one = detector.detect(inputs)
+    other = detector.detect(dict(reversed(inputs.items())))
+    assert np.array_equal(_data(one.probability), _data(other.probability))
+
+
+@pytest.mark.parametrize("kind", ["cosine", "linear"])
+def test_schedule_and_tables(kind):
+    schedule = Schedule(kind=kind)
+    alpha_bar = schedule.alpha_bar()
+    assert bool((alpha_bar[1:] < alpha_bar[:-1]).all())
+    for n in (1, 2, 7, 50, 1000):
+        times = schedule.timesteps(n)
+        assert times[0] == 999
+        assert bool((times[1:] < times[:-1]).all())
+        for sampler in ("ddim", "ddpm", "dpm++2m"):
+            table = schedule.sampler(n, sampler)
+            assert torch.isfinite(table).all()
+            assert torch.allclose(table[-1, [2, 3, 5, 6]], torch.tensor([1.0, 0, 0, 0]), atol=1e-6)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "sample", "v"])
+def test_all_predictions_denoise_alike(prediction):
+    """The true x_0 in any parametrisation brings every sampler to x_0."""
+    from ddmd import ops
+
+    schedule = Schedule(prediction=prediction)
+    x0 = torch.where(torch.rand(2, 1, 8, 8) > 0.5, 1.0, -1.0)
+    at = (torch.tensor(5), torch.arange(2), torch.arange(2))
+    for sampler in ("ddim", "ddpm", "dpm++2m"):
+        table, times = schedule.sampler(10, sampler), schedule.timesteps(10)
+        x = ops.noise(x0, times[:1].repeat(2), schedule.noising_table(), torch.tensor(-1), *at)
+        memory = torch.zeros_like(x)
+        for i, t in enumerate(times):
+            a, s = schedule.alpha_bar()[t].sqrt(), (1 - schedule.alpha_bar()[t]).sqrt()
+            epsilon = (x.double() - a * x0) / s
+            output = {"epsilon": epsilon, "sample": x0.double(), "v": a * epsilon - s * x0}[prediction]
+            ops.denoise_step(x, output.float(), table, torch.tensor(i), *at, memory)
+        assert (x - x0).abs().max() < 1e-3
+
+
+def test_samplers_are_those_of_diffusers():
+    diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
+    from ddmd import ops
+
+    n, x = 10, torch.randn(2, 1, 8, 8)
+    common = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
+    schedule = Schedule(kind="linear", prediction="epsilon")
+    at = (torch.tensor(5), torch.arange(2), torch.arange(2))
+    table = schedule.sampler(n, "ddim")
+    theirs = diffusers.DDIMScheduler(**common, clip_sample=True, set_alpha_to_one=True, timestep_spacing="trailing")
+    theirs.set_timesteps(n)
+    assert torch.equal(theirs.timesteps, schedule.timesteps(n))
+    ours, other = x.clone(), x.clone()
+    for i, t in enumerate(theirs.timesteps):
+        output = torch.sin(other * 3 + i)
+        other = theirs.step(output, t, other, eta=0.0, use_clipped_model_output=True).prev_sample
+        ops.denoise_step(ours, output, table, torch.tensor(i), *at)
+        assert (ours - other).abs().max() < 1e-3

@@ -1,0 +1,163 @@
+"""What painted lesions and augmentation promise, on slices of noise inside an ellipse."""
+
+import numpy as np
+import pytest
+
+from ddmd.training.painting import HIGH, LOW, Augmentation, LesionPainter, PainterConfig
+
+STILL = Augmentation(
+    flip=0, affine=0, contrast=0, bias=0, blur=0, coarse=0, noise=0, window=0
+)  # changes nothing until one chance is raised
+LARGE = PainterConfig(kinds=(1.0, 0.0, 0.0), displacement=0.0)
+
+
+@pytest.fixture
+def head(rng):
+    """Planes (3, 2, 128, 160) whose brains shrink upwards, and the brain of the middle one."""
+    y, x = np.mgrid[:128, :160]
+    inside = [((y - 64) / (52 - 5 * p)) ** 2 + ((x - 80) / (60 - 5 * p)) ** 2 < 1 for p in range(3)]
+    planes = [np.where(b, rng.normal(0, 0.2, (2, 128, 160)), LOW) for b in inside]
+    return np.stack(planes).astype(np.float32), inside[1]
+
+
+def paint(head, seed, config=None):
+    return LesionPainter(config)(*head, 1.0, 5.0, np.random.default_rng(seed))
+
+
+def test_painting_is_decided_by_the_generator(head, seed):
+    first, again, other = paint(head, seed), paint(head, seed), paint(head, seed + 1)
+    assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not np.array_equal(first[0], other[0])
+
+
+def test_painting_keeps_shape_type_range_and_its_input(head, seed):
+    before = head[0].copy()
+    planes, mask = paint(head, seed)
+    assert planes.shape == before.shape
+    assert planes.dtype == np.float32
+    assert mask.shape == before.shape[2:]
+    assert mask.dtype == bool
+    assert np.isfinite(planes).all()
+    assert planes.min() >= LOW
+    assert planes.max() <= HIGH
+    assert np.array_equal(head[0], before)
+
+
+def test_lesions_lie_inside_the_brain_and_leave_air_alone(head, seed):
+    for i in range(40):
+        planes, mask = paint(head, seed + i, PainterConfig(displacement=0.0))
+        assert mask.any()
+        assert not (mask & ~head[1]).any()
+        assert (planes[head[0] == LOW] == LOW).all()
+
+
+def test_the_mask_is_where_the_middle_plane_changed(head, seed):
+    inside, outside = [], []
+    for i in range(40):
+        planes, mask = paint(head, seed + i, PainterConfig(displacement=0.0))
+        change = np.abs(planes[1] - head[0][1]).mean(0)
+        inside.append((change[mask] > 0.05).mean())
+        outside.append(change[~mask & head[1]].mean() / change[mask].mean())
+    assert np.median(inside) > 0.95, inside
+    assert np.median(outside) < 0.1, outside
+
+
+def test_what_is_far_from_every_lesion_is_unchanged(head, seed):
+    for i in range(10):
+        config = PainterConfig(kinds=(0.0, 0.0, 1.0))
+        planes, mask = paint(head, seed + i, config)
+        ys, xs = np.nonzero(mask)
+        y, x = np.mgrid[:128, :160]
+        far = np.ones(mask.shape, bool)
+        far[np.hypot(y[..., None] - ys, x[..., None] - xs).min(-1) < 15] = False
+        assert np.array_equal(planes[1][:, far], head[0][1][:, far])
+
+
+def test_neighbouring_planes_share_a_large_lesion_and_lose_a_small_one(head, seed):
+    def shared(kinds):
+        ratios = []
+        for i in range(30):
+            planes, mask = paint(head, seed + i, PainterConfig(kinds=kinds, displacement=0.0, dark=0.0))
+            change = np.abs(planes - head[0]).mean(1)[:, mask].mean(1)
+            ratios.append(change[[0, 2]].mean() / change[1])
+        return np.median(ratios)
+
+    assert shared((1.0, 0.0, 0.0)) > 0.6
+    assert shared((0.0, 0.0, 1.0)) < 0.4
+
+
+@pytest.mark.parametrize(("dark", "sign"), [(0.0, 1), (1.0, -1)])
+def test_lesions_are_brighter_unless_dark_ones_are_asked_for(head, seed, dark, sign):
+    config = PainterConfig(dark=dark, core=0.0, texture=0.0)
+    for i in range(20):
+        planes, mask = paint(head, seed + i, config)
+        assert sign * (planes[1][:, mask].mean() - head[0][1][:, mask].mean()) > 0.1
+
+
+def test_sizes_are_in_millimetres(head, seed):
+    area = {
+        mm: np.mean(
+            [
+                LesionPainter(LARGE)(*head, mm, 5.0, np.random.default_rng(seed + i))[1].sum()
+                for i in range(30)
+            ]
+        )
+        for mm in (1.0, 2.0)
+    }
+    assert 1.8 < area[1.0] / area[2.0] < 4.5, area
+
+
+def test_an_empty_brain_is_left_as_it_is(head, seed):
+    planes, mask = LesionPainter()(head[0], np.zeros_like(head[1]), 1.0, 5.0, np.random.default_rng(seed))
+    assert np.array_equal(planes, head[0])
+    assert not mask.any()
+
+
+def test_augmentation_is_decided_by_the_generator_and_keeps_shapes(head, seed, rng):
+    masks = (rng.random((2, 128, 160)) > 0.5).astype(np.float32)
+    for i in range(30):
+        a, b = (Augmentation()(head[0], masks, np.random.default_rng(seed + i)) for _ in range(2))
+        assert all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
+        assert a[0].shape == head[0].shape
+        assert a[1].shape == masks.shape
+        assert a[0].dtype == a[1].dtype == np.float32
+        assert np.isfinite(a[0]).all()
+        assert LOW <= a[0].min() <= a[0].max() <= HIGH
+        assert 0 <= a[1].min() <= a[1].max() <= 1
+
+
+def test_no_chance_no_change(head, rng):
+    masks = head[1][None].astype(np.float32)
+    planes, moved = STILL(head[0], masks, rng)
+    assert np.array_equal(planes, head[0])
+    assert np.array_equal(moved, masks)
+
+
+def test_a_flip_moves_planes_and_masks_left_to_right_alike(head, rng):
+    mask = rng.random((1, 128, 160)).astype(np.float32)
+    planes, moved = Augmentation(**{**vars(STILL), "flip": 1})(head[0], mask, rng)
+    assert np.array_equal(planes, head[0][..., ::-1])
+    assert np.array_equal(moved, mask[..., ::-1])
+
+
+def test_geometry_keeps_masks_on_what_they_mark(rng):
+    planes = np.full((3, 1, 96, 144), LOW, np.float32)
+    planes[..., 30:60, 50:90] = 1.0
+    masks = (planes[1] > 0).astype(np.float32)
+    augment = Augmentation(**{**vars(STILL), "flip": 0.5, "affine": 1})
+    for _ in range(10):
+        moved, mask = augment(planes, masks, rng)
+        seen, marked = moved[1, 0] > (LOW + 1) / 2, mask[0] > 0.5
+        assert 2 * (seen & marked).sum() / (seen.sum() + marked.sum()) > 0.98
+
+
+@pytest.mark.parametrize("part", ["contrast", "bias", "blur", "coarse", "noise", "window"])
+def test_intensity_changes_leave_masks_and_air_alone(head, rng, part):
+    masks = head[1][None].astype(np.float32)
+    changed = 0
+    for _ in range(10):
+        planes, same = Augmentation(**{**vars(STILL), part: 1})(head[0], masks, rng)
+        assert np.array_equal(same, masks)
+        assert (planes[head[0] == LOW] == LOW).all()
+        changed += not np.array_equal(planes, head[0])
+    assert changed == 10

@@ -1,0 +1,53 @@
+"""Small made-up volumes and a small untrained system, for tests that need some."""
+
+from __future__ import annotations
+
+import nibabel as nib
+import numpy as np
+import torch
+
+from ddmd import weights
+from ddmd.autoencoder import AutoencoderConfig
+from ddmd.denoiser import DenoiserConfig
+
+
+def head(rng: np.random.Generator, shape=(40, 48, 12), spacing=(4.0, 4.0, 6.0)) -> tuple[np.ndarray, np.ndarray]:
+    """A stripped, asymmetric brain-like blob (X, Y, Z) float32 on background 0, and its affine."""
+    grid = np.meshgrid(*[np.linspace(-1, 1, n) for n in shape], indexing="ij")
+    inside = sum((g / r) ** 2 for g, r in zip(grid, (0.8, 0.85, 0.9), strict=True)) < 1
+    values = 100 + 10 * rng.standard_normal(shape) + 20 * grid[0] + 10 * grid[1]
+    blob = sum((g - c) ** 2 for g, c in zip(grid, (0.35, 0.1, 0.0), strict=True)) < 0.06
+    values = np.where(blob, values + 120, values) * inside
+    affine = np.diag([*spacing, 1.0])
+    affine[:3, 3] = -np.array(spacing) * np.array(shape) / 2
+    return values.astype(np.float32), affine
+
+
+def write(path, values, affine) -> str:
+    nib.save(nib.Nifti1Image(values, affine), path)
+    return str(path)
+
+
+def tiny_system(seed: int = 0, sequences: tuple[str, ...] = ("flair",)) -> weights.System:
+    """An untrained system of a few thousand weights that marks about half of everything."""
+    torch.manual_seed(seed)
+    count = len(sequences)
+    autoencoder = AutoencoderConfig(count, members=2, width=4, code=2)
+    denoiser = DenoiserConfig(count, 1, (8, 8, 8, 8), 8)
+    description = weights.Description(
+        name="tiny",
+        sequences=sequences,
+        grid={"mm": 4.0, "multiple": 16},
+        schedule={"steps": 1000, "kind": "cosine", "prediction": "sample"},
+        autoencoder=vars(autoencoder),
+        denoiser={**vars(denoiser), "widths": list(denoiser.widths)},
+        discrepancy_scale=4.0,
+        sampling={"sampler": "ddim", "steps": 3, "samples": 2, "eta": 0.0},
+        min_lesion_ml=0.5,
+    )
+    system = weights.build(description)
+    torch.nn.init.constant_(system.condition.to_evidence.bias, 0.0)
+    torch.nn.init.normal_(system.denoiser.to_output.weight, std=0.2)
+    for module in system.parts().values():
+        module.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+    return system
