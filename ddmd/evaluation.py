@@ -1,0 +1,359 @@
+"""How good detections are: metrics per patient and pooled, with intervals, beside the obvious baselines."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import ndimage
+from scipy.stats import bootstrap
+
+from ddmd.baselines import smoothed_intensity
+from ddmd.data.datasets import Case, find_cases, read_split
+from ddmd.detection import find_lesions
+from ddmd.detector import Detector
+from ddmd.volume import Volume
+
+BINS = 501  # of probability, uncertainty and baseline: what is kept of a patient's voxels
+BASELINE_RANGE = (-4.0, 6.0)  # of the smoothed robust z-score
+LEFT_OUT = (0.0, 0.01, 0.02, 0.05, 0.10)  # shares of the least certain voxels
+
+
+class EvaluationError(ValueError):
+    """Data that cannot be evaluated on; the message says what to do."""
+
+
+def dice(found: np.ndarray, truth: np.ndarray) -> float:
+    """2 |A and B| / (|A| + |B|); nan where both are empty."""
+    size = int(found.sum()) + int(truth.sum())
+    return 2.0 * int((found & truth).sum()) / size if size else float("nan")
+
+
+@dataclass
+class Counts:
+    """Histograms of voxels inside the brain, by a score, of lesion and of other tissue."""
+
+    lesion: np.ndarray
+    other: np.ndarray
+
+    @classmethod
+    def of(cls, score: np.ndarray, truth: np.ndarray, low: float, high: float) -> Counts:
+        bins = np.clip(((score - low) / (high - low) * (BINS - 1)).astype(np.int64), 0, BINS - 1)
+        return cls(np.bincount(bins[truth], minlength=BINS), np.bincount(bins[~truth], minlength=BINS))
+
+    def __add__(self, more: Counts) -> Counts:
+        return Counts(self.lesion + more.lesion, self.other + more.other)
+
+    def dice_curve(self) -> np.ndarray:
+        """Dice with the threshold at each bin's lower edge."""
+        true = np.cumsum(self.lesion[::-1])[::-1]
+        false = np.cumsum(self.other[::-1])[::-1]
+        return 2 * true / np.maximum(true + false + self.lesion.sum(), 1)
+
+    def _sklearn(self, metric: Callable[..., float]) -> float:
+        if not self.lesion.sum() or not self.other.sum():
+            return float("nan")
+        score = np.tile(np.arange(BINS), 2)
+        label = np.repeat((1, 0), BINS)
+        return float(metric(label, score, sample_weight=np.concatenate((self.lesion, self.other))))
+
+    def auprc(self) -> float:
+        from sklearn.metrics import average_precision_score
+
+        return self._sklearn(average_precision_score)
+
+    def auroc(self) -> float:
+        from sklearn.metrics import roc_auc_score
+
+        return self._sklearn(roc_auc_score)
+
+
+@dataclass
+class Patient:
+    """One patient's figures: `row` goes to the table; the rest is pooled."""
+
+    row: dict[str, Any]
+    probability: Counts
+    baseline: Counts
+    uncertainty: Counts  # "lesion" are voxels where the mask is wrong
+    confusion: np.ndarray  # true positive, false positive, false negative, true negative
+    left_out: np.ndarray  # (LEFT_OUT, 3): true positive, false positive, false negative
+    calibration: np.ndarray  # (10, 3): voxels, sum of probability, lesions
+    slice_score: np.ndarray
+    slice_label: np.ndarray
+    bearing: np.ndarray  # confusion on lesion-bearing slices
+    picture: dict[str, np.ndarray] = field(default_factory=dict)
+
+
+def _confusion(found: np.ndarray, truth: np.ndarray, inside: np.ndarray) -> np.ndarray:
+    found, truth = found[inside], truth[inside]
+    true = int((found & truth).sum())
+    false, missed = int(found.sum()) - true, int(truth.sum()) - true
+    return np.array([true, false, missed, found.size - true - false - missed])
+
+
+def _rates(c: np.ndarray) -> dict[str, float]:
+    true, false, missed, rest = (float(v) for v in c)
+    total = max(true + false + missed + rest, 1.0)
+    ratio: Callable[[float, float], float] = lambda a, b: a / b if b else float("nan")  # noqa: E731
+    return {
+        "dice": ratio(2 * true, 2 * true + false + missed),
+        "iou": ratio(true, true + false + missed),
+        "precision": ratio(true, true + false),
+        "recall": ratio(true, true + missed),
+        "accuracy": (true + rest) / total,
+        "accuracy_of_empty_mask": (rest + false) / total,
+    }
+
+
+def judge(
+    name: str,
+    volume: Volume,
+    probability: np.ndarray,
+    uncertainty: np.ndarray,
+    truth: np.ndarray,
+    threshold: float,
+    min_ml: float,
+) -> Patient:
+    """Compare one patient's maps (X, Y, Z) with the annotator's mask."""
+    import torch
+    from monai.metrics import compute_hausdorff_distance
+
+    voxel_ml = float(np.prod(volume.spacing)) / 1000
+    found, lesions = find_lesions(probability >= threshold, probability, uncertainty, volume.affine, min_ml)
+    inside = volume.brain | truth
+    confusion = _confusion(found, truth, inside)
+    empty = not truth.any()
+    baseline = smoothed_intensity(volume)
+    counts = Counts.of(probability[inside], truth[inside], 0.0, 1.0)
+    base = Counts.of(baseline[inside], truth[inside], *BASELINE_RANGE)
+    row: dict[str, Any] = {"patient": name, **_rates(confusion)}
+    row["lesion_ml"], row["found_ml"] = float(truth.sum()) * voxel_ml, float(found.sum()) * voxel_ml
+    row["dice_oracle"] = float(counts.dice_curve().max()) if not empty else float("nan")
+    row["baseline_dice_oracle"] = float(base.dice_curve().max()) if not empty else float("nan")
+    row["auprc"] = counts.auprc()
+    if not empty and found.any():
+        distance = compute_hausdorff_distance(
+            torch.from_numpy(found)[None, None], torch.from_numpy(truth)[None, None], include_background=True,
+            percentile=95, spacing=list(volume.spacing),
+        )  # fmt: skip
+        row["hd95_mm"] = float(distance)
+    else:
+        row["hd95_mm"] = float("nan")
+    parts, number = ndimage.label(truth, np.ones((3, 3, 3)))
+    hit = len(set(np.unique(parts[found])) - {0})
+    row["lesions"], row["lesion_recall"] = number, hit / number if number else float("nan")
+    found_parts, found_number = ndimage.label(found, np.ones((3, 3, 3)))
+    row["false_positives"] = found_number - len(set(np.unique(found_parts[truth])) - {0})
+    row["score"] = max((lesion.peak_probability for lesion in lesions), default=float(probability.max()))
+    bearing = truth.any(axis=(0, 1))
+    row["dice_bearing"] = _rates(_confusion(found[:, :, bearing], truth[:, :, bearing], inside[:, :, bearing]))["dice"]
+    wrong = (found != truth)[inside]
+    peak = max(float(uncertainty.max()), 1e-9)
+    order = np.argsort(-uncertainty[inside], kind="stable")
+    kept = []
+    for share in LEFT_OUT:
+        some = order[int(share * len(order)) :]
+        kept.append(_confusion(found[inside][some], truth[inside][some], np.ones(len(some), bool))[:3])
+    edges = np.minimum((probability[inside] * 10).astype(int), 9)
+    calibration = np.stack(
+        [np.bincount(edges, w, minlength=10) for w in (None, probability[inside], truth[inside].astype(float))], 1
+    )
+    z = int(truth.sum(axis=(0, 1)).argmax()) if not empty else int(probability.sum(axis=(0, 1)).argmax())
+    filled = volume.brain.any(axis=(0, 1))
+    return Patient(
+        row=row,
+        probability=counts,
+        baseline=base,
+        uncertainty=Counts.of(uncertainty[inside] / peak, wrong, 0.0, 1.0),
+        confusion=confusion,
+        left_out=np.array(kept),
+        calibration=calibration,
+        slice_score=probability.max(axis=(0, 1))[filled],
+        slice_label=bearing[filled],
+        bearing=_confusion(found[:, :, bearing], truth[:, :, bearing], inside[:, :, bearing]),
+        picture={
+            "image": volume.normalised("flair")[:, :, z].T if "flair" in volume.images else probability[:, :, z].T,
+            "found": found[:, :, z].T, "truth": truth[:, :, z].T, "uncertainty": uncertainty[:, :, z].T,
+        },
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Report:
+    """Figures of an evaluation: `pooled` by name, `intervals` of means over patients, `patients` rows."""
+
+    pooled: dict[str, float]
+    intervals: dict[str, tuple[float, float, float]]
+    patients: list[dict[str, Any]]
+    curves: dict[str, list[float]]
+    pictures: dict[str, dict[str, np.ndarray]]
+    how: dict[str, Any]
+
+    def table(self) -> Any:
+        """A rich table of the figures."""
+        from rich.table import Table
+
+        table = Table("figure", "pooled", "mean over patients [95 %]", title=f"{len(self.patients)} patients")
+        for name in dict.fromkeys((*self.pooled, *self.intervals)):
+            pooled = f"{self.pooled[name]:.3f}" if name in self.pooled else ""
+            mean = "{:.3f} [{:.3f}, {:.3f}]".format(*self.intervals[name]) if name in self.intervals else ""
+            table.add_row(name.replace("_", " "), pooled, mean)
+        return table
+
+
+def _interval(values: Sequence[float], seed: int) -> tuple[float, float, float]:
+    """Mean and its bootstrap 95 % interval over patients (percentile; scipy)."""
+    known = np.array([v for v in values if np.isfinite(v)])
+    if not len(known):
+        return (float("nan"),) * 3
+    mean = float(known.mean())
+    if len(known) == 1 or np.ptp(known) == 0:
+        return mean, mean, mean
+    found = bootstrap(
+        (known,), np.mean, n_resamples=2000, method="percentile", rng=np.random.default_rng(seed)
+    ).confidence_interval
+    return mean, float(found.low), float(found.high)
+
+
+def summarise(patients: Sequence[Patient], how: dict[str, Any], seed: int = 0) -> Report:
+    """Pool patients: sums of counts, never means of ratios; intervals by bootstrap over patients."""
+    from sklearn.metrics import roc_auc_score
+
+    if not patients:
+        raise EvaluationError("no patient with a mask to compare with; name data that has some")
+    total = sum((p.confusion for p in patients), np.zeros(4))
+    pooled = _rates(total)
+    probability = sum((p.probability for p in patients[1:]), patients[0].probability)
+    baseline = sum((p.baseline for p in patients[1:]), patients[0].baseline)
+    uncertainty = sum((p.uncertainty for p in patients[1:]), patients[0].uncertainty)
+    pooled["dice_oracle"] = float(probability.dice_curve().max())
+    pooled["baseline_dice_oracle"] = float(baseline.dice_curve().max())
+    pooled["auprc"] = probability.auprc()
+    pooled["dice_bearing"] = _rates(sum((p.bearing for p in patients), np.zeros(4)))["dice"]
+    pooled["uncertainty_auroc"] = uncertainty.auroc()
+    labels = np.concatenate([p.slice_label for p in patients])
+    scores = np.concatenate([p.slice_score for p in patients])
+    pooled["slice_auroc"] = float(roc_auc_score(labels, scores)) if 0 < labels.sum() < len(labels) else float("nan")
+    left = sum((p.left_out for p in patients), np.zeros((len(LEFT_OUT), 3)))
+    dices = [_rates(np.append(row, 0))["dice"] for row in left]
+    pooled["dice_without_5_percent"] = dices[LEFT_OUT.index(0.05)]
+    bins = sum((p.calibration for p in patients), np.zeros((10, 3)))
+    held = bins[bins[:, 0] > 0]
+    gaps = np.abs(held[:, 1] - held[:, 2])
+    pooled["calibration_error"] = float(gaps.sum() / held[:, 0].sum())
+    names = ("dice", "iou", "precision", "recall", "dice_oracle", "baseline_dice_oracle", "dice_bearing",
+             "hd95_mm", "lesion_recall", "false_positives", "found_ml")  # fmt: skip
+    intervals = {name: _interval([p.row[name] for p in patients], seed) for name in names}
+    ranked = sorted((p for p in patients if np.isfinite(p.row["dice"])), key=lambda p: p.row["dice"])
+    chosen = {"worst": ranked[0], "median": ranked[len(ranked) // 2], "best": ranked[-1]} if ranked else {}
+    curves = {
+        "threshold": np.linspace(0, 1, BINS).tolist(),
+        "dice_by_threshold": probability.dice_curve().tolist(),
+        "left_out": list(LEFT_OUT),
+        "dice_by_left_out": dices,
+        "calibration_probability": (held[:, 1] / held[:, 0]).tolist(),
+        "calibration_share": (held[:, 2] / held[:, 0]).tolist(),
+    }
+    pictures = {f"{k}: {p.row['patient']}, Dice {p.row['dice']:.2f}": p.picture for k, p in chosen.items()}
+    return Report(pooled, intervals, [p.row for p in patients], curves, pictures, how)
+
+
+def evaluate(
+    data: str | Path,
+    *,
+    weights: str = "ddmd-light",
+    out: str | Path | None = None,
+    split: str | Path | None = None,
+    part: str = "test",
+    device: str = "auto",
+    threshold: float | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> Report:
+    """Detect in every case with a mask, and compare.
+
+    Parameters
+    ----------
+    data : folder of slices with labels.csv, or of volumes, with masks; see `find_cases`
+    weights : name of a shipped system, or a weights file
+    out : folder for metrics.json, per_patient.csv and report.html, optional
+    split : split.json of a training run; only patients of its `part` are evaluated
+    device : "auto", "cpu", "cuda" or "cuda:N"
+    threshold : float, optional
+        By default the weights' own, chosen on validation patients.
+
+    Raises
+    ------
+    EvaluationError
+        If no case has a mask.
+    DatasetError, WeightsError, VolumeError
+        If data, weights or a volume cannot be used.
+    """
+    detector = Detector.load(weights, device)
+    cases = [c for c in find_cases(data) if c.masks is not None]
+    if split is not None:
+        parts = read_split(split)
+        cases = [c for c in cases if parts.get(c.patient) == part]
+    if not cases:
+        raise EvaluationError(f"{data}: no case with a mask{f' in part {part}' if split else ''}")
+    patients = []
+    for case in cases:
+        if progress is not None:
+            progress(case.name)
+        patients.append(judge_case(detector, case, threshold))
+    how = {
+        "weights": detector.description.name,
+        "threshold": detector.description.threshold if threshold is None else threshold,
+        "sampling": vars(detector.configured()),
+        "data": Path(data).name,
+        "patients": [c.name for c in cases],
+    }
+    report = summarise(patients, how)
+    if out is not None:
+        write_report(report, out)
+    return report
+
+
+def judge_case(detector: Detector, case: Case, threshold: float | None = None) -> Patient:
+    """Detect in one case and compare with its mask."""
+    volume = case.volume(detector.description.sequences)
+    slices, maps = detector.maps(volume, detector.configured())
+    probability = slices.restore(maps.probability).clip(0, 1) * volume.brain
+    uncertainty = slices.restore(maps.uncertainty).clip(0) * volume.brain
+    chosen = detector.description.threshold if threshold is None else threshold
+    return judge(case.name, volume, probability, uncertainty, case.lesion(), chosen, detector.description.min_lesion_ml)
+
+
+def write_report(report: Report, folder: str | Path) -> None:
+    """Write metrics.json, per_patient.csv and report.html, each whole or not at all."""
+    from ddmd.report import html
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    metrics = {"pooled": report.pooled, "intervals": report.intervals, "curves": report.curves, "how": report.how}
+    texts = {"metrics.json": json.dumps(_plain(metrics), indent=1) + "\n", "report.html": html(report)}
+    for name, text in texts.items():
+        (folder / f".partial-{name}").write_text(text)
+    with open(folder / ".partial-per_patient.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, list(report.patients[0]))
+        writer.writeheader()
+        writer.writerows(report.patients)
+    for name in (*texts, "per_patient.csv"):
+        os.replace(folder / f".partial-{name}", folder / name)
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no NaN: what is not known is null."""
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if isinstance(value, float | np.floating):
+        return float(value) if np.isfinite(value) else None
+    return value

@@ -1,0 +1,102 @@
+"""Figures by hand, against scikit-learn on the voxels themselves, and the files of a report."""
+
+import json
+
+import numpy as np
+import pytest
+
+from ddmd.data.datasets import find_cases
+from ddmd.evaluation import Counts, EvaluationError, dice, evaluate, judge, summarise
+from ddmd.volume import Volume
+from tests.volumes import head, tiny_system, write
+
+pytest.importorskip("monai", reason="the extra ddmd[evaluate] is not installed")
+
+
+@pytest.fixture
+def scene(rng):
+    values, affine = head(rng)
+    volume = Volume.from_array({"flair": values}, affine)
+    truth = values > 180
+    probability = np.clip(truth * 0.6 + rng.random(values.shape) * 0.5, 0, 1).astype(np.float32) * volume.brain
+    return volume, probability, (probability * (1 - probability)).astype(np.float32), truth
+
+
+def test_dice_by_hand():
+    a, b = np.array([1, 1, 0, 0], bool), np.array([0, 1, 1, 1], bool)
+    assert dice(a, b) == pytest.approx(2 * 1 / 5)
+    assert dice(a, a) == 1
+    assert np.isnan(dice(a & False, b & False))
+
+
+def test_binned_curves_are_those_of_the_voxels(rng):
+    from sklearn.metrics import average_precision_score, roc_auc_score
+
+    truth = rng.random(5000) < 0.1
+    score = np.clip(truth * 0.3 + rng.random(5000) * 0.7, 0, 1)
+    counts = Counts.of(score, truth, 0.0, 1.0)
+    assert counts.auprc() == pytest.approx(average_precision_score(truth, score), abs=5e-3)
+    assert counts.auroc() == pytest.approx(roc_auc_score(truth, score), abs=2e-3)
+    threshold = 250 / 500
+    assert counts.dice_curve()[250] == pytest.approx(dice(score >= threshold, truth), abs=1e-3)
+
+
+def test_one_patient_and_the_pool(scene):
+    volume, probability, uncertainty, truth = scene
+    patient = judge("p", volume, probability, uncertainty, truth, 0.55, 0.0)
+    found = probability >= 0.55
+    assert patient.row["dice"] == pytest.approx(dice(found, truth))
+    assert patient.row["recall"] == pytest.approx((found & truth).sum() / truth.sum())
+    inside = volume.brain | truth
+    assert patient.row["accuracy_of_empty_mask"] == pytest.approx(1 - truth[inside].mean())
+    assert patient.row["dice_oracle"] >= patient.row["dice"] - 1e-3
+    report = summarise([patient, patient, patient], {"weights": "w", "threshold": 0.55})
+    assert report.pooled["dice"] == pytest.approx(patient.row["dice"])
+    assert report.intervals["dice"] == pytest.approx((patient.row["dice"],) * 3)
+    assert 0 <= report.pooled["calibration_error"] <= 1
+    assert report.curves["dice_by_left_out"][0] == pytest.approx(patient.row["dice"])
+
+
+def test_intervals_are_the_same_for_the_same_seed_and_hold_the_mean(scene):
+    volume, probability, uncertainty, truth = scene
+    patients = [judge("p", volume, probability, uncertainty, truth, t, 0.0) for t in (0.3, 0.5, 0.6, 0.8)]
+    one, again = (summarise(patients, {"weights": "w", "threshold": 0.5}, seed=3) for _ in range(2))
+    assert one.intervals == again.intervals
+    mean, low, high = one.intervals["dice"]
+    assert low < mean < high
+
+
+def test_a_patient_without_lesion_has_no_dice_but_millilitres(scene):
+    volume, probability, uncertainty, truth = scene
+    row = judge("healthy", volume, probability * ~truth, uncertainty, truth & False, 0.45, 0.0).row
+    assert row["found_ml"] > 0
+    assert row["dice"] == 0
+    assert np.isnan(row["dice_oracle"])
+    assert np.isnan(judge("h", volume, probability * 0, uncertainty, truth & False, 0.5, 0.0).row["dice"])
+
+
+def test_evaluation_writes_its_three_files(tmp_path, rng):
+    from ddmd import weights
+
+    values, affine = head(rng)
+    for name in ("a", "b"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        write(tmp_path / "data" / name / "flair.nii.gz", values, affine)
+        write(tmp_path / "data" / name / "lesion.nii.gz", (values > 180).astype(np.uint8), affine)
+    weights.save(tiny_system(), tmp_path / "tiny.safetensors")
+    (tmp_path / "split.json").write_text(json.dumps({"a": "train", "b": "test"}))
+    report = evaluate(
+        tmp_path / "data", weights=str(tmp_path / "tiny.safetensors"), out=tmp_path / "out", device="cpu",
+        split=tmp_path / "split.json",
+    )  # fmt: skip
+    assert [row["patient"] for row in report.patients] == ["b"]
+    written = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert written["pooled"]["dice"] == pytest.approx(report.pooled["dice"])
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert page.count("data:image/png;base64") == 2
+    assert (tmp_path / "out" / "per_patient.csv").read_text().startswith("patient,dice")
+    assert "dice" in str(report.table().columns[0]._cells)
+    (tmp_path / "split.json").write_text(json.dumps({"a": "train", "b": "train"}))
+    with pytest.raises(EvaluationError, match="no case with a mask in part test"):
+        evaluate(tmp_path / "data", weights=str(tmp_path / "tiny.safetensors"), split=tmp_path / "split.json")
+    assert all(case.masks for case in find_cases(tmp_path / "data"))
