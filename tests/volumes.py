@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import csv
+from pathlib import Path
+
 import nibabel as nib
 import numpy as np
 import torch
+from matplotlib.image import imsave
 
 from ddmd import weights
 from ddmd.autoencoder import AutoencoderConfig
@@ -51,3 +55,26 @@ def tiny_system(seed: int = 0, sequences: tuple[str, ...] = ("flair",)) -> weigh
     for module in system.parts().values():
         module.eval().requires_grad_(False).to(memory_format=torch.channels_last)
     return system
+
+
+def write_slices(root: Path, rng: np.random.Generator, patients: int = 3, garbage_masks: bool = False) -> Path:
+    """A small folder of slices with labels.csv; every second slice of a patient has a lesion."""
+    (root / "images").mkdir(parents=True)
+    (root / "masks").mkdir()
+    rows = []
+    for p in range(patients):
+        values, _ = head(rng, (64, 64, 6))
+        for z in range(6):
+            name = f"p{p}_{z + 1}.png"
+            plane = np.clip(values[:, :, z].T / 2, 0, 255).astype(np.uint8)
+            imsave(root / "images" / name, plane, cmap="gray", vmin=0, vmax=255)
+            if garbage_masks:
+                (root / "masks" / name).write_bytes(b"nobody may open this")
+            else:
+                imsave(root / "masks" / name, plane > 90, cmap="gray", vmin=0, vmax=1)
+            rows.append({"file": name, "patient": f"p{p}", "slice": z + 1, "has_lesion": z % 2})
+    with open(root / "labels.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    return root

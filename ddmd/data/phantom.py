@@ -61,9 +61,8 @@ def _tissue(spacing_mm: float) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.n
         affine = native.copy()
         affine[:3, :3] *= spacing_mm / resolution
         shape = tuple(int(np.ceil(n * resolution / spacing_mm)) for n in maps[0].shape)
-        maps = [
-            resample_img(m, affine, shape, "linear", force_resample=True, copy_header=True) for m in maps
-        ]
+        maps = [nib.Nifti1Image(np.asarray(m.dataobj, np.float32) * 0.999, m.affine) for m in maps]
+        maps = [resample_img(m, affine, shape, "linear", force_resample=True, copy_header=True) for m in maps]
         native = affine
     grey, white, brain = (np.clip(np.asarray(m.dataobj, dtype=np.float32), 0, 1) for m in maps)
     inside = ndimage.binary_fill_holes(brain > 0.5)

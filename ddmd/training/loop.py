@@ -152,7 +152,7 @@ class Stage:
             where = self.folder / f"{self.plan.name}.diverged.safetensors"
             save_file({k: v.contiguous().cpu() for k, v in batch.items()}, where)
             raise DivergedError(
-                f"{self.plan.name}: the loss is {float(total)} at step {self.step}; the batch is in {where}. "
+                f"{self.plan.name}: the loss is {float(total.detach())} at step {self.step}; the batch is in {where}. "
                 "Lower the learning rate, or look for damaged input in that batch."
             )
         optimizer.zero_grad()

@@ -1,0 +1,193 @@
+"""Training end to end on a few small slices: tracks, resuming, determinism, processes, losses."""
+
+import dataclasses
+import json
+import logging
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ddmd import weights
+from ddmd.autoencoder import AutoencoderConfig, AutoencoderEnsemble
+from ddmd.denoiser import DenoiserConfig
+from ddmd.discrepancy import heterogeneous_loss, homogeneous_loss
+from ddmd.training import train
+from ddmd.training.config import AutoencoderStage, DataEntry, DenoiserStage, TrainConfig, read_config
+from ddmd.training.loop import DivergedError, Plan, Stage, learning_rate
+from ddmd.training.stages import pseudo_mask, soft_dice
+from tests.volumes import write_slices
+
+pytest.importorskip("accelerate", reason="the extra ddmd[train] is not installed")
+
+
+@pytest.fixture
+def config(tmp_path, rng) -> TrainConfig:
+    return TrainConfig(
+        data=(DataEntry(str(write_slices(tmp_path / "set", rng, 4, garbage_masks=True))),),
+        name="tiny", size=64, test=0.25, validation=0.0, workers=0,
+        autoencoder=AutoencoderConfig(members=2, width=4, code=2),
+        denoiser=DenoiserConfig(widths=(8, 8, 8, 8), noise_width=8),
+        autoencoder_stage=AutoencoderStage(steps=3, batch=4),
+        denoiser_stage=DenoiserStage(steps=4, batch=2, rounds=(0.5,)),
+    )  # fmt: skip
+
+
+def test_image_track_trains_without_opening_a_mask_and_its_weights_load(config, tmp_path, caplog):
+    with caplog.at_level(logging.INFO):
+        path = train(config, tmp_path / "run")
+    assert "round 1 of pseudo-masks at step 2" in caplog.text
+    system = weights.load(path)
+    assert system.description.training["labels"] == "image"
+    split = json.loads((tmp_path / "run" / "split.json").read_text())
+    assert sorted(split.values()).count("test") == 1
+    assert (tmp_path / "run" / "events").is_dir()
+
+
+def test_pixel_track_opens_the_masks(config, tmp_path):
+    from ddmd.data.datasets import DatasetError
+
+    with pytest.raises(DatasetError, match="not a readable PNG"):
+        train(dataclasses.replace(config, labels="pixel"), tmp_path / "run")
+
+
+def test_a_killed_run_goes_on_to_the_same_weights(config, tmp_path, monkeypatch):
+    whole = load_file(train(config, tmp_path / "whole"))
+    one = Stage._one
+
+    def killed(self, *args):
+        if self.plan.name == "denoiser" and self.step == 3:
+            self.save()
+            raise KeyboardInterrupt
+        return one(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Stage, "_one", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(config, tmp_path / "cut")
+    resumed = load_file(train(config, tmp_path / "cut"))
+    assert whole.keys() == resumed.keys()
+    worst = max(float((whole[k].float() - resumed[k].float()).abs().max()) for k in whole)
+    assert worst == 0, f"weights differ by {worst}"
+    with pytest.raises(ValueError, match="another configuration"):
+        train(dataclasses.replace(config, seed=1), tmp_path / "cut")
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run_and_saves_the_batch(tmp_path):
+    class Broken(torch.nn.Linear):
+        def forward(self, batch, step):
+            return {"loss": super().forward(batch["x"]).sum() * float("nan")}
+
+    from accelerate import Accelerator
+
+    stage = Stage(Broken(2, 1), Plan("broken", 3, 1, 1e-3, workers=0), tmp_path, Accelerator())
+    data = [{"x": torch.ones(2)}] * 3
+    with pytest.raises(DivergedError, match=r"broken: the loss is nan at step 0; the batch is in"):
+        stage.run(data, 3, lambda *_: None)
+    assert torch.equal(load_file(tmp_path / "broken.diverged.safetensors")["x"], torch.ones(1, 2))
+
+
+DDP = """
+import sys, torch, json
+from accelerate import Accelerator
+from pathlib import Path
+from ddmd.training.loop import Plan, Stage
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.SiLU(), torch.nn.Linear(8, 1))
+    def forward(self, batch, step):
+        return {"loss": self.net(batch["x"]).square().mean()}
+g = torch.Generator().manual_seed(1)
+data = [{"x": torch.randn(4, generator=g)} for _ in range(40)]
+accelerator = Accelerator(cpu=True)
+stage = Stage(Net(), Plan("net", 10, 4, 1e-2, workers=0), Path(sys.argv[1]), accelerator)
+losses = []
+def on_step(step, each):
+    total = accelerator.gather(torch.tensor([each["loss"]]))
+    losses.append(float(total.mean()))
+stage.run(data, 10, on_step)
+if accelerator.is_main_process:
+    Path(sys.argv[1], "losses.json").write_text(json.dumps(losses))
+"""
+
+
+def test_two_processes_learn_what_one_does(tmp_path):
+    (tmp_path / "ddp.py").write_text(DDP)
+    found = []
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        folder.mkdir()
+        command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port=0",
+                   "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", str(tmp_path / "ddp.py"), str(folder)]  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        found.append(json.loads((folder / "losses.json").read_text()))
+    np.testing.assert_allclose(*found, rtol=1e-4)
+
+
+def test_shipped_configuration_reads_and_mistakes_are_named(tmp_path):
+    from pathlib import Path
+
+    import ddmd.training
+
+    config = read_config(Path(ddmd.training.__file__).with_name("light.toml"))
+    assert config.labels == "image"
+    for text, message in (
+        ("labels = 'voxel'\n[[data]]\nroot='x'", "labels is 'voxel'; allowed are"), ("seed = 1", "data is empty"),
+        ("speed = 3\n[[data]]\nroot='x'", "speed not known; allowed are"), ("= 3", "not TOML"),
+    ):  # fmt: skip
+        (tmp_path / "bad.toml").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            read_config(tmp_path / "bad.toml")
+
+
+def test_losses_follow_their_formulas():
+    z, label = torch.randn(6, 3), torch.tensor([0, 0, 1, 1, 1, 0])
+    pairs = [(i, j) for i in range(6) for j in range(i) if label[i] == label[j]]
+    wanted = sum(((z[i] - z[j]) ** 2).sum() for i, j in pairs) / len(pairs) / 3
+    assert torch.isclose(homogeneous_loss(z, label), torch.as_tensor(wanted), rtol=1e-4)
+    near, far = torch.randn(8, 3), torch.randn(8, 3) + 50
+    labels = torch.tensor([0] * 8 + [1] * 8)
+    assert heterogeneous_loss(torch.cat((near, far)), labels) == 0, "apart beyond the bound"
+    assert heterogeneous_loss(torch.cat((near, near)), labels) == pytest.approx(2.0, abs=1e-4)
+    assert heterogeneous_loss(near, torch.zeros(8, dtype=torch.int64)) == 0, "one label alone has no distance"
+    mask = torch.zeros(2, 1, 4, 4)
+    mask[0, :, :2] = 1
+    right = (mask * 2 - 1) * 20
+    assert soft_dice(right, mask, torch.ones_like(mask)) == pytest.approx(0, abs=1e-3)
+    assert soft_dice(-right, mask, torch.ones_like(mask)) > 0.4
+
+
+def test_members_never_mix():
+    ensemble = AutoencoderEnsemble(AutoencoderConfig(members=3, width=4, code=2))
+    b = torch.randn(2, 3, 32, 32)  # a slice for each of the three members
+    whole = ensemble.decode(ensemble.encode(b))
+    changed = b.clone()
+    changed[:, 1] += 1
+    other = ensemble.decode(ensemble.encode(changed))
+    assert torch.equal(whole[[0, 2]], other[[0, 2]])
+    assert not torch.equal(whole[1], other[1])
+
+
+def test_pseudo_masks_follow_the_rule():
+    probability = np.zeros((20, 20), np.float32)
+    probability[5:12, 5:12] = 0.4
+    probability[15, 15] = 0.39
+    mask, weight = pseudo_mask(probability, np.zeros_like(probability))
+    assert mask.sum() == pytest.approx(49, abs=12), "half of the peak is the threshold; lone pixels are opened away"
+    assert not mask[15, 15]
+    assert 0 <= weight.min() <= weight.max() <= 1
+    assert pseudo_mask(probability * 0.3, probability) is None
+    unsure = np.full_like(probability, 0.5)
+    assert pseudo_mask(probability, unsure)[1].mean() < weight.mean()
+
+
+def test_learning_rate_rises_then_falls():
+    plan = Plan("x", 1000, 1, 1.0)
+    rates = [learning_rate(step, plan) for step in range(1000)]
+    assert rates[0] < rates[99] > rates[500] > rates[999] > 0
