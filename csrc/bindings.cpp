@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "ddmd.h"
+#include "parallel.h"
 
 namespace py = pybind11;
 using Address = uintptr_t;
@@ -46,6 +47,7 @@ PYBIND11_MODULE(_C, m) {
   using Release = py::call_guard<py::gil_scoped_release>;
   m.doc() = "The C++ and CUDA core of ddmd; called through ddmd.native.";
   m.def("build_info", &build_info);
+  m.def("use_openmp", &ddmd::use_openmp);
   m.def("philox", [](Address counters, int64_t seed, Address words, int64_t count) {
     ddmd::kernels().philox(at<uint32_t>(counters), static_cast<uint64_t>(seed), at<uint32_t>(words), count);
   }, Release());

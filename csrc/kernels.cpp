@@ -361,6 +361,8 @@ void maps(const void *a, const void *b, DType type, int64_t members_a, int64_t m
 
 // ---- GroupNorm + SiLU
 
+constexpr int64_t kChannels = 4096;  // most channels, so that scratch needs no allocation
+
 // Calls one(n, chunk, first pixel, pixels) for chunks [begin, end) of all images.
 template <class One>
 inline void over_chunks(const Norm &n, int64_t begin, int64_t end, One one) {
@@ -369,6 +371,20 @@ inline void over_chunks(const Norm &n, int64_t begin, int64_t end, One one) {
     one(image, unit, first, n.pixels - first < n.chunk ? n.pixels - first : n.chunk);
   }
 }
+
+// Channels last: a row is several pixels, so that the innermost loop is long however few the channels;
+// what belongs to a channel is repeated for each of them.
+constexpr int64_t kRow = 512;  // elements of a row, about
+
+inline int64_t pixels_of_row(const Norm &n) { return n.channels_last && n.channels < kRow ? kRow / n.channels : 1; }
+
+struct Repeated {
+  alignas(64) float value[kChannels];
+  Repeated(const float *of_channel, const Norm &n) {
+    const int64_t pixels = pixels_of_row(n);
+    for (int64_t p = 0; p < pixels; ++p) std::memcpy(value + p * n.channels, of_channel, n.channels * sizeof(float));
+  }
+};
 
 // Mean and M2 of each channel in a chunk, by sums about the chunk's first pixel.
 void norm_moments(const Norm &n, int64_t begin, int64_t end) {
@@ -380,20 +396,24 @@ void norm_moments(const Norm &n, int64_t begin, int64_t end) {
       const float share = 1.0f / count;
       if (n.channels_last) {
         const T *x = static_cast<const T *>(n.x) + (image * n.pixels + first) * channels;
-        for (int64_t c = 0; c < channels; ++c) mean[c] = 0.0f, m2[c] = 0.0f;
-        for (int64_t p = 1; p < count; ++p) {
-          const T *row = x + p * channels;
+        const int64_t step = pixels_of_row(n), row = step * channels;
+        alignas(64) float pivot[kChannels], sum[kChannels], square[kChannels];
+        for (int64_t i = 0; i < row; ++i) pivot[i] = wide(x[i % channels]), sum[i] = 0.0f, square[i] = 0.0f;
+        for (int64_t p = 0; p < count; p += step) {
+          const T *pixels = x + p * channels;
+          const int64_t length = channels * (count - p < step ? count - p : step);
 #pragma GCC ivdep
-          for (int64_t c = 0; c < channels; ++c) {
-            const float d = wide(row[c]) - wide(x[c]);
-            mean[c] += d;
-            m2[c] += d * d;
+          for (int64_t i = 0; i < length; ++i) {
+            const float d = wide(pixels[i]) - pivot[i];
+            sum[i] += d;
+            square[i] += d * d;
           }
         }
         for (int64_t c = 0; c < channels; ++c) {
-          const float d = mean[c] * share;
-          m2[c] -= mean[c] * d;
-          mean[c] = wide(x[c]) + d;
+          float total = 0.0f, squares = 0.0f;
+          for (int64_t i = c; i < row; i += channels) total += sum[i], squares += square[i];
+          mean[c] = pivot[c] + total * share;
+          m2[c] = squares - total * total * share;
         }
       } else {
         for (int64_t c = 0; c < channels; ++c) {
@@ -422,11 +442,13 @@ void norm_moments(const Norm &n, int64_t begin, int64_t end) {
   });
 }
 
-// Calls row(x index, count, channel or -1): a run of pixels of one channel, or of channels of one pixel.
+// Calls row(x index, count, channel or -1): a run of pixels of one channel, or of channels of some pixels.
 template <class Row>
 inline void over_rows(const Norm &n, int64_t image, int64_t first, int64_t count, Row row) {
+  const int64_t step = pixels_of_row(n);
   if (n.channels_last)
-    for (int64_t p = 0; p < count; ++p) row((image * n.pixels + first + p) * n.channels, n.channels, int64_t{-1});
+    for (int64_t p = 0; p < count; p += step)
+      row((image * n.pixels + first + p) * n.channels, n.channels * (count - p < step ? count - p : step), int64_t{-1});
   else
     for (int64_t c = 0; c < n.channels; ++c) row((image * n.channels + c) * n.pixels + first, count, c);
 }
@@ -435,7 +457,8 @@ void norm_apply(const Norm &n, int64_t begin, int64_t end) {
   with_type(n.type, [&](auto zero) {
     using T = decltype(zero);
     over_chunks(n, begin, end, [&](int64_t image, int64_t, int64_t first, int64_t count) {
-      const float *gain = n.gain + image * n.channels, *offset = n.offset + image * n.channels;
+      const Repeated gains(n.gain + image * n.channels, n), offsets(n.offset + image * n.channels, n);
+      const float *gain = gains.value, *offset = offsets.value;
       over_rows(n, image, first, count, [&](int64_t at, int64_t length, int64_t c) {
         const T *x = static_cast<const T *>(n.x) + at;
         const T *residual = static_cast<const T *>(n.residual) + (n.residual ? at : 0);
@@ -481,17 +504,18 @@ inline void normalising(const Norm &n, int64_t image, float *multiple, float *of
   }
 }
 
-constexpr int64_t kChannels = 4096;  // most channels, so that scratch needs no allocation
-
 void norm_grad_sums(const Norm &n, int64_t begin, int64_t end) {
   with_type(n.type, [&](auto zero) {
     using T = decltype(zero);
     float multiple[kChannels], centre[kChannels];
     over_chunks(n, begin, end, [&](int64_t image, int64_t unit, int64_t first, int64_t count) {
-      const float *gain = n.gain + image * n.channels, *offset = n.offset + image * n.channels;
-      float *sum = n.part_one + unit * n.channels, *sum_h = n.part_two + unit * n.channels;
       normalising(n, image, multiple, centre);
-      for (int64_t c = 0; c < n.channels; ++c) sum[c] = 0.0f, sum_h[c] = 0.0f;
+      const Repeated gains(n.gain + image * n.channels, n), offsets(n.offset + image * n.channels, n);
+      const Repeated multiples(multiple, n), centres(centre, n);
+      const float *gain = gains.value, *offset = offsets.value, *by = multiples.value, *to = centres.value;
+      const int64_t row = n.channels * pixels_of_row(n);
+      alignas(64) float sum[kChannels], sum_h[kChannels];
+      for (int64_t i = 0; i < row; ++i) sum[i] = 0.0f, sum_h[i] = 0.0f;
       over_rows(n, image, first, count, [&](int64_t at, int64_t length, int64_t c) {
         const T *x = static_cast<const T *>(n.x) + at, *grad = static_cast<const T *>(n.grad) + at;
         if (c < 0) {
@@ -500,7 +524,7 @@ void norm_grad_sums(const Norm &n, int64_t begin, int64_t end) {
             const float v = wide(x[i]);
             const float g = wide(grad[i]) * silu_slope(gain[i] * v + offset[i]);
             sum[i] += g;
-            sum_h[i] += g * (v * multiple[i] + centre[i]);
+            sum_h[i] += g * (v * by[i] + to[i]);
           }
         } else {
           float lanes[16] = {}, lanes_h[16] = {};
@@ -516,6 +540,12 @@ void norm_grad_sums(const Norm &n, int64_t begin, int64_t end) {
           for (int j = 0; j < 16; ++j) sum[c] += lanes[j], sum_h[c] += lanes_h[j];
         }
       });
+      for (int64_t c = 0; c < n.channels; ++c) {
+        float total = 0.0f, total_h = 0.0f;
+        for (int64_t i = c; i < row; i += n.channels) total += sum[i], total_h += sum_h[i];
+        n.part_one[unit * n.channels + c] = total;
+        n.part_two[unit * n.channels + c] = total_h;
+      }
     });
   });
 }
@@ -524,15 +554,18 @@ void norm_grad_apply(const Norm &n, int64_t begin, int64_t end) {
   const int64_t per_group = n.channels / n.groups;
   with_type(n.type, [&](auto zero) {
     using T = decltype(zero);
-    float multiple[kChannels], centre[kChannels], mean_g[kChannels], mean_gh[kChannels];
+    float own_multiple[kChannels], own_centre[kChannels], own_g[kChannels], own_gh[kChannels];
     over_chunks(n, begin, end, [&](int64_t image, int64_t, int64_t first, int64_t count) {
-      const float *gain = n.gain + image * n.channels, *offset = n.offset + image * n.channels;
-      const float *inner = n.inner + image * n.channels;
-      normalising(n, image, multiple, centre);
+      normalising(n, image, own_multiple, own_centre);
       for (int64_t c = 0; c < n.channels; ++c) {
-        mean_g[c] = n.mean_g[image * n.groups + c / per_group];
-        mean_gh[c] = n.mean_gh[image * n.groups + c / per_group];
+        own_g[c] = n.mean_g[image * n.groups + c / per_group];
+        own_gh[c] = n.mean_gh[image * n.groups + c / per_group];
       }
+      const Repeated gains(n.gain + image * n.channels, n), offsets(n.offset + image * n.channels, n);
+      const Repeated inners(n.inner + image * n.channels, n), multiples(own_multiple, n), centres(own_centre, n);
+      const Repeated means(own_g, n), means_h(own_gh, n);
+      const float *gain = gains.value, *offset = offsets.value, *inner = inners.value, *multiple = multiples.value;
+      const float *centre = centres.value, *mean_g = means.value, *mean_gh = means_h.value;
       over_rows(n, image, first, count, [&](int64_t at, int64_t length, int64_t c) {
         const T *x = static_cast<const T *>(n.x) + at, *grad = static_cast<const T *>(n.grad) + at;
         T *d_x = static_cast<T *>(n.y) + at;

@@ -81,12 +81,39 @@ void forget_after_fork() {
   new (&owner) std::mutex();
 }
 
+using GompParallel = void (*)(void (*)(void *), void *, unsigned, unsigned);
+std::atomic<GompParallel> gomp{nullptr};
+
+struct Team {
+  std::atomic<int> next{0};
+  int parts;
+  int64_t size;
+  const std::function<void(int64_t, int64_t)> *work;
+};
+
+// Every thread of the team takes parts until none is left: right for a team of any size.
+void team_member(void *data) {
+  Team &team = *static_cast<Team *>(data);
+  for (int i; (i = team.next.fetch_add(1)) < team.parts;)
+    (*team.work)(team.size * i / team.parts, team.size * (i + 1) / team.parts);
+}
+
 }  // namespace
+
+void use_openmp(uintptr_t gomp_parallel) { gomp.store(reinterpret_cast<GompParallel>(gomp_parallel)); }
 
 void parallel_for(int64_t size, int64_t grain, int threads, const std::function<void(int64_t, int64_t)> &work) {
   if (size <= 0) return;
   const int64_t most = (size + grain - 1) / grain;
   const int parts = static_cast<int>(std::min<int64_t>({most, threads < 1 ? 1 : threads, int64_t{256}}));
+  if (const GompParallel parallel = gomp.load(); parallel != nullptr && parts > 1) {
+    Team team;
+    team.parts = parts;
+    team.size = size;
+    team.work = &work;
+    parallel(team_member, &team, static_cast<unsigned>(parts), 0);
+    return;
+  }
   std::unique_lock<std::mutex> lock(owner, std::try_to_lock);
   if (parts <= 1 || !lock.owns_lock()) {
     work(0, size);

@@ -62,9 +62,7 @@ class AutoencoderEnsemble(nn.Module):
             padding = kernel // 2 if stride == 1 else 1
             return nn.Conv2d(k * channels_in, k * channels_out, kernel, stride, padding, groups=k)
 
-        self.encoder = nn.ModuleList(
-            (conv(patch, w), conv(w, 2 * w, 4, 2), conv(2 * w, 3 * w, 4, 2))
-        )
+        self.encoder = nn.ModuleList((conv(patch, w), conv(w, 2 * w, 4, 2), conv(2 * w, 3 * w, 4, 2)))
         self.to_code = conv(3 * w, config.code, 1)
         self.from_code = conv(config.code, 3 * w)
         self.decoder = nn.ModuleList((conv(3 * w, 2 * w), conv(2 * w, w)))

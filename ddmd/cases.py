@@ -61,7 +61,9 @@ def _grouped(files: list[Path], name: str) -> list[Examination]:
         for s, p in named:
             group = groups.setdefault(_prefix(p), {})
             if s in group:
-                raise VolumeError(f"{group[s]} and {p} both claim to be {s}; keep one, or name the files to use")
+                raise VolumeError(
+                    f"{group[s]} and {p} both claim to be {s}; keep one, or name the files to use"
+                )
             group[s] = p
         found += [Examination(nifti.stem(next(iter(g.values()))), g) for g in groups.values()]
     return found + [Examination(nifti.stem(p), {None: p}) for s, p in known if s is None]

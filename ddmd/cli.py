@@ -32,7 +32,9 @@ def _bad_usage(message: object) -> typer.Exit:
 
 @app.command()
 def detect(
-    inputs: Annotated[list[Path], typer.Argument(metavar="IN...", help="One volume, its sequences, or folders.")],
+    inputs: Annotated[
+        list[Path], typer.Argument(metavar="IN...", help="One volume, its sequences, or folders.")
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="Folder for the results.")],
     weights: Annotated[str, typer.Option(help="Name of a shipped system, or a weights file.")] = "ddmd-light",
     samples: Annotated[int | None, typer.Option(help="S, masks drawn for each slice.")] = None,
@@ -42,7 +44,9 @@ def detect(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     threshold: Annotated[float | None, typer.Option(help="Probability from which a voxel is lesion.")] = None,
     sequence: Annotated[str | None, typer.Option(help="What a file is whose name does not say.")] = None,
-    resample: Annotated[bool, typer.Option("--resample", help="Bring sequences onto one grid first.")] = False,
+    resample: Annotated[
+        bool, typer.Option("--resample", help="Bring sequences onto one grid first.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace earlier results.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
 ) -> None:
@@ -68,7 +72,9 @@ def detect(
     names = [e.name for e in found]
     twice = sorted({n for n in names if names.count(n) > 1})
     if twice:
-        raise _bad_usage(f"{', '.join(twice)}: more than one examination of this name; detect them one by one")
+        raise _bad_usage(
+            f"{', '.join(twice)}: more than one examination of this name; detect them one by one"
+        )
 
     failed = 0
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
@@ -195,7 +201,9 @@ def phantom(
 
 @app.command()
 def train(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="TOML file; see ddmd/training/light.toml.")],
+    config: Annotated[
+        Path, typer.Argument(metavar="CONFIG", help="TOML file; see ddmd/training/light.toml.")
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="RUN", help="Folder of the run.")],
 ) -> None:
     """Train a system, or go on with a run that was killed."""
@@ -212,9 +220,13 @@ def train(
 
 @app.command()
 def evaluate(
-    data: Annotated[Path, typer.Argument(metavar="DATA", help="Slices with labels.csv, or volumes, with masks.")],
+    data: Annotated[
+        Path, typer.Argument(metavar="DATA", help="Slices with labels.csv, or volumes, with masks.")
+    ],
     weights: Annotated[str, typer.Option(help="Name of a shipped system, or a weights file.")] = "ddmd-light",
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="Folder.")] = Path("evaluation"),
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="Folder.")] = Path(
+        "evaluation"
+    ),
     patients: Annotated[Path | None, typer.Option(help="split.json of a run: only its test part.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
 ) -> None:

@@ -100,12 +100,8 @@ class ConditionNet(nn.Module):
         self.config = config
         w = config.widths
         self.stem = nn.Conv2d(config.inputs * IMAGE_PATCH**2, w[0], 3, padding=1)
-        self.down = nn.ModuleList(
-            Block(w[max(i - 1, 0)], w[i]) for i in range(len(w))
-        )
-        self.up = nn.ModuleList(
-            Block(w[i + 1] + w[i], w[i]) for i in reversed(range(len(w) - 1))
-        )
+        self.down = nn.ModuleList(Block(w[max(i - 1, 0)], w[i]) for i in range(len(w)))
+        self.up = nn.ModuleList(Block(w[i + 1] + w[i], w[i]) for i in reversed(range(len(w) - 1)))
         self.to_evidence = nn.Conv2d(w[0], IMAGE_PATCH**2, 3, padding=1)
         nn.init.constant_(self.to_evidence.bias, -4.0)  # type: ignore[arg-type]  # lesions are rare
         self.to_features = nn.Conv2d(w[0] * 4 + w[1] + NOISE_PATCH**2, config.noise_width, 3, padding=1)

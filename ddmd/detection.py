@@ -65,7 +65,7 @@ def find_lesions(
     min_ml : float
     """
     voxel_ml = abs(float(np.linalg.det(affine[:3, :3]))) / 1000
-    parts, count = ndimage.label(mask, np.ones((3, 3, 3)))
+    parts, _ = ndimage.label(mask, np.ones((3, 3, 3)))
     kept = np.zeros(mask.shape, bool)
     lesions = []
     for number, box in enumerate(ndimage.find_objects(parts), 1):
@@ -168,7 +168,9 @@ class Detection:
                     pending.append((temporary, path))
                     nib.save(getattr(self, key), temporary)
                     sidecar = path.with_name(path.name.replace(".nii.gz", ".json"))
-                    text = json.dumps({"Meaning": MEANING[key], **self.how, "Notes": list(self.notes)}, indent=1)
+                    text = json.dumps(
+                        {"Meaning": MEANING[key], **self.how, "Notes": list(self.notes)}, indent=1
+                    )
                     pending.append(_write_text(sidecar, text + "\n"))
                 pending.append(_write_text(paths["lesions"], self._table()))
                 for temporary, path in pending:

@@ -43,9 +43,7 @@ class Schedule:
         if self.kind not in ("cosine", "linear"):
             raise ValueError(f"kind is {self.kind!r}; allowed are 'cosine' and 'linear'")
         if self.prediction not in ("epsilon", "sample", "v"):
-            raise ValueError(
-                f"prediction is {self.prediction!r}; allowed are 'epsilon', 'sample' and 'v'"
-            )
+            raise ValueError(f"prediction is {self.prediction!r}; allowed are 'epsilon', 'sample' and 'v'")
 
     def alpha_bar(self) -> Tensor:
         """(T,) float64: the share of the signal's variance left after step t."""

@@ -153,7 +153,9 @@ def judge(
     row["false_positives"] = found_number - len(set(np.unique(found_parts[truth])) - {0})
     row["score"] = max((lesion.peak_probability for lesion in lesions), default=float(probability.max()))
     bearing = truth.any(axis=(0, 1))
-    row["dice_bearing"] = _rates(_confusion(found[:, :, bearing], truth[:, :, bearing], inside[:, :, bearing]))["dice"]
+    row["dice_bearing"] = _rates(
+        _confusion(found[:, :, bearing], truth[:, :, bearing], inside[:, :, bearing])
+    )["dice"]
     wrong = (found != truth)[inside]
     peak = max(float(uncertainty.max()), 1e-9)
     order = np.argsort(-uncertainty[inside], kind="stable")
@@ -163,7 +165,11 @@ def judge(
         kept.append(_confusion(found[inside][some], truth[inside][some], np.ones(len(some), bool))[:3])
     edges = np.minimum((probability[inside] * 10).astype(int), 9)
     calibration = np.stack(
-        [np.bincount(edges, w, minlength=10) for w in (None, probability[inside], truth[inside].astype(float))], 1
+        [
+            np.bincount(edges, w, minlength=10)
+            for w in (None, probability[inside], truth[inside].astype(float))
+        ],
+        1,
     )
     z = int(truth.sum(axis=(0, 1)).argmax()) if not empty else int(probability.sum(axis=(0, 1)).argmax())
     filled = volume.brain.any(axis=(0, 1))
@@ -240,7 +246,9 @@ def summarise(patients: Sequence[Patient], how: dict[str, Any], seed: int = 0) -
     pooled["uncertainty_auroc"] = uncertainty.auroc()
     labels = np.concatenate([p.slice_label for p in patients])
     scores = np.concatenate([p.slice_score for p in patients])
-    pooled["slice_auroc"] = float(roc_auc_score(labels, scores)) if 0 < labels.sum() < len(labels) else float("nan")
+    pooled["slice_auroc"] = (
+        float(roc_auc_score(labels, scores)) if 0 < labels.sum() < len(labels) else float("nan")
+    )
     left = sum((p.left_out for p in patients), np.zeros((len(LEFT_OUT), 3)))
     dices = [_rates(np.append(row, 0))["dice"] for row in left]
     pooled["dice_without_5_percent"] = dices[LEFT_OUT.index(0.05)]
@@ -327,7 +335,9 @@ def judge_case(detector: Detector, case: Case, threshold: float | None = None) -
     probability = slices.restore(maps.probability).clip(0, 1) * volume.brain
     uncertainty = slices.restore(maps.uncertainty).clip(0) * volume.brain
     chosen = detector.description.threshold if threshold is None else threshold
-    return judge(case.name, volume, probability, uncertainty, case.lesion(), chosen, detector.description.min_lesion_ml)
+    return judge(
+        case.name, volume, probability, uncertainty, case.lesion(), chosen, detector.description.min_lesion_ml
+    )
 
 
 def write_report(report: Report, folder: str | Path) -> None:
@@ -336,7 +346,12 @@ def write_report(report: Report, folder: str | Path) -> None:
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    metrics = {"pooled": report.pooled, "intervals": report.intervals, "curves": report.curves, "how": report.how}
+    metrics = {
+        "pooled": report.pooled,
+        "intervals": report.intervals,
+        "curves": report.curves,
+        "how": report.how,
+    }
     texts = {"metrics.json": json.dumps(_plain(metrics), indent=1) + "\n", "report.html": html(report)}
     for name, text in texts.items():
         (folder / f".partial-{name}").write_text(text)

@@ -5,19 +5,40 @@ Functions have the names and arguments of `ddmd.reference`; `ddmd.ops` has check
 
 from __future__ import annotations
 
+import ctypes
+import importlib
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ddmd import reference
+
+_C: Any = None
 try:
-    from ddmd import _C
+    _C = importlib.import_module("ddmd._C")
 except ImportError as error:
-    _C = None  # type: ignore[assignment]
     _REASON: str | None = f"the extension ddmd._C is not built ({error}); run pip install ."
 else:
     _REASON = None
 
+
+def _share_torchs_threads() -> bool:
+    """Run on the OpenMP threads torch already has: a second set would wait busily against the first."""
+    for path in sorted(Path(torch.__file__).parent.glob("lib/libgomp*.so*")):
+        try:
+            address = ctypes.cast(ctypes.CDLL(str(path)).GOMP_parallel, ctypes.c_void_p).value
+        except (OSError, AttributeError):
+            continue
+        _C.use_openmp(address)
+        return True
+    return False
+
+
+_SHARED = _C is not None and _share_torchs_threads()
+
+_MOST_CHANNELS = 4096  # of GroupNorm: the size of the scratch in csrc/kernels.cpp
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -53,10 +74,12 @@ def philox(counters: Tensor, seed: int) -> Tensor:
     return words
 
 
-def ensemble_variance(samples: Tensor, correction: int = 1) -> tuple[Tensor, Tensor]:
+def ensemble_variance(
+    samples: Tensor, correction: int = 1, out: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Mean and variance; `out` reuses contiguous float32 buffers."""
     shape, strides = list(samples.shape[1:]), list(samples.stride()[1:])
-    mean = torch.empty(shape, device=samples.device)
-    variance = torch.empty(shape, device=samples.device)
+    mean, variance = out or (torch.empty(shape, device=samples.device) for _ in range(2))
     count, stride, kind = samples.shape[0], samples.stride(0), _TYPES[samples.dtype]
     if samples.device.type == "cuda":
         with torch.cuda.device(samples.device):
@@ -93,7 +116,14 @@ def ensemble_update(mean: Tensor, m2: Tensor, count: int, samples: Tensor) -> No
 def ensemble_merge(
     mean: Tensor, m2: Tensor, count: int, other_mean: Tensor, other_m2: Tensor, other_count: int
 ) -> None:
-    pointers = (mean.data_ptr(), m2.data_ptr(), count, other_mean.data_ptr(), other_m2.data_ptr(), other_count)
+    pointers = (
+        mean.data_ptr(),
+        m2.data_ptr(),
+        count,
+        other_mean.data_ptr(),
+        other_m2.data_ptr(),
+        other_count,
+    )
     if mean.device.type == "cuda":
         with torch.cuda.device(mean.device):
             _C.cuda_merge(*pointers, mean.numel(), _stream(mean))
@@ -152,10 +182,13 @@ def noise(
     return out
 
 
-def discrepancy_maps(recon_a: Tensor, recon_b: Tensor) -> tuple[Tensor, Tensor]:
+def discrepancy_maps(
+    recon_a: Tensor, recon_b: Tensor, out: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """X and Y; `out` reuses contiguous float32 buffers."""
     recon_a, recon_b = recon_a.contiguous(), recon_b.contiguous()
     members, z, c, h, w = recon_a.shape
-    inter, intra = (torch.empty(z, 1, h, w) for _ in range(2))
+    inter, intra = out or (torch.empty(z, 1, h, w) for _ in range(2))
     _C.discrepancy_maps(
         recon_a.data_ptr(), recon_b.data_ptr(), _TYPES[recon_a.dtype], members, recon_b.shape[0], z, c,
         h * w, inter.data_ptr(), intra.data_ptr(), torch.get_num_threads(),
@@ -180,6 +213,8 @@ def group_norm_silu(
     residual: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if x.shape[1] > _MOST_CHANNELS:
+        return reference.group_norm_silu(x, num_groups, weight, bias, scale, shift, residual, eps)
     x, last = _laid_out(x)
     n, channels = x.shape[:2]
     if residual is not None:
@@ -206,12 +241,15 @@ def group_norm_silu_backward(
     mean: Tensor,
     rstd: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    if x.shape[1] > _MOST_CHANNELS:
+        return reference.group_norm_silu_backward(grad, x, num_groups, weight, bias, scale, shift, mean, rstd)
     x, last = _laid_out(x)
     n, channels = x.shape[:2]
     layout = torch.channels_last if last else torch.contiguous_format
     grad = grad.to(x.dtype).contiguous(memory_format=layout)
     w, b, wide_scale, wide_shift = (_float(v) for v in (weight, bias, scale, shift))
-    assert w is not None and b is not None
+    assert w is not None
+    assert b is not None
     d_x = torch.empty_like(x)
     sums_g, sums_gh = torch.empty(n, channels), torch.empty(n, channels)
     _C.group_norm_silu_backward(

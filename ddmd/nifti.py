@@ -7,6 +7,7 @@ import os
 import re
 import zlib
 from pathlib import Path
+from typing import Any, cast
 
 import nibabel as nib
 import numpy as np
@@ -80,7 +81,7 @@ def open_image(path: str | os.PathLike[str]) -> nib.Nifti1Image:
     if path.stat().st_size == 0:
         raise VolumeError(f"{path}: the file is empty; copy or export it again")
     try:
-        image = nib.load(path)
+        image: Any = nib.load(path)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise VolumeError(f"{path}: the gz is damaged or truncated ({error}); copy it again") from None
     except Exception as error:  # nibabel raises many kinds for a file that is not its own
@@ -91,21 +92,21 @@ def open_image(path: str | os.PathLike[str]) -> nib.Nifti1Image:
         raise VolumeError(f"{path}: {type(image).__name__}, not NIfTI; convert it to .nii.gz")
     _check_size(image, str(path))
     needed = int(np.prod([int(n) for n in image.shape], dtype=object)) * image.get_data_dtype().itemsize
-    needed += int(image.dataobj.offset)
+    needed += int(cast(Any, image.dataobj).offset)
     try:
         held = _expanded(path)
     except (EOFError, zlib.error, OSError) as error:
         raise VolumeError(f"{path}: the gz is damaged or truncated ({error}); copy it again") from None
     held = path.stat().st_size if held is None else held
-    if held < needed and not isinstance(image, nib.Nifti1Pair) or held < needed and path.suffix != ".hdr":
+    if held < needed and path.suffix != ".hdr":
         raise VolumeError(
             f"{path}: the header claims {needed} bytes of voxels and the file holds {held}; it is "
             "truncated or its header is wrong; copy or export it again"
         )
-    return image
+    return cast(nib.Nifti1Image, image)
 
 
-def _check_size(image: nib.Nifti1Image, name: str) -> None:
+def _check_size(image: nib.Nifti1Pair, name: str) -> None:
     shape = tuple(int(n) for n in image.shape)
     if any(n < 1 for n in shape):
         raise VolumeError(f"{name}: shape {shape} has an empty axis; export it again")
@@ -173,7 +174,9 @@ def voxels(image: nib.Nifti1Image, name: str) -> np.ndarray:
     shape = tuple(image.shape)
     if len(shape) < 3 or any(n > 1 for n in shape[3:]):
         what = "a series of volumes" if len(shape) > 3 else "not a volume"
-        raise VolumeError(f"{name}: shape {shape} is {what}; give one 3-D volume (fslsplit, or nibabel's slicer)")
+        raise VolumeError(
+            f"{name}: shape {shape} is {what}; give one 3-D volume (fslsplit, or nibabel's slicer)"
+        )
     _check_size(image, name)
     if image.get_data_dtype().kind not in "iuf":
         raise VolumeError(f"{name}: voxels are {image.get_data_dtype()}; export real numbers (magnitude)")

@@ -133,7 +133,9 @@ def _fake_maps(recon_a: Tensor, recon_b: Tensor) -> tuple[Tensor, Tensor]:
     return _wide_empty(recon_a, (z, 1, h, w)), _wide_empty(recon_a, (z, 1, h, w))
 
 
-def _fake_kl(mu_q: Tensor, logvar_q: Tensor, mu_p: Tensor, logvar_p: Tensor, reduction: str = "sum") -> Tensor:
+def _fake_kl(
+    mu_q: Tensor, logvar_q: Tensor, mu_p: Tensor, logvar_p: Tensor, reduction: str = "sum"
+) -> Tensor:
     return _wide_empty(mu_q, mu_q.shape if reduction == "none" else ())
 
 
@@ -278,19 +280,14 @@ def _check_inference(op: str, **tensors: Tensor | None) -> None:
     for name, tensor in tensors.items():
         _require(
             tensor is None or not (tensor.requires_grad and torch.is_grad_enabled()),
-            f"{op}: {name} requires grad, and {op} has no gradient; detach it, or call under "
-            "torch.no_grad()",
+            f"{op}: {name} requires grad, and {op} has no gradient; detach it, or call under torch.no_grad()",
         )
 
 
-def _check_rows(
-    op: str, x: Tensor, step: Tensor, seed: Tensor, sample: Tensor, slice_index: Tensor
-) -> None:
+def _check_rows(op: str, x: Tensor, step: Tensor, seed: Tensor, sample: Tensor, slice_index: Tensor) -> None:
     _require(x.ndim >= 2, f"{op}: x has {x.ndim} dimensions; allowed are (R, ...) with at least 2")
     for name, tensor in (("step", step), ("seed", seed), ("sample", sample), ("slice_index", slice_index)):
-        _require(
-            tensor.dtype == torch.int64, f"{op}: {name} has dtype {tensor.dtype}; allowed is int64"
-        )
+        _require(tensor.dtype == torch.int64, f"{op}: {name} has dtype {tensor.dtype}; allowed is int64")
         _require(
             tensor.device == x.device,
             f"{op}: {name} is on {tensor.device}; allowed is {x.device}, where x is",
@@ -427,9 +424,7 @@ def discrepancy_maps(recon_a: Tensor, recon_b: Tensor) -> tuple[Tensor, Tensor]:
             f"discrepancy_maps: {name} has shape {tuple(recon.shape)}; allowed is (K, Z, C, H, W) "
             "with K and C at least 1",
         )
-    _check_shape(
-        "discrepancy_maps", "recon_b", recon_b, (recon_b.shape[0], *recon_a.shape[1:])
-    )
+    _check_shape("discrepancy_maps", "recon_b", recon_b, (recon_b.shape[0], *recon_a.shape[1:]))
     _require(
         recon_b.dtype == recon_a.dtype,
         f"discrepancy_maps: recon_b has dtype {recon_b.dtype}; allowed is recon_a's {recon_a.dtype}",
@@ -493,9 +488,7 @@ def pairwise_sqdist(z: Tensor, group: Tensor, num_groups: int) -> Tensor:
     _check_float("pairwise_sqdist", z=z)
     _require(z.ndim == 2, f"pairwise_sqdist: z has shape {tuple(z.shape)}; allowed is (n, d)")
     _check_shape("pairwise_sqdist", "group", group, (z.shape[0],))
-    _require(
-        group.dtype == torch.int64, f"pairwise_sqdist: group has dtype {group.dtype}; allowed is int64"
-    )
+    _require(group.dtype == torch.int64, f"pairwise_sqdist: group has dtype {group.dtype}; allowed is int64")
     _require(num_groups >= 1, f"pairwise_sqdist: num_groups is {num_groups}; allowed is at least 1")
     if group.device.type == "cpu" and len(group):  # on a GPU, looking would be a synchronisation
         low, high = int(group.min()), int(group.max())
@@ -526,9 +519,7 @@ def ensemble_variance(samples: Tensor, *, correction: int = 1) -> tuple[Tensor, 
     """
     _check_float("ensemble_variance", samples=samples)
     _check_inference("ensemble_variance", samples=samples)
-    _require(
-        correction in (0, 1), f"ensemble_variance: correction is {correction}; allowed are 0 and 1"
-    )
+    _require(correction in (0, 1), f"ensemble_variance: correction is {correction}; allowed are 0 and 1")
     _require(
         samples.ndim >= 1 and samples.shape[0] > correction,
         f"ensemble_variance: samples has shape {tuple(samples.shape)}; allowed is (S, ...) with S at "
@@ -603,8 +594,7 @@ def _check_state(op: str, mean: Tensor, m2: Tensor, count: int) -> None:
     for name, tensor in (("mean", mean), ("m2", m2)):
         _require(
             tensor.dtype in (torch.float32, torch.float64) and tensor.is_contiguous(),
-            f"{op}: {name} is {tensor.dtype} with strides {tensor.stride()}; allowed is contiguous "
-            "float32",
+            f"{op}: {name} is {tensor.dtype} with strides {tensor.stride()}; allowed is contiguous float32",
         )
     _check_shape(op, "m2", m2, tuple(mean.shape))
     _require(count >= 0, f"{op}: count is {count}; allowed is 0 or more")
@@ -668,6 +658,4 @@ def group_norm_silu(
     )
     if x.numel() == 0:
         return x.clone()
-    return torch.ops.ddmd.group_norm_silu(
-        x, num_groups, weight, bias, scale, shift, residual, eps
-    )[0]
+    return torch.ops.ddmd.group_norm_silu(x, num_groups, weight, bias, scale, shift, residual, eps)[0]

@@ -113,9 +113,9 @@ def denoise_step(
     state, out = wide(x), wide(output)
     if x.device.type == "cpu" and not 0 <= int(step) < len(table):
         raise IndexError(f"denoise_step: step is {int(step)}; allowed are 0 to {len(table) - 1}")
-    x0_from_x, x0_from_output, to_x0, to_x, to_output, to_previous, sigma, clip = (
-        table.to(state.dtype)[step].unbind()
-    )
+    x0_from_x, x0_from_output, to_x0, to_x, to_output, to_previous, sigma, clip = table.to(state.dtype)[
+        step
+    ].unbind()
     predicted = torch.clamp(x0_from_x * state + x0_from_output * out, -clip, clip)
     z = normal(x[0].numel() if len(x) else 0, step, seed, sample, slice_index, state.dtype)
     new = to_x0 * predicted + to_x * state + to_output * out + sigma * z.reshape(x.shape)
@@ -141,7 +141,9 @@ def gaussian_kl(
     mu_q, logvar_q, mu_p, logvar_p = map(wide, (mu_q, logvar_q, mu_p, logvar_p))
     ratio = torch.exp(logvar_q - logvar_p)
     kl = 0.5 * (logvar_p - logvar_q + ratio + (mu_q - mu_p).square() * torch.exp(-logvar_p) - 1.0)
-    return {"none": lambda: kl, "mean": kl.mean, "sum": kl.sum}[reduction]()
+    if reduction == "none":
+        return kl
+    return kl.mean() if reduction == "mean" else kl.sum()
 
 
 def gaussian_kl_backward(
@@ -278,7 +280,6 @@ def group_norm_silu_backward(
     y = _modulated(values, mean, rstd, num_groups, weight, bias, scale, shift)
     sigmoid = torch.sigmoid(y)
     g = g * sigmoid * (1.0 + y * (1.0 - sigmoid))
-    per_channel = channels // max(num_groups, 1)
     h = (values.reshape(n, num_groups, -1) - mean[..., None]) * rstd[..., None]
     g, h = g.reshape(n, channels, -1), h.reshape(n, channels, -1)
     d_shift, g_h = g.sum(2), (g * h).sum(2)  # (N, C)

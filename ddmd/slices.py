@@ -70,9 +70,7 @@ class Slices:
 def neighbours(count: int, offset: int, context: int) -> list[Tensor]:
     """For each of 2 context + 1 places, the slice seen there by every slice; the ends repeat."""
     here = torch.arange(count)
-    return [
-        (here + i * offset).clamp(0, max(count - 1, 0)) for i in range(-context, context + 1)
-    ]
+    return [(here + i * offset).clamp(0, max(count - 1, 0)) for i in range(-context, context + 1)]
 
 
 def _padding(size: int, inner: int) -> tuple[int, int]:
@@ -84,7 +82,7 @@ def _box(brain: np.ndarray, spacing: tuple[float, ...]) -> tuple[slice, slice]:
     edges = []
     for axis in (0, 1):
         inside = np.flatnonzero(brain.any(axis=tuple({0, 1, 2} - {axis})))
-        margin = int(round(MARGIN_MM / spacing[axis]))
+        margin = round(MARGIN_MM / spacing[axis])
         edges.append(
             slice(max(int(inside[0]) - margin, 0), min(int(inside[-1]) + margin + 1, brain.shape[axis]))
         )

@@ -147,7 +147,9 @@ class Volume:
         affine = affines[target]
         orientation = io_orientation(affine)
         canonical = {s: np.ascontiguousarray(apply_orientation(d, orientation)) for s, d in data.items()}
-        brain, skull, images = _clean(canonical, {s: label for s, (_, label) in chosen.items()}, notes, affine)
+        brain, skull, images = _clean(
+            canonical, {s: label for s, (_, label) in chosen.items()}, notes, affine
+        )
         if skull:
             notes.append(
                 f"{label}: the skull seems to be on; results are less reliable outside the brain. Strip it "
@@ -233,7 +235,8 @@ def _one(value: Any, affine: np.ndarray | None) -> tuple[nib.Nifti1Image, str]:
             raise VolumeError("array: an array needs its affine; pass affine=, 4x4, voxels to mm")
         return _image(value, affine, "array"), "array"
     if isinstance(value, nib.Nifti1Pair):  # the base of every NIfTI image
-        return value, value.get_filename() or "image"
+        image: nib.Nifti1Image = value  # type: ignore[assignment]
+        return image, value.get_filename() or "image"
     raise VolumeError(f"{type(value).__name__}: give a path, a NIfTI image, or an array with its affine")
 
 
@@ -289,7 +292,9 @@ def _clean(
         if bad:
             raise VolumeError(f"{labels[s]}: {bad} voxels inside the brain are NaN or Inf; export it again")
         if not finite.all():
-            notes.append(f"{labels[s]}: {int((~finite).sum())} NaN or Inf voxels outside the brain, set to background")
+            notes.append(
+                f"{labels[s]}: {int((~finite).sum())} NaN or Inf voxels outside the brain, set to background"
+            )
         images[s] = filled
     assert brain is not None
     return brain, skull, images
@@ -330,7 +335,7 @@ def estimate_brain(
     # holes of value exactly background inside the brain, slice by slice, cheaply
     empty_share = 1.0 - rest.mean()
     ml = rest.sum() * voxel_ml
-    if 0.2 < empty_share and ml <= MAX_BRAIN_ML:
+    if empty_share > 0.2 and ml <= MAX_BRAIN_ML:
         steps = ndimage.binary_opening(rest) if rest.size < 5e5 else rest
         main = _largest(steps if steps.any() else rest)
         filled = np.stack([ndimage.binary_fill_holes(main[:, :, z]) for z in range(main.shape[2])], 2)

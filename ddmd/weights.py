@@ -93,7 +93,9 @@ class System:
 def build(description: Description) -> System:
     """The networks a description calls for, with fresh weights."""
     autoencoder = AutoencoderConfig(**description.autoencoder)
-    sizes = {k: tuple(v) if isinstance(v, list) else v for k, v in description.denoiser.items()}
+    sizes: dict[str, Any] = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in description.denoiser.items()
+    }
     denoiser = DenoiserConfig(**sizes)
     return System(
         description,
@@ -192,5 +194,5 @@ def load(name_or_path: str | os.PathLike[str] = DEFAULT, device: str | torch.dev
     for part, module in system.parts().items():
         module.load_state_dict({k: held[f"{part}.{k}"].float() for k in module.state_dict()})
         module.eval().requires_grad_(False)
-        module.to(device).to(memory_format=torch.channels_last)
+        module.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return system

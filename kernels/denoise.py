@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from ddmd.kernels.launch import INTERPRETED, on
 from torch import Tensor
 from triton.language.random import philox_impl
-
-from ddmd.kernels.launch import INTERPRETED, on
 
 POSITIONS = 256  # Philox counters a program: four elements each
 
@@ -129,7 +128,13 @@ def noise_fwd_kernel(
     x0 = tl.load(x0_ptr + at, inside, other=0.0).to(tl.float32)
     position = block * BP + tl.arange(0, BP)
     z = _normal(
-        position, tl.load(step_ptr), tl.load(sample_ptr + row), tl.load(slice_ptr + row), tl.load(seed_ptr), BP, FAST
+        position,
+        tl.load(step_ptr),
+        tl.load(sample_ptr + row),
+        tl.load(slice_ptr + row),
+        tl.load(seed_ptr),
+        BP,
+        FAST,
     )
     tl.store(x_ptr + at, (signal * x0 + sigma * z).to(x_ptr.dtype.element_ty), inside)
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from ddmd.kernels.launch import on
+from torch import Tensor
 
 PIXELS = 1024  # a program's
 

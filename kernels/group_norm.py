@@ -9,9 +9,8 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from ddmd.kernels.launch import on, power_of_two
+from torch import Tensor
 
 TILE = 4096  # elements a program holds at a time
 
@@ -80,7 +79,9 @@ def group_norm_merge_fwd_kernel(
         at = (image * chunks + k[:, None]) * channels + g * per_group + c[None, :]
         count = tl.minimum(pixels - k * BP, BP).to(tl.float32)
         delta = tl.load(part_mean_ptr + at, where, other=0.0) - mean
-        square += tl.where(where, tl.load(part_m2_ptr + at, where, other=0.0) + delta * delta * count[:, None], 0.0)
+        square += tl.where(
+            where, tl.load(part_m2_ptr + at, where, other=0.0) + delta * delta * count[:, None], 0.0
+        )
         start += BK
     variance = tl.sum(tl.sum(square, 1), 0) / size
     tl.store(mean_ptr + image * groups + g, mean)
@@ -221,7 +222,13 @@ def _extents(x: Tensor) -> tuple[int, int, int, int, int]:
 
 
 def _coefficients(
-    num_groups: int, weight: Tensor, bias: Tensor, scale: Tensor | None, shift: Tensor | None, mean: Tensor, rstd: Tensor
+    num_groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """gain, offset, inner, multiple, centre, each (N, C) float32: a few thousand numbers, by torch."""
     per_group = len(weight) // num_groups
@@ -233,7 +240,13 @@ def _coefficients(
     offset = bias.float() * up + centre * inner
     if shift is not None:
         offset = offset + shift.float()
-    return gain.contiguous(), offset.contiguous(), inner.contiguous(), multiple.contiguous(), centre.contiguous()
+    return (
+        gain.contiguous(),
+        offset.contiguous(),
+        inner.contiguous(),
+        multiple.contiguous(),
+        centre.contiguous(),
+    )
 
 
 def group_norm_silu(
@@ -254,7 +267,9 @@ def group_norm_silu(
     y = torch.empty_like(laid)
     per_group = power_of_two(channels // num_groups)
     with on(x):
-        group_norm_moments_fwd_kernel[(n * chunks,)](laid, part[0], part[1], pixels, channels, chunks, tall, wide)
+        group_norm_moments_fwd_kernel[(n * chunks,)](
+            laid, part[0], part[1], pixels, channels, chunks, tall, wide
+        )
         group_norm_merge_fwd_kernel[(n * num_groups,)](
             part[0], part[1], mean, rstd, pixels, channels, chunks, num_groups, eps, tall,
             max(1, 1024 // per_group), per_group,
@@ -287,12 +302,26 @@ def group_norm_silu_backward(
     gain, offset, inner, multiple, centre = _coefficients(num_groups, weight, bias, scale, shift, mean, rstd)
     with on(x):
         group_norm_sums_bwd_kernel[(n * chunks,)](
-            laid_grad, laid, gain, offset, multiple, centre, part[0], part[1], pixels, channels, chunks, tall, wide
+            laid_grad,
+            laid,
+            gain,
+            offset,
+            multiple,
+            centre,
+            part[0],
+            part[1],
+            pixels,
+            channels,
+            chunks,
+            tall,
+            wide,
         )
         sums_g, sums_gh = part.sum(2)
         size = channels // num_groups * pixels
         mean_g, mean_gh = (
-            ((s * inner).reshape(n, num_groups, -1).sum(2) / size).repeat_interleave(channels // num_groups, 1)
+            ((s * inner).reshape(n, num_groups, -1).sum(2) / size).repeat_interleave(
+                channels // num_groups, 1
+            )
             for s in (sums_g, sums_gh)
         )
         group_norm_silu_bwd_kernel[(n * chunks,)](

@@ -8,9 +8,8 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from ddmd.kernels.launch import on, power_of_two
+from torch import Tensor
 
 BLOCK = 1024
 PARTIALS = 512  # most programs of a first pass
@@ -39,7 +38,11 @@ def gaussian_kl_fwd_kernel(
         logvar_p = tl.load(logvar_p_ptr + at, inside, other=0.0).to(tl.float32)
         difference = mu_q - mu_p
         kl = 0.5 * (
-            logvar_p - logvar_q + tl.exp(logvar_q - logvar_p) + difference * difference * tl.exp(-logvar_p) - 1.0
+            logvar_p
+            - logvar_q
+            + tl.exp(logvar_q - logvar_p)
+            + difference * difference * tl.exp(-logvar_p)
+            - 1.0
         )
         if MAP:
             tl.store(out_ptr + at, kl, inside)
@@ -144,7 +147,9 @@ def pairwise_sqdist_fwd_kernel(
     while start < d:
         column = start + tl.arange(0, BD)
         where = (row < n)[:, None] & (column < d)[None, :]
-        values = tl.load(z_ptr + row.to(tl.int64)[:, None] * d + column[None, :], where, other=0.0).to(tl.float32)
+        values = tl.load(z_ptr + row.to(tl.int64)[:, None] * d + column[None, :], where, other=0.0).to(
+            tl.float32
+        )
         centre = tl.load(centroid_ptr + group[:, None] * d + column[None, :], where, other=0.0)
         total += tl.sum((values - centre) * (values - centre), 1)
         start += BD

@@ -39,7 +39,9 @@ def _poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
         def poisoned(*args, _plain=plain, **kwargs):
             made = _plain(*args, **kwargs)
-            return made.fill_(float("nan")) if made.is_floating_point() and made.device.type != "meta" else made
+            return (
+                made.fill_(float("nan")) if made.is_floating_point() and made.device.type != "meta" else made
+            )
 
         monkeypatch.setattr(torch, name, poisoned)
 

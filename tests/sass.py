@@ -28,7 +28,14 @@ def triton_kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], boo
     """name -> kernel, signature, constants, whether 128-bit loads are promised."""
     from ddmd.kernels import denoise, discrepancy, group_norm, losses
 
-    rows = {"table_ptr": F, "step_ptr": I64, "seed_ptr": I64, "sample_ptr": I64, "slice_ptr": I64, "row_size": I}
+    rows = {
+        "table_ptr": F,
+        "step_ptr": I64,
+        "seed_ptr": I64,
+        "sample_ptr": I64,
+        "slice_ptr": I64,
+        "row_size": I,
+    }
     tile = {"pixels": I, "channels": I, "chunks": I}
     table: dict[str, tuple[Any, dict[str, str], dict[str, Any], bool]] = {}
     for kind, t in (("f32", F), ("bf16", H)):
@@ -96,7 +103,10 @@ def triton_kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], boo
         {"BP": 64, "BK": 128, "BG": 8}, False,
     )  # fmt: skip
     table["sum"] = (
-        losses.sum_fwd_kernel, {"partial_ptr": F, "out_ptr": F, "n": I, "scale": "fp32"}, {"BLOCK": 512}, False
+        losses.sum_fwd_kernel,
+        {"partial_ptr": F, "out_ptr": F, "n": I, "scale": "fp32"},
+        {"BLOCK": 512},
+        False,
     )
     return table
 
@@ -132,7 +142,9 @@ def compile_triton(name: str, architecture: int) -> dict[str, int]:
     full = {p: signature.get(p, "constexpr") for p in names}
     unscaled = ("fp32",)
     divisible = {
-        (i,): [["tt.divisibility", 16]] for i, p in enumerate(names) if p in signature and signature[p] not in unscaled
+        (i,): [["tt.divisibility", 16]]
+        for i, p in enumerate(names)
+        if p in signature and signature[p] not in unscaled
     }
     source = ASTSource(kernel, full, {(names.index(k),): v for k, v in constants.items()}, divisible)
     compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32))

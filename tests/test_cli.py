@@ -35,9 +35,18 @@ def _run(*args):
 
 
 def test_one_volume_is_detected_and_everything_named(tiny, flair, tmp_path):
-    code, text = _run("detect", flair, "-o", tmp_path / "out", "--weights", tiny, "--samples", 2, "--steps", 1)
+    code, text = _run(
+        "detect", flair, "-o", tmp_path / "out", "--weights", tiny, "--samples", 2, "--steps", 1
+    )
     assert code == 0, text
-    for name in ("lesion_mask.nii.gz", "probseg", "uncertainty", "inter_discrepancy", "_overlay.png", "_lesions.tsv"):
+    for name in (
+        "lesion_mask.nii.gz",
+        "probseg",
+        "uncertainty",
+        "inter_discrepancy",
+        "_overlay.png",
+        "_lesions.tsv",
+    ):
         assert name in text
     assert "score" in text
     assert nib.load(tmp_path / "out" / "p1_flair_desc-lesion_mask.nii.gz").shape == (40, 48, 12)
@@ -66,8 +75,20 @@ def test_a_folder_goes_on_after_a_bad_volume(tiny, tmp_path, rng):
 def test_sequences_on_other_grids_are_refused_then_resampled(tiny, tmp_path, rng):
     values, affine = head(rng)
     write(tmp_path / "flair.nii.gz", values, affine)
-    write(tmp_path / "t1.nii.gz", values[::2].copy(), affine @ [[2, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
-    args = ("detect", tmp_path / "flair.nii.gz", tmp_path / "t1.nii.gz", "-o", tmp_path / "out", "--weights", tiny)
+    write(
+        tmp_path / "t1.nii.gz",
+        values[::2].copy(),
+        affine @ [[2, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]],
+    )
+    args = (
+        "detect",
+        tmp_path / "flair.nii.gz",
+        tmp_path / "t1.nii.gz",
+        "-o",
+        tmp_path / "out",
+        "--weights",
+        tiny,
+    )
     code, text = _run(*args)
     assert code == 1
     assert "different grids" in text
@@ -81,7 +102,14 @@ def test_sequences_on_other_grids_are_refused_then_resampled(tiny, tmp_path, rng
     (["--sequence", "pd"], "--sequence is 'pd'"), (["--weights", "nothing"], "no such weights"),
 ])  # fmt: skip
 def test_bad_usage_exits_with_two_and_writes_nothing(tiny, flair, tmp_path, extra, message):
-    args = ["detect", flair, "-o", tmp_path / "out", *([] if "--weights" in extra else ["--weights", tiny]), *extra]
+    args = [
+        "detect",
+        flair,
+        "-o",
+        tmp_path / "out",
+        *([] if "--weights" in extra else ["--weights", tiny]),
+        *extra,
+    ]
     code, text = _run(*args)
     assert code == 2
     assert message in text

@@ -11,7 +11,7 @@ from ddmd import ensemble, weights
 from ddmd.detection import OutputError, find_lesions
 from ddmd.detector import Detector
 from ddmd.diffusion import Schedule
-from tests.volumes import head, tiny_system, write
+from tests.volumes import head, tiny_system
 
 TOLERANCE = 1e-4  # of probability: convolutions of other batches round otherwise
 
@@ -36,7 +36,13 @@ def _data(image):
 
 def test_maps_are_on_the_inputs_grid_and_in_range(detector, volume):
     found = _detect(detector, volume)
-    for image in (found.mask, found.probability, found.uncertainty, found.inter_discrepancy, found.intra_discrepancy):
+    for image in (
+        found.mask,
+        found.probability,
+        found.uncertainty,
+        found.inter_discrepancy,
+        found.intra_discrepancy,
+    ):
         assert image.shape == volume[0].shape
         assert np.array_equal(image.affine, volume[1])
         assert np.isfinite(_data(image)).all()
@@ -53,7 +59,9 @@ def test_maps_are_on_the_inputs_grid_and_in_range(detector, volume):
 def test_lesions_describe_the_mask(detector, volume):
     found = _detect(detector, volume)
     voxel_ml = abs(np.linalg.det(volume[1][:3, :3])) / 1000
-    assert sum(lesion.volume_ml for lesion in found.lesions) == pytest.approx(_data(found.mask).sum() * voxel_ml)
+    assert sum(lesion.volume_ml for lesion in found.lesions) == pytest.approx(
+        _data(found.mask).sum() * voxel_ml
+    )
     assert all(lesion.volume_ml >= 0.5 for lesion in found.lesions)
     assert all(0.5 <= lesion.mean_probability <= lesion.peak_probability <= 1 for lesion in found.lesions)
 
@@ -106,7 +114,9 @@ def test_statistics_do_not_grow_with_the_samples(detector, volume, monkeypatch):
         drawn = draw(self, condition, index, sample)
         import gc
 
-        alive.append(sum(t.numel() for t in gc.get_objects() if type(t) is torch.Tensor and t.shape == drawn.shape))
+        alive.append(
+            sum(t.numel() for t in gc.get_objects() if type(t) is torch.Tensor and t.shape == drawn.shape)
+        )
         return drawn
 
     monkeypatch.setattr(ensemble._Sampling, "draw", counted)
@@ -126,7 +136,9 @@ def test_streamed_moments_are_those_of_all_samples_at_once(detector, volume, mon
     from ddmd.volume import Volume
 
     cut = extract(Volume.from_array({"flair": volume[0]}, volume[1]), ("flair",), SliceGrid(4.0, 16))
-    maps = ensemble.detect_slices(detector.system, cut, ensemble.SamplingConfig(samples=7, steps=2, batch=100))
+    maps = ensemble.detect_slices(
+        detector.system, cut, ensemble.SamplingConfig(samples=7, steps=2, batch=100)
+    )
     samples = torch.stack(drawn)
     assert torch.allclose(maps.probability, samples.mean(0), atol=1e-6)
     assert torch.allclose(maps.uncertainty, samples.var(0), atol=1e-6)
@@ -291,7 +303,9 @@ def test_samplers_are_those_of_diffusers():
     schedule = Schedule(kind="linear", prediction="epsilon")
     at = (torch.tensor(5), torch.arange(2), torch.arange(2))
     table = schedule.sampler(n, "ddim")
-    theirs = diffusers.DDIMScheduler(**common, clip_sample=True, set_alpha_to_one=True, timestep_spacing="trailing")
+    theirs = diffusers.DDIMScheduler(
+        **common, clip_sample=True, set_alpha_to_one=True, timestep_spacing="trailing"
+    )
     theirs.set_timesteps(n)
     assert torch.equal(theirs.timesteps, schedule.timesteps(n))
     ours, other = x.clone(), x.clone()

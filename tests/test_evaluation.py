@@ -18,7 +18,9 @@ def scene(rng):
     values, affine = head(rng)
     volume = Volume.from_array({"flair": values}, affine)
     truth = values > 180
-    probability = np.clip(truth * 0.6 + rng.random(values.shape) * 0.5, 0, 1).astype(np.float32) * volume.brain
+    probability = (
+        np.clip(truth * 0.6 + rng.random(values.shape) * 0.5, 0, 1).astype(np.float32) * volume.brain
+    )
     return volume, probability, (probability * (1 - probability)).astype(np.float32), truth
 
 

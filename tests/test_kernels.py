@@ -117,14 +117,16 @@ def test_group_norm_silu_forward_and_backward(dtype, layout, shape, groups):
     w, b, scale, shift = randn(c), randn(c), randn(n, c), randn(n, c)
     residual, grad = torch.randn_like(x), torch.randn_like(x)
     for extra in ((scale, shift, residual), (None, None, None)):
-        wanted = reference.group_norm_silu(x, groups, w, b, *extra, 1e-5)
-        ours = kernels.group_norm_silu(x, groups, w, b, *extra, 1e-5)
+        wanted = reference.group_norm_silu(x, groups, w, b, *extra, 1e-2)
+        ours = kernels.group_norm_silu(x, groups, w, b, *extra, 1e-2)
         assert ours[0].stride() == wanted[0].stride()
         for a, r in zip(ours, wanted, strict=True):
             assert_close(a, r, dtype)
         grads = kernels.group_norm_silu_backward(grad, x, groups, w, b, *extra[:2], *wanted[1:])
         for a, r in zip(
-            grads, reference.group_norm_silu_backward(grad, x, groups, w, b, *extra[:2], *wanted[1:]), strict=True
+            grads,
+            reference.group_norm_silu_backward(grad, x, groups, w, b, *extra[:2], *wanted[1:]),
+            strict=True,
         ):
             assert_close(a / n, r / n, dtype)
 

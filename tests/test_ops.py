@@ -52,7 +52,10 @@ def test_gradients_are_those_of_finite_differences():
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_norm_trains_as_torchs_own_does(dtype, layout):
     x = torch.randn(3, 8, 6, 7).to(dtype).contiguous(memory_format=layout)
-    leaves = [t.requires_grad_() for t in (x.clone(memory_format=torch.preserve_format), torch.randn(8), torch.randn(8))]
+    leaves = [
+        t.requires_grad_()
+        for t in (x.clone(memory_format=torch.preserve_format), torch.randn(8), torch.randn(8))
+    ]
     grad = torch.randn_like(x)
     ours = torch.autograd.grad(ops.group_norm_silu(leaves[0], 2, *leaves[1:]), leaves, grad)
     plain = torch.nn.functional.group_norm(leaves[0].double(), 2, *(t.double() for t in leaves[1:]), 1e-5)

@@ -76,9 +76,7 @@ def test_gaussian_kl_is_that_of_torch_distributions():
 
 def test_pairwise_sqdist_is_the_sum_over_pairs():
     z, group = torch.randn(13, 4, dtype=torch.float64), torch.randint(0, 3, (13,))
-    wanted = sum(
-        ((z[i] - z[j]) ** 2).sum() for i in range(13) for j in range(i) if group[i] == group[j]
-    )
+    wanted = sum(((z[i] - z[j]) ** 2).sum() for i in range(13) for j in range(i) if group[i] == group[j])
     assert_close(reference.pairwise_sqdist(z.float(), group, 3), torch.as_tensor(wanted))
 
 

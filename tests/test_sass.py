@@ -18,7 +18,9 @@ pytest.importorskip("triton", reason="Triton is not installed")
 def facts() -> dict[str, dict[str, int]]:
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     root = Path(__file__).resolve().parents[1]
-    done = subprocess.run([sys.executable, "-m", "tests.sass"], env=env, cwd=root, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.sass"], env=env, cwd=root, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     found: dict[str, dict[str, int]] = json.loads(done.stdout)
     return found

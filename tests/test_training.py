@@ -179,7 +179,9 @@ def test_pseudo_masks_follow_the_rule():
     probability[5:12, 5:12] = 0.4
     probability[15, 15] = 0.39
     mask, weight = pseudo_mask(probability, np.zeros_like(probability))
-    assert mask.sum() == pytest.approx(49, abs=12), "half of the peak is the threshold; lone pixels are opened away"
+    assert mask.sum() == pytest.approx(49, abs=12), (
+        "half of the peak is the threshold; lone pixels are opened away"
+    )
     assert not mask[15, 15]
     assert 0 <= weight.min() <= weight.max() <= 1
     assert pseudo_mask(probability * 0.3, probability) is None

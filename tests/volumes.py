@@ -15,7 +15,9 @@ from ddmd.autoencoder import AutoencoderConfig
 from ddmd.denoiser import DenoiserConfig
 
 
-def head(rng: np.random.Generator, shape=(40, 48, 12), spacing=(4.0, 4.0, 6.0)) -> tuple[np.ndarray, np.ndarray]:
+def head(
+    rng: np.random.Generator, shape=(40, 48, 12), spacing=(4.0, 4.0, 6.0)
+) -> tuple[np.ndarray, np.ndarray]:
     """A stripped, asymmetric brain-like blob (X, Y, Z) float32 on background 0, and its affine."""
     grid = np.meshgrid(*[np.linspace(-1, 1, n) for n in shape], indexing="ij")
     inside = sum((g / r) ** 2 for g, r in zip(grid, (0.8, 0.85, 0.9), strict=True)) < 1
@@ -57,7 +59,9 @@ def tiny_system(seed: int = 0, sequences: tuple[str, ...] = ("flair",)) -> weigh
     return system
 
 
-def write_slices(root: Path, rng: np.random.Generator, patients: int = 3, garbage_masks: bool = False) -> Path:
+def write_slices(
+    root: Path, rng: np.random.Generator, patients: int = 3, garbage_masks: bool = False
+) -> Path:
     """A small folder of slices with labels.csv; every second slice of a patient has a lesion."""
     (root / "images").mkdir(parents=True)
     (root / "masks").mkdir()

@@ -65,7 +65,7 @@ class Stage:
 
     def __init__(self, model: nn.Module, plan: Plan, folder: Path, accelerator: Any) -> None:
         self.plan, self.folder, self.accelerator = plan, folder, accelerator
-        self.model = model.to(accelerator.device).to(memory_format=torch.channels_last)
+        self.model: nn.Module = model.to(accelerator.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.ema = {k: v.detach().clone() for k, v in model.state_dict().items()}
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=plan.learning_rate, weight_decay=1e-3)
         self.step = 0
@@ -113,9 +113,7 @@ class Stage:
         if self.plan.batch % processes:
             raise ValueError(f"batch is {self.plan.batch}; allowed are multiples of {processes} processes")
         local = self.plan.batch // processes
-        mine = [
-            s * self.plan.batch + rank * local + j for s in range(self.step, until) for j in range(local)
-        ]
+        mine = [s * self.plan.batch + rank * local + j for s in range(self.step, until) for j in range(local)]
         loader = DataLoader(
             Subset(data, mine), batch_size=local, num_workers=self.plan.workers,
             prefetch_factor=6 if self.plan.workers else None,

@@ -132,9 +132,7 @@ class _Run:
         return Draw(self.packed, self.config, kind, weights, count)
 
     def _stage(self, name: str, losses: nn.Module, steps: int, batch: int, rate: float, ema: float) -> Stage:
-        plan = Plan(
-            name, steps, batch, rate, ema, self.config.workers, self.config.checkpoint_minutes
-        )
+        plan = Plan(name, steps, batch, rate, ema, self.config.workers, self.config.checkpoint_minutes)
         return Stage(losses, plan, self.out, self.accelerator)
 
     def _logger(self, name: str) -> Callable[[int, dict[str, float]], None]:
@@ -171,9 +169,7 @@ class _Run:
             if number and config.labels == "image":
                 self._teach(losses, stage, number)
             if not stage.finished:
-                stage.run(
-                    self._draw("lesions", plan.steps * plan.batch), edge, self._logger("denoiser")
-                )
+                stage.run(self._draw("lesions", plan.steps * plan.batch), edge, self._logger("denoiser"))
             self._show(losses, stage.step)
         losses.load_state_dict(stage.averaged())
 

@@ -110,7 +110,9 @@ class Draw(Dataset):
             for i, _ in choices:
                 source = packed[i].case.source
                 counts[source] = counts.get(source, 0) + 1
-            chance = np.array([weights[packed[i].case.source] / counts[packed[i].case.source] for i, _ in choices])
+            chance = np.array(
+                [weights[packed[i].case.source] / counts[packed[i].case.source] for i, _ in choices]
+            )
             self.chances[name] = chance / chance.sum() if len(chance) else chance
 
     def __len__(self) -> int:

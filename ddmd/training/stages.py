@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from ddmd import diffusion, ops
 from ddmd.autoencoder import AutoencoderEnsemble
-from ddmd.denoiser import MULTIPLE, Condition, ConditionNet, Denoiser, predicted_sample
+from ddmd.denoiser import Condition, ConditionNet, Denoiser, predicted_sample
 from ddmd.discrepancy import discrepancy_maps, heterogeneous_loss, homogeneous_loss
 from ddmd.training.config import AutoencoderStage, DenoiserStage
 from ddmd.training.samples import Packed
@@ -77,8 +77,9 @@ class DenoiserLosses(nn.Module):
         with torch.no_grad():
             b = image[:, middle : middle + channels].contiguous(memory_format=torch.channels_last)
             inter, intra = discrepancy_maps(*(ensemble(b).contiguous() for ensemble in self.frozen))
-        inter, intra = inter * (DISCREPANCY_SCALE * self.stage.use_inter), intra * (
-            DISCREPANCY_SCALE * self.stage.use_intra
+        inter, intra = (
+            inter * (DISCREPANCY_SCALE * self.stage.use_inter),
+            intra * (DISCREPANCY_SCALE * self.stage.use_intra),
         )
         return torch.cat((image, inter, intra), 1).contiguous(memory_format=torch.channels_last)
 
@@ -96,7 +97,13 @@ class DenoiserLosses(nn.Module):
             index = torch.arange(rows, device=mask.device)
             seed = torch.randint(2**31, (), device=mask.device)
             noisy = ops.noise(
-                2 * mask - 1, t, self.table.to(mask.device), torch.tensor(step, device=mask.device), seed, index, index
+                2 * mask - 1,
+                t,
+                self.table.to(mask.device),
+                torch.tensor(step, device=mask.device),
+                seed,
+                index,
+                index,
             )
             logits = self.denoiser(noisy, condition, t)
             loss = functional.binary_cross_entropy_with_logits(logits, mask, reduction="none")
@@ -172,11 +179,7 @@ def teach(losses: DenoiserLosses, packed: list[Packed], seed: int, batch: int = 
         for first in range(0, len(positive), batch):
             zs = positive[first : first + batch]
             image = torch.from_numpy(np.stack([item.planes(z, context) for z in zs])).flatten(1, 2)
-            height, width = image.shape[-2:]
-            assert height % MULTIPLE == 0 and width % MULTIPLE == 0
-            draws = torch.cat(
-                (losses.draw(image, seed), losses.draw(image.flip(-1), seed).flip(-1))
-            )[:, :, 0]
+            draws = torch.cat((losses.draw(image, seed), losses.draw(image.flip(-1), seed).flip(-1)))[:, :, 0]
             mean, deviation = draws.mean(0).numpy(), draws.std(0).numpy()
             for row, z in enumerate(zs):
                 result = pseudo_mask(mean[row] * item.brain[z], deviation[row])

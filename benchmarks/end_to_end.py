@@ -1,0 +1,252 @@
+"""One 240 x 240 x 155 volume from file to written maps, part by part, and against MONAI and diffusers.
+
+`python -m benchmarks.end_to_end [--weights W] [--device D] [--output FOLDER] [--slices Z] [--no-compile]`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import json
+import resource
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import torch
+from torch.nn import functional
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.rivals import autoencoders_one_by_one, compare
+from benchmarks.timing import alternate, machine
+from ddmd import detector as detecting
+from ddmd import ensemble, ops, weights
+from ddmd.autoencoder import AutoencoderConfig
+from ddmd.denoiser import DenoiserConfig
+from ddmd.detector import Detector, pick_device
+from ddmd.slices import SliceGrid, Slices, extract
+from ddmd.volume import Volume
+
+SHAPE = (240, 240, 155)
+RESULTS = Path(__file__).with_name("results")
+
+
+def volume_file(folder: Path) -> Path:
+    """A phantom on the grid of the BraTS volumes; an ellipsoid where nilearn is missing."""
+    try:
+        from ddmd.data.phantom import phantom
+
+        made = phantom(seed=1, spacing_mm=1.0, sequences=("flair",)).images["flair"]
+        data = np.asanyarray(made.dataobj)
+    except ImportError:
+        grid = np.meshgrid(*[np.linspace(-1, 1, n) for n in (176, 216, 155)], indexing="ij")
+        inside = sum(g**2 for g in grid) < 1
+        data = (300 + 30 * np.random.default_rng(0).standard_normal(inside.shape)) * inside
+    target = np.zeros(SHAPE, np.float32)
+    sizes = [min(a, b) for a, b in zip(SHAPE, data.shape, strict=True)]
+    source = tuple(slice((n - s) // 2, (n - s) // 2 + s) for n, s in zip(data.shape, sizes, strict=True))
+    place = tuple(slice((n - s) // 2, (n - s) // 2 + s) for n, s in zip(SHAPE, sizes, strict=True))
+    target[place] = data[source]
+    path = folder / "case_flair.nii.gz"
+    nib.save(nib.Nifti1Image(target, np.diag([1.0, 1.0, 1.0, 1.0])), path)
+    return path
+
+
+def load(name: str, device: str) -> tuple[Detector, str]:
+    """The detector of some weights; of the default sizes and untrained where none are shipped."""
+    if name != weights.DEFAULT or name in weights.available():
+        return Detector.load(name, device), name
+    description = weights.Description(
+        name="untrained",
+        sequences=("flair",),
+        grid={"mm": 1.0, "multiple": 16},
+        schedule={"steps": 1000, "kind": "cosine", "prediction": "sample"},
+        autoencoder=dataclasses.asdict(AutoencoderConfig()),
+        denoiser=dataclasses.asdict(DenoiserConfig()),
+        discrepancy_scale=4.0,
+    )
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "untrained.safetensors"
+        weights.save(weights.build(description), path)
+        return Detector.load(path, str(pick_device(device))), "untrained"
+
+
+class Parts:
+    """Seconds spent inside named parts; on a GPU each part ends with a synchronisation."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.seconds: dict[str, float] = {}
+        self.wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        self.wait()
+        begun = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.wait()
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begun
+
+    @contextmanager
+    def inside(self, owner: Any, attribute: str, name: str) -> Iterator[None]:
+        """Every call of owner.attribute is the part `name`."""
+        plain: Callable[..., Any] = getattr(owner, attribute)
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            with self.part(name):
+                return plain(*args, **kwargs)
+
+        setattr(owner, attribute, timed)
+        try:
+            yield
+        finally:
+            setattr(owner, attribute, plain)
+
+
+def split_in_parts(detector: Detector, path: Path, folder: Path) -> dict[str, float]:
+    """Where the seconds of one detection go."""
+    system = detector.system
+    parts = Parts(system.device)
+    inside = ("prepare", "auto-encoders, X and Y", "condition network", "denoiser", "update", "statistics")
+    with parts.part("whole, file to files"):
+        with parts.part("read"):
+            volume = Volume.read(path, require=detector.description.sequences)
+        with (
+            parts.inside(detecting, "extract", inside[0]),
+            parts.inside(ensemble, "discrepancies", inside[1]),
+            parts.inside(system.condition, "forward", inside[2]),
+            parts.inside(system.denoiser, "forward", inside[3]),
+            parts.inside(ops, "denoise_step", inside[4]),
+            parts.inside(ops, "ensemble_update", inside[5]),
+            parts.part("detect"),
+        ):
+            found = detector.detect(volume)
+        with parts.part("write"):
+            found.save(folder, overwrite=True)
+            found.overlay(folder / "overlay.png")
+    rest = parts.seconds.pop("detect") - sum(parts.seconds.get(name, 0.0) for name in inside)
+    parts.seconds["everything else"] = rest
+    return parts.seconds
+
+
+def some(slices: Slices, count: int) -> Slices:
+    """The middle `count` slices."""
+    first = max(0, (len(slices) - count) // 2)
+    part = slice(first, first + count)
+    return dataclasses.replace(
+        slices, image=slices.image[part], brain=slices.brain[part], index=slices.index[part]
+    )
+
+
+def peaks(device: str) -> dict[str, float]:
+    """FLOP/s of a convolution like the network's and of a matrix product, in float32 and bfloat16."""
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.randn(8, 64, 96, 96, device=device).to(dtype, memory_format=torch.channels_last)
+        w = torch.randn(64, 64, 3, 3, device=device).to(dtype, memory_format=torch.channels_last)
+        m = torch.randn(2048, 2048, device=device).to(dtype)
+        with torch.inference_mode():
+            seconds = alternate(
+                {
+                    "convolution": lambda x=x, w=w: functional.conv2d(x, w, padding=1),
+                    "matrix product": lambda m=m: m @ m,
+                },
+                device,
+                7,
+            )
+        work = {"convolution": 2 * x.numel() * 64 * 9, "matrix product": 2 * 2048**3}
+        found |= {f"{name}, {str(dtype)[6:]}": work[name] / seconds[name] for name in work}
+    return found
+
+
+def flops(detector: Detector, slices: Slices) -> int:
+    """Multiplications and additions of the networks in one `detect_slices`."""
+    with FlopCounterMode(display=False) as counter:
+        ensemble.detect_slices(detector.system, slices, detector.configured())
+    return int(counter.get_total_flops())
+
+
+def scaling(detector: Detector, slices: Slices) -> dict[str, float]:
+    """Seconds of `detect_slices` over S, N, slices, batch and threads, one changed at a time."""
+    default = detector.configured()
+    found = {}
+
+    def measure(name: str, config: ensemble.SamplingConfig, part: Slices) -> None:
+        work = {name: lambda: ensemble.detect_slices(detector.system, part, config)}
+        found[name] = alternate(work, detector.system.device.type, 1)[name]
+
+    def changed(**options: int) -> ensemble.SamplingConfig:
+        return dataclasses.replace(default, **options)
+
+    everything = f"{len(slices)} slices, S = {default.samples}, N = {default.steps}"
+    measure(everything, default, slices)
+    for samples in (1, 2 * default.samples):
+        measure(f"S = {samples}", changed(samples=samples), slices)
+    for steps in (1, 2 * default.steps):
+        measure(f"N = {steps}", changed(steps=steps), slices)
+    for count in (len(slices) // 4, len(slices) // 2):
+        measure(f"{count} slices", default, some(slices, count))
+    for batch in (1, 4, 16):
+        measure(f"batch = {batch}", changed(batch=batch), slices)
+    threads = torch.get_num_threads()
+    if detector.system.device.type == "cpu" and threads > 1:
+        torch.set_num_threads(1)
+        measure("1 thread", default, slices)
+        torch.set_num_threads(threads)
+    return found
+
+
+def measured(detector: Detector, name: str, count: int, compiling: bool) -> dict[str, Any]:
+    """Everything that goes into the results file."""
+    device = detector.system.device.type
+    with tempfile.TemporaryDirectory() as folder:
+        path = volume_file(Path(folder))
+        split_in_parts(detector, path, Path(folder))
+        runs = [split_in_parts(detector, path, Path(folder)) for _ in range(3)]
+        volume = Volume.read(path, require=detector.description.sequences)
+    parts = sorted(runs, key=lambda run: run["whole, file to files"])[1]
+    peak_memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    slices = extract(volume, detector.description.sequences, SliceGrid(**detector.description.grid))
+    fewer = some(slices, count)
+    seconds, missing = compare(detector.system, fewer, detector.configured(), compiling)
+    ours = seconds.pop("ours")
+    ratios = {rival: value / ours for rival, value in seconds.items()}
+    ratios["auto-encoders, one slice and member at a time"] = autoencoders_one_by_one(detector.system, fewer)
+    work, limits = flops(detector, fewer), peaks(device)
+    best = max(limits[f"convolution, {kind}"] for kind in ("float32", "bfloat16"))
+    return {
+        "machine": machine(), "date": str(datetime.date.today()), "device": device, "shape": SHAPE,
+        "torch": torch.__version__, "threads": torch.get_num_threads(), "weights": name,
+        "sampling": dataclasses.asdict(detector.configured()), "parts": parts, "peak_MiB": peak_memory,
+        "slices_compared": len(fewer), "ours_seconds": ours, "rivals": ratios, "missing": missing,
+        "flops": work, "flops_per_second": work / ours, "peaks": limits,
+        "share_of_convolution_peak": work / ours / best, "scaling": scaling(detector, fewer),
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--weights", default=weights.DEFAULT)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--slices", type=int, default=32, help="slices of the volume that rivals share")
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    options = parser.parse_args()
+    detector, name = load(options.weights, options.device)
+    result = measured(detector, name, options.slices, not options.no_compile)
+    options.output.mkdir(parents=True, exist_ok=True)
+    target = options.output / f"volume-{result['machine']}-{result['date']}.json"
+    target.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"{result['parts']['whole, file to files']:.1f} s, peak {result['peak_MiB']:.0f} MiB: {target}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""Make the tables of figures from the JSON files in benchmarks/results: `python -m benchmarks.table`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+RESULTS = Path(__file__).with_name("results")
+
+
+def ops_table(path: Path) -> str:
+    """Times of each op and its rivals, as Markdown."""
+    found = json.loads(path.read_text())
+    lines = [
+        f"### {path.stem}", "",
+        "| op | shape | served by | ours (ms) | against eager | against careful eager | against torch.compile | share of a copy's bandwidth |",
+        "|---|---|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for bench in found["benchmarks"]:
+        info = bench["extra_info"]
+        medians = info["medians"]
+
+        def ratio(name: str, medians: dict[str, float] = medians) -> str:
+            return f"{medians[name] / medians['ours']:.1f}x" if name in medians else "not run"
+
+        lines.append(
+            f"| {info['op']} | {info['shape']} | {info['backend']} | {1000 * medians['ours']:.2f} | {ratio('eager')} | "
+            f"{ratio('careful')} | {ratio('compile')} | {100 * info['share_of_copy']:.0f} % |"
+        )
+    return "\n".join(lines)
+
+
+def volume_table(path: Path) -> str:
+    """Seconds of one volume from file to files, part by part, and against the rivals, as Markdown."""
+    found = json.loads(path.read_text())
+    lines = [f"### {path.stem}", "", "| part | seconds |", "|---|---|"]
+    lines += [f"| {name} | {seconds:.2f} |" for name, seconds in found["parts"].items()]
+    lines += ["", "| rival on the same network and N | its time over ours |", "|---|---|"]
+    lines += [f"| {name} | {value:.2f}x |" for name, value in found["rivals"].items()]
+    lines += ["", "| setting | seconds |", "|---|---|"]
+    lines += [f"| {name} | {seconds:.2f} |" for name, seconds in found["scaling"].items()]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Print a table for every results file."""
+    for path in sorted(RESULTS.glob("*.json")):
+        print(volume_table(path) if path.stem.startswith("volume-") else ops_table(path), end="\n\n")
+
+
+if __name__ == "__main__":
+    main()
