@@ -156,7 +156,7 @@ def judge(
     row["dice_bearing"] = _rates(
         _confusion(found[:, :, bearing], truth[:, :, bearing], inside[:, :, bearing])
     )["dice"]
-    wrong = (found != truth)[inside]
+    wrong = found[inside] != truth[inside]
     peak = max(float(uncertainty.max()), 1e-9)
     order = np.argsort(-uncertainty[inside], kind="stable")
     kept = []
