@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 TORCH = torch==2.13.0
-PIP = $(BIN)/pip --quiet --disable-pip-version-check
+PIP = $(BIN)/pip -qq --disable-pip-version-check
 SOURCES = setup.py pyproject.toml CMakeLists.txt $(wildcard csrc/*)
 WHEELS ?= wheels
 OUT ?= build/gpu-check
@@ -77,8 +77,8 @@ wheel-check: $(VENV)/test.stamp
 	@rm -rf build/wheel build/wheel-venv && mkdir -p build/wheel
 	@$(PIP) wheel --no-deps --wheel-dir build/wheel .
 	@$(PYTHON) -m venv build/wheel-venv
-	@build/wheel-venv/bin/pip --quiet --disable-pip-version-check install "$(TORCH)"
-	@build/wheel-venv/bin/pip --quiet --disable-pip-version-check install "$(TORCH)" build/wheel/*.whl nilearn
+	@build/wheel-venv/bin/pip -qq --disable-pip-version-check install "$(TORCH)"
+	@build/wheel-venv/bin/pip -qq --disable-pip-version-check install "$(TORCH)" build/wheel/*.whl nilearn
 	@cd build && wheel-venv/bin/ddmd info && wheel-venv/bin/ddmd phantom wheel-out --spacing 3 \
 	  && wheel-venv/bin/ddmd detect wheel-out/phantom-0_flair.nii.gz -o wheel-out/found --overwrite
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -139,10 +140,12 @@ def judge(
     row["baseline_dice_oracle"] = float(base.dice_curve().max()) if not empty else float("nan")
     row["auprc"] = counts.auprc()
     if not empty and found.any():
-        distance = compute_hausdorff_distance(
-            torch.from_numpy(found)[None, None], torch.from_numpy(truth)[None, None], include_background=True,
-            percentile=95, spacing=list(volume.spacing),
-        )  # fmt: skip
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of MONAI, about its own arguments
+            distance = compute_hausdorff_distance(
+                torch.from_numpy(found)[None, None], torch.from_numpy(truth)[None, None], include_background=True,
+                percentile=95, spacing=list(volume.spacing),
+            )  # fmt: skip
         row["hd95_mm"] = float(distance)
     else:
         row["hd95_mm"] = float("nan")
@@ -152,7 +155,7 @@ def judge(
     found_parts, found_number = ndimage.label(found, np.ones((3, 3, 3)))
     row["false_positives"] = found_number - len(set(np.unique(found_parts[truth])) - {0})
     row["score"] = max((lesion.peak_probability for lesion in lesions), default=float(probability.max()))
-    bearing = truth.any(axis=(0, 1))
+    bearing: np.ndarray = np.any(truth, axis=(0, 1))
     row["dice_bearing"] = _rates(
         _confusion(found[:, :, bearing], truth[:, :, bearing], inside[:, :, bearing])
     )["dice"]
