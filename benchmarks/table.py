@@ -1,8 +1,10 @@
-"""Make the tables of figures from the JSON files in benchmarks/results: `python -m benchmarks.table`."""
+"""Make the tables of figures from the JSON files of a folder: `python -m benchmarks.table [FOLDER]`."""
 
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 RESULTS = Path(__file__).with_name("results")
@@ -37,16 +39,17 @@ def volume_table(path: Path) -> str:
     lines += [f"| {name} | {seconds:.2f} |" for name, seconds in found["parts"].items()]
     lines += ["", "| rival on the same network and N | its time over ours |", "|---|---|"]
     lines += [f"| {name} | {value:.2f}x |" for name, value in found["rivals"].items()]
+    lines += [f"| {name} | not run: {why} |" for name, why in found.get("missing", {}).items()]
     lines += ["", "| setting | seconds |", "|---|---|"]
     lines += [f"| {name} | {seconds:.2f} |" for name, seconds in found["scaling"].items()]
     return "\n".join(lines)
 
 
-def main() -> None:
-    """Print a table for every results file."""
-    for path in sorted(RESULTS.glob("*.json")):
+def main(arguments: Sequence[str] = ()) -> None:
+    """Print a table for every results file of a folder, benchmarks/results by default."""
+    for path in sorted(Path(arguments[0] if arguments else RESULTS).glob("*.json")):
         print(volume_table(path) if path.stem.startswith("volume-") else ops_table(path), end="\n\n")
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

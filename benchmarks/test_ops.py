@@ -17,7 +17,11 @@ from ddmd import native, ops, reference
 from ddmd.diffusion import Schedule
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-BIG = 8 if DEVICE == "cuda" else 1  # slices more on a GPU, whose caches are larger
+MEMORY = torch.cuda.get_device_properties(0).total_memory if DEVICE == "cuda" else 0
+BIG = (
+    32 if MEMORY > 60 * 2**30 else 8 if MEMORY else 1
+)  # times as many slices, to be several times a GPU's cache
+CALLS = 10 if DEVICE == "cuda" else 1
 
 
 def randn(*shape, dtype=torch.float32):
@@ -43,7 +47,7 @@ def report(benchmark, op: str, shape: str, moved: int, rivals: dict[str, Work | 
     half = max(moved // 2 // 4, 1)
     source, target = randn(half), randn(half)
     running = {name: work for name, work in rivals.items() if work is not None}
-    medians = alternate({"copy": lambda: target.copy_(source), **running}, DEVICE)
+    medians = alternate({"copy": lambda: target.copy_(source), **running}, DEVICE, calls=CALLS)
     benchmark.extra_info.update(
         op=op, shape=shape, device=DEVICE, machine=machine(), bytes=moved, medians=medians,
         backend=ops.serving(op, DEVICE)[0], torch=torch.__version__,
@@ -74,7 +78,7 @@ def test_ensemble_variance(benchmark):
             ops.ensemble_variance(x)
 
     report(
-        benchmark, "ensemble_variance", "(5, 16, 1, 256, 256) float32", (len(x) + 2) * mean.numel() * 4,
+        benchmark, "ensemble_variance", f"{tuple(x.shape)} float32", (len(x) + 2) * mean.numel() * 4,
         {"ours": ours, "eager": lambda: torch.var_mean(x, 0), "careful": careful,
          "compile": compiled(lambda x: torch.var_mean(x, 0), x), "ours, allocating": lambda: ops.ensemble_variance(x)},
     )  # fmt: skip
@@ -103,7 +107,7 @@ def test_denoise_step(benchmark):
     reference.denoise_step(wanted, out[:8], table, *at[:2], rows[:8], rows[:8])
     agree(ours, wanted, 2e-5)
     report(
-        benchmark, "denoise_step", "(80, 1, 256, 256) float32, with noise", 3 * x.numel() * 4,
+        benchmark, "denoise_step", f"{tuple(x.shape)} float32, with noise", 3 * x.numel() * 4,
         {"ours": lambda: ops.denoise_step(state, out, table, *at), "eager": eager, "careful": careful,
          "compile": compiled(eager, state, out)},
     )  # fmt: skip
@@ -136,7 +140,7 @@ def test_discrepancy_maps(benchmark):
     for got, wanted in zip(ops.discrepancy_maps(a, b), reference.discrepancy_maps(a, b), strict=True):
         agree(got, wanted, 1e-5)
     report(
-        benchmark, "discrepancy_maps", "K = 3 + 3, 155 slices of 128 x 128, float32", (6 + 2) * a[0].numel() * 4,
+        benchmark, "discrepancy_maps", f"K = 3 + 3, {shape[1]} slices of 128 x 128, float32", (6 + 2) * a[0].numel() * 4,
         {"ours": ours, "eager": eager, "careful": careful, "compile": compiled(eager, a, b),
          "ours, allocating": lambda: ops.discrepancy_maps(a, b)},
     )  # fmt: skip
@@ -160,7 +164,7 @@ def test_group_norm_silu(benchmark, shape, dtype):
         tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-4
         agree(ops.group_norm_silu(x, 8, weight, bias), reference.group_norm_silu(x, 8, weight, bias, None, None, None, 1e-5)[0], tolerance)  # fmt: skip
         report(
-            benchmark, "group_norm_silu", f"{tuple(shape)} {str(dtype)[6:]}, channels last",
+            benchmark, "group_norm_silu", f"{tuple(x.shape)} {str(dtype)[6:]}, channels last",
             3 * x.numel() * x.element_size(),
             {"ours": lambda: ops.group_norm_silu(x, 8, weight, bias), "eager": eager, "careful": careful,
              "compile": compiled(eager, x)},
@@ -177,4 +181,79 @@ def test_gaussian_kl(benchmark):
     report(
         benchmark, "gaussian_kl", f"{q[0].numel()} elements float32, sum", 4 * q[0].numel() * 4,
         {"ours": lambda: ops.gaussian_kl(*q), "eager": lambda: eager(*q), "compile": compiled(eager, *q)},
+    )  # fmt: skip
+
+
+def test_noise(benchmark):
+    x0 = randn(80 * BIG, 1, 256, 256)
+    table, rows = Schedule().noising_table().to(DEVICE), torch.arange(80 * BIG, device=DEVICE)
+    t = rows % 1000
+    at = (torch.tensor(3, device=DEVICE), torch.tensor(7, device=DEVICE), rows, rows)
+    z, product = torch.empty_like(x0), torch.empty_like(x0)
+    a, s = (column[:, None, None, None] for column in table[t].unbind(1))
+
+    def eager(x0=x0, a=a, s=s):  # as diffusers' add_noise writes it
+        return a * x0 + s * torch.randn_like(x0)
+
+    def careful():
+        torch.randn(z.shape, out=z)
+        torch.mul(x0, a, out=product).addcmul_(z, s)
+
+    few = tuple(v[:8] if v.ndim else v for v in at)
+    agree(ops.noise(x0[:8], t[:8], table, *few), reference.noise(x0[:8], t[:8], table, *few), 2e-5)
+    report(
+        benchmark, "noise", f"{tuple(x0.shape)} float32", 2 * x0.numel() * 4,
+        {"ours": lambda: ops.noise(x0, t, table, *at), "eager": eager, "careful": careful,
+         "compile": compiled(eager, x0, a, s)},
+    )  # fmt: skip
+
+
+def test_ensemble_update(benchmark):
+    x = randn(1, 80 * BIG, 1, 256, 256)
+    mean, m2 = torch.zeros_like(x[0]), torch.zeros_like(x[0])
+    scratch = torch.empty_like(mean)
+
+    def eager(mean=mean, m2=m2, x=x):  # Welford's update, sample number 4
+        delta = x[0] - mean
+        new = mean + delta / 4
+        return new, m2 + delta * (x[0] - new)
+
+    def careful():
+        torch.sub(x[0], mean, out=scratch)
+        mean.add_(scratch, alpha=0.25)
+        m2.addcmul_(scratch, scratch, value=0.75)
+
+    states = [(torch.ones_like(mean), torch.ones_like(mean)) for _ in range(2)]
+    ops.ensemble_update(*states[0], 3, x)
+    reference.ensemble_update(*states[1], 3, x)
+    for ours, wanted in zip(*states, strict=True):
+        agree(ours, wanted, 1e-5)
+    report(
+        benchmark, "ensemble_update", f"one sample {tuple(x[0].shape)} float32", 5 * mean.numel() * 4,
+        {"ours": lambda: ops.ensemble_update(mean, m2, 3, x), "eager": eager, "careful": careful,
+         "compile": compiled(eager, mean, m2, x)},
+    )  # fmt: skip
+
+
+def test_pairwise_sqdist(benchmark):
+    n, d, groups = 512, 4096 * BIG, 2
+    z, group = randn(n, d), torch.arange(n, device=DEVICE) % groups
+
+    def eager(z=z, group=group):
+        same = group[:, None] == group[None]
+        return (torch.cdist(z, z).square() * same).sum() / 2
+
+    def careful(z=z):  # the Gram trick
+        total = z.new_zeros(())
+        for g in range(groups):
+            own = z[g::groups]
+            total += len(own) * own.square().sum() - own.sum(0).square().sum()
+        return total
+
+    wanted = reference.pairwise_sqdist(z.double(), group, groups)
+    agree(ops.pairwise_sqdist(z, group, groups) / wanted, torch.ones_like(wanted), 1e-5)
+    report(
+        benchmark, "pairwise_sqdist", f"({n}, {d}) float32, {groups} groups", z.numel() * 4,
+        {"ours": lambda: ops.pairwise_sqdist(z, group, groups), "eager": eager, "careful": careful,
+         "compile": compiled(careful, z)},
     )  # fmt: skip

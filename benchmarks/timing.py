@@ -14,24 +14,36 @@ import torch
 Work = Callable[[], object]
 
 
-def _synchronise(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
+def _seconds(work: Work, device: str, calls: int) -> float:
+    """Seconds a call. Several calls on a GPU are timed by its own clock: launching hides behind running."""
+    if device != "cuda" or calls == 1:
+        if device == "cuda":
+            torch.cuda.synchronize()
+        begun = time.perf_counter()
+        for _ in range(calls):
+            work()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return (time.perf_counter() - begun) / calls
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    for _ in range(calls):
+        work()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1000 / calls
 
 
-def alternate(rivals: dict[str, Work], device: str, rounds: int = 15) -> dict[str, float]:
-    """Median seconds of each rival; every round runs all of them, one after the other."""
+def alternate(rivals: dict[str, Work], device: str, rounds: int = 15, calls: int = 1) -> dict[str, float]:
+    """Median seconds of each rival; every round runs all of them, `calls` times, one after the other."""
     for work in rivals.values():
         for _ in range(3):
             work()
     times: dict[str, list[float]] = {name: [] for name in rivals}
     for _ in range(rounds):
         for name, work in rivals.items():
-            _synchronise(device)
-            begun = time.perf_counter()
-            work()
-            _synchronise(device)
-            times[name].append(time.perf_counter() - begun)
+            times[name].append(_seconds(work, device, calls))
     return {name: statistics.median(t) for name, t in times.items()}
 
 

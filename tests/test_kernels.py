@@ -9,6 +9,7 @@ from tests.shapes import TYPES, assert_close, rows
 kernels = pytest.importorskip("ddmd.kernels", reason="Triton is not installed")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # conftest has the interpreter on where there is none
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 each_type = pytest.mark.parametrize("dtype", TYPES)
 
 

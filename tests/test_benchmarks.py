@@ -1,0 +1,67 @@
+"""The benchmarks themselves: what they refuse, the tables they make, and rivals that do the same work."""
+
+import json
+import platform
+
+import pytest
+import torch
+
+from benchmarks import table, timing
+from ddmd.ensemble import SamplingConfig
+from ddmd.slices import SliceGrid, extract
+from ddmd.volume import Volume
+from tests.volumes import head, tiny_system
+
+
+def test_rivals_are_run_in_turn():
+    order: list[str] = []
+    rivals = {name: lambda name=name: order.append(name) for name in "abc"}
+    assert timing.alternate(rivals, "cpu", 4).keys() == rivals.keys()
+    assert order[-12:] == list("abc") * 4
+
+
+@pytest.mark.parametrize("wrong", [1.1, float("nan")])
+def test_a_figure_of_a_wrong_op_is_refused(wrong):
+    timing.agree(torch.ones(3), torch.ones(3), 1e-6)
+    with pytest.raises(RuntimeError, match="off by"):
+        timing.agree(torch.tensor([1.0, wrong]), torch.ones(2), 1e-3)
+
+
+def test_results_name_the_processor_and_not_the_host():
+    name = timing.machine()
+    assert name
+    assert all(c.isalnum() or c == "-" for c in name)
+    assert platform.node().lower() not in name.split("-")
+
+
+def test_tables_come_from_the_files_of_a_folder(tmp_path, capsys):
+    info = {"op": "noise", "shape": "(2, 3)", "backend": "C++", "share_of_copy": 0.5,
+            "medians": {"ours": 0.001, "eager": 0.004}}  # fmt: skip
+    (tmp_path / "cpu.json").write_text(json.dumps({"benchmarks": [{"extra_info": info}]}))
+    volume = {
+        "parts": {"read": 1.0},
+        "rivals": {"MONAI": 2.5},
+        "scaling": {"S = 1": 3.0},
+        "missing": {"other": "why"},
+    }
+    (tmp_path / "volume-cpu.json").write_text(json.dumps(volume))
+    table.main([str(tmp_path)])
+    printed = capsys.readouterr().out
+    for expected in ("| noise | (2, 3) | C++ | 1.00 | 4.0x | not run | not run | 50 % |", "| MONAI | 2.50x |",
+                     "| S = 1 | 3.00 |", "| other | not run: why |"):  # fmt: skip
+        assert expected in printed
+
+
+def test_monai_and_diffusers_find_what_we_find(rng):
+    """From the same x_T, their loops on the same networks give our probabilities."""
+    pytest.importorskip("diffusers", reason="diffusers is not installed")
+    pytest.importorskip("monai", reason="MONAI is not installed")
+    from benchmarks import rivals
+
+    system = tiny_system()
+    values, affine = head(rng, (40, 48, 6))
+    slices = extract(Volume.from_array({"flair": values}, affine), ("flair",), SliceGrid(4.0, 16))
+    seconds, missing = rivals.compare(system, slices, SamplingConfig(samples=2, steps=4), False, 1)
+    assert missing == {}
+    assert {name.split(",")[0] for name in seconds} >= {"ours", "diffusers", "MONAI"}
+    assert rivals.autoencoders_one_by_one(system, slices) > 0

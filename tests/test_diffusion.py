@@ -1,0 +1,63 @@
+"""The sampler tables step for step against the schedulers of diffusers."""
+
+import pytest
+import torch
+
+from ddmd import ops
+from ddmd.diffusion import Schedule
+
+diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
+
+COMMON = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear",
+          "timestep_spacing": "trailing"}  # fmt: skip
+AT = (torch.tensor(5), torch.arange(2), torch.arange(2))
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "sample", "v"])
+@pytest.mark.parametrize("n", [4, 10, 50])
+def test_ddpm_is_the_posterior_of_diffusers(prediction, n, monkeypatch):
+    names = {"epsilon": "epsilon", "sample": "sample", "v": "v_prediction"}
+    theirs = diffusers.DDPMScheduler(**COMMON, clip_sample=True, prediction_type=names[prediction])
+    theirs.set_timesteps(n)
+    module = "diffusers.schedulers.scheduling_ddpm.randn_tensor"
+    monkeypatch.setattr(module, lambda shape, **_: torch.zeros(shape))  # the mean; sigma apart
+    schedule = Schedule(kind="linear", prediction=prediction)
+    table = schedule.sampler(n, "ddpm")
+    assert torch.equal(theirs.timesteps, schedule.timesteps(n))
+    sigma = torch.stack([theirs._get_variance(t) for t in theirs.timesteps]).sqrt()
+    assert torch.allclose(table[:-1, 6], sigma[:-1].float(), rtol=1e-3)
+    table[:, 6] = 0
+    ours = torch.randn(2, 1, 8, 8)
+    other = ours.clone()
+    for i, t in enumerate(theirs.timesteps):
+        output = torch.sin(other * 3 + i)
+        other = theirs.step(output, t, other).prev_sample
+        ops.denoise_step(ours, output, table, torch.tensor(i), *AT)
+        assert (ours - other).abs().max() < 2e-3
+
+
+@pytest.mark.parametrize("n", [2, 5, 10])
+def test_dpm_solver_is_that_of_diffusers(n):
+    theirs = diffusers.DPMSolverMultistepScheduler(
+        **COMMON, algorithm_type="dpmsolver++", solver_order=2, prediction_type="sample"
+    )
+    theirs.set_timesteps(n)
+    schedule = Schedule(kind="linear", prediction="sample")
+    assert torch.equal(theirs.timesteps, schedule.timesteps(n))
+    table = schedule.sampler(n, "dpm++2m")
+    ours, memory = torch.randn(2, 1, 8, 8), torch.zeros(2, 1, 8, 8)
+    other = ours.clone()
+    for i, t in enumerate(theirs.timesteps):
+        output = torch.sin(other * 3 + i) * 0.9
+        other = theirs.step(output, t, other).prev_sample
+        ops.denoise_step(ours, output, table, torch.tensor(i), *AT, memory)
+        assert (ours - other).abs().max() < 2e-3
+
+
+@pytest.mark.parametrize("eta", [0.3, 1.0])
+def test_ddim_with_noise_has_the_variance_of_diffusers(eta):
+    theirs = diffusers.DDIMScheduler(**COMMON)
+    theirs.set_timesteps(20)
+    wanted = [theirs._get_variance(int(t), int(t) - 50) for t in theirs.timesteps]
+    sigma = Schedule(kind="linear", prediction="epsilon").sampler(20, eta=eta)[:, 6]
+    assert torch.allclose(sigma, eta * torch.stack(wanted).float().sqrt(), rtol=1e-3, atol=1e-4)
