@@ -51,10 +51,10 @@ class DenoiserStage:
     rounds : tuple of float
         Shares of the steps at which the network's own masks on positive slices are made anew
         (image-label track).
-    painted, normal : float
-        Shares of a batch: lesions painted on normal slices, and normal slices as they are. The
-        rest are slices of B with their mask (pixel track) or pseudo-mask (image track; painted
-        ones until the first round).
+    normal, painted, over, masked : float
+        Shares of a batch: normal slices as they are, lesions painted on normal slices, lesions
+        painted on positive slices beside what is there, and slices of B with their mask (pixel
+        track) or pseudo-mask (image track; from the first round on, the others' shares until then).
     use_inter, use_intra : bool
         Whether X and Y reach the network, for the ablations.
     diffusion : bool
@@ -62,12 +62,14 @@ class DenoiserStage:
     """
 
     steps: int = 9000
-    batch: int = 8
+    batch: int = 16
     learning_rate: float = 2e-3
     ema: float = 0.998
-    rounds: tuple[float, ...] = (0.45, 0.65, 0.82)
-    painted: float = 0.5
-    normal: float = 0.15
+    rounds: tuple[float, ...] = (0.3, 0.5, 0.68, 0.84)
+    normal: float = 0.12
+    painted: float = 0.35
+    over: float = 0.18
+    masked: float = 0.35
     use_inter: bool = True
     use_intra: bool = True
     diffusion: bool = True

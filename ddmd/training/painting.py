@@ -12,6 +12,7 @@ from numpy.random import Generator
 from scipy import ndimage
 
 LOW, HIGH = -2.0, 3.0  # air, and the brightest a plane gets: robust z-scores times 0.5
+FLUID = -0.75  # what is darker than this deep in the brain, on FLAIR, is cerebrospinal fluid
 AIR_MARGIN = 0.02  # what is closer to LOW than this is air
 
 
@@ -24,19 +25,23 @@ class PainterConfig:
     dark : chance that a lesion is darker than its surroundings.
     core, rim : chances of a darker core and of a brighter rim in a lesion that is not small.
     displacement : largest shift, in mm, by which a large lesion pushes the tissue around it.
+    periventricular : chance that small lesions keep to the surroundings of the ventricles.
+    edge : half width of a lesion's soft edge, in mm.
     """
 
     kinds: tuple[float, float, float] = (0.45, 0.25, 0.3)
     large_mm: tuple[float, float] = (10.0, 34.0)
     middling_mm: tuple[float, float] = (4.5, 11.0)
     small_mm: tuple[float, float] = (1.6, 5.0)
-    contrast: tuple[float, float] = (0.35, 2.4)
+    contrast: tuple[float, float] = (0.3, 2.4)
     replaced: tuple[float, float] = (0.2, 1.0)
     texture: float = 0.25
     dark: float = 0.05
-    core: float = 0.3
+    core: float = 0.35
     rim: float = 0.15
     displacement: float = 5.0
+    periventricular: float = 0.4
+    edge: tuple[float, float] = (0.5, 3.5)
 
 
 def smooth_noise(shape: tuple[int, int], cell: float, rng: Generator) -> np.ndarray:
@@ -88,11 +93,14 @@ class LesionPainter:
         count = (1, int(rng.integers(1, 4)), int(rng.integers(1, 16)))[kind]
         contrast = float(np.exp(rng.uniform(*np.log(c.contrast))))
         sign = -1.0 if rng.random() < c.dark else 1.0
+        if kind == 2 and rng.random() < c.periventricular:
+            inside = self._beside_ventricles(planes, brain, spacing_mm, inside)
         for _ in range(count):
             radius = float(np.exp(rng.uniform(np.log(low), np.log(high)))) / spacing_mm
             centre = inside[rng.integers(len(inside))]
             level = sign * contrast * rng.uniform(0.8, 1.2)
-            body = self._body(centre, radius, planes.shape, brain, offset_mm / spacing_mm, rng)
+            edge = min(float(np.exp(rng.uniform(*np.log(c.edge)))) / spacing_mm, radius)
+            body = self._body(centre, radius, edge, planes.shape, brain, offset_mm / spacing_mm, rng)
             if body is None:
                 continue
             box, alphas = body
@@ -103,10 +111,24 @@ class LesionPainter:
             share[box] = np.maximum(share[box], middle)
         return np.clip(planes, LOW, HIGH), (share >= 0.5) & brain
 
+    @staticmethod
+    def _beside_ventricles(
+        planes: np.ndarray, brain: np.ndarray, spacing_mm: float, inside: np.ndarray
+    ) -> np.ndarray:
+        """Of the pixels `inside`, those within 8 mm of dark fluid deep in the brain, if there are any."""
+        deep = ndimage.binary_erosion(brain, iterations=max(1, round(12 / spacing_mm)))
+        fluid = deep & (planes[len(planes) // 2, 0] < FLUID)
+        if fluid.sum() < 20:
+            return inside
+        away = ndimage.distance_transform_edt(~fluid) * spacing_mm
+        near = inside[(away <= 8.0)[inside[:, 0], inside[:, 1]] & ~fluid[inside[:, 0], inside[:, 1]]]
+        return near if len(near) else inside
+
     def _body(
         self,
         centre: np.ndarray,
         radius: float,
+        edge: float,
         shape: tuple[int, ...],
         brain: np.ndarray,
         gap: float,
@@ -126,13 +148,12 @@ class LesionPainter:
         wander = 0.28 * smooth_noise(size, max(radius * 0.7, 2.0), rng) + 0.12 * smooth_noise(
             size, max(radius * 0.25, 2.0), rng
         )
-        edge = rng.uniform(0.5, 2.2)
         planes = shape[0]
-        depth = rng.uniform(-0.5, 0.5)
+        depth = rng.uniform(-0.75, 0.75)  # the middle plane need not cut the lesion where it is widest
         alphas = np.empty((planes, *size), np.float32)
         soft_brain = ndimage.uniform_filter(brain[box].astype(np.float32), 3)
         for p in range(planes):
-            w = (p - planes // 2) * gap / axes[2] + (depth if p != planes // 2 else 0.0)
+            w = (p - planes // 2) * gap / axes[2] + depth
             distance = (1.0 + wander - np.sqrt(u * u + v * v + w * w)) * radius  # pixels inside the surface
             alphas[p] = np.clip(0.5 + distance / (2 * edge), 0, 1) * soft_brain
         return (box, alphas) if (alphas[planes // 2] >= 0.5).sum() >= 3 else None

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from scipy import ndimage
 from torch.utils.data import Dataset
 
 from ddmd import slices
@@ -15,6 +16,10 @@ from ddmd.training.config import TrainConfig
 from ddmd.training.painting import Augmentation, LesionPainter
 
 AIR = slices.BACKGROUND * slices.INTENSITY_SCALE
+NEAR_MM = 25.0  # normal slices this far from a positive one are half as likely to be painted on
+STRIPPED = 0.25  # chance that what is outside the brain is taken away, with a rim of it or with more
+UNTOLD = 0.1  # trust in "no lesion here" on a positive slice of which no more than its label is known
+RIM = 6  # pixels around a painted lesion that are likely to be normal
 
 
 @dataclass
@@ -29,6 +34,19 @@ class Packed:
     offset_mm: float
     mask: np.ndarray | None = None  # (Z, H, W) float16: annotator's (pixel track) or pseudo (image)
     weight: np.ndarray | None = None  # (Z, H, W) float16: how far the mask is trusted
+
+    @property
+    def nearness(self) -> np.ndarray:
+        """(Z,) how much anatomy a slice shares with those that have lesions: brain area, and closeness.
+
+        Lesion-free slices of patients lie mostly at the ends of the head, lesions do not.
+        """
+        area = self.brain.sum(axis=(1, 2)).astype(np.float64) + 1.0
+        positive = np.flatnonzero(self.label == 1)
+        if not len(positive):
+            return area
+        apart = np.abs(np.arange(len(self.label))[:, None] - positive).min(axis=1)
+        return area / (1.0 + (apart * self.offset_mm / self.offset / NEAR_MM) ** 2)
 
     def planes(self, z: int, context: int) -> np.ndarray:
         """(P, C, H, W) float32: slice z between its neighbours."""
@@ -80,8 +98,9 @@ def _start(length: int, size: int, rng: np.random.Generator) -> int:
 class Draw(Dataset):
     """Sample i of a run: decided by (seed, stage, i) alone, so that a run resumes where it was.
 
-    kind "normal" draws slices of A for the auto-encoders, "mixed" slices of B, and "lesions" the
-    painted, normal and masked slices that train the denoiser.
+    kind "normal" draws slices of A for the auto-encoders, "mixed" slices of B, and "lesions" what
+    trains the denoiser: lesions painted on normal slices, normal slices as they are, lesions painted
+    on positive slices beside the real ones, and slices of B with their mask or pseudo-mask.
     """
 
     def __init__(
@@ -96,16 +115,18 @@ class Draw(Dataset):
         self.painter, self.augment = LesionPainter(), Augmentation()
         usable = {
             "normal": lambda p: p.label == 0,
-            "positive": lambda p: p.label == 1 if p.mask is None else p.mask.any(axis=(1, 2)),
+            "paintable": lambda p: p.label == 0,
+            "positive": lambda p: p.label == 1,
+            "masked": lambda p: np.zeros(len(p.label), bool) if p.mask is None else p.mask.any(axis=(1, 2)),
             "mixed": lambda p: np.ones(len(p.label), bool),
         }
         self.choices = {
             name: [(i, np.flatnonzero(rule(p))) for i, p in enumerate(packed) if rule(p).any()]
             for name, rule in usable.items()
         }
-        self.masked = [(i, z) for i, z in self.choices["positive"] if packed[i].mask is not None]
+        self.nearness = [p.nearness for p in packed]
         self.chances = {}
-        for name, choices in (*self.choices.items(), ("masked", self.masked)):
+        for name, choices in self.choices.items():
             counts: dict[str, int] = {}
             for i, _ in choices:
                 source = packed[i].case.source
@@ -119,11 +140,12 @@ class Draw(Dataset):
         return self.count
 
     def _pick(self, name: str, rng: np.random.Generator) -> tuple[Packed, int]:
-        choices = self.masked if name == "masked" else self.choices[name]
+        choices = self.choices[name]
         if not choices:
             raise ValueError(f"the training data has no {name} slice; check its image-level labels")
         index, zs = choices[rng.choice(len(choices), p=self.chances[name])]
-        return self.packed[index], int(rng.choice(zs))
+        chance = self.nearness[index][zs] if name == "paintable" else np.ones(len(zs))
+        return self.packed[index], int(rng.choice(zs, p=chance / chance.sum()))
 
     def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
         stage = {"normal": 1, "mixed": 2, "lesions": 3}[self.kind]
@@ -131,16 +153,16 @@ class Draw(Dataset):
         if self.kind != "lesions":
             item, z = self._pick(self.kind, rng)
             return self._finish(item, z, "as it is", 0, rng)
-        stage_config = self.config.denoiser_stage
-        draw = rng.random()
-        if draw < stage_config.normal:
-            item, z = self._pick("normal", rng)
-            return self._finish(item, z, "as it is", self.config.denoiser.context, rng)
-        if draw < stage_config.normal + stage_config.painted or not self.masked:
-            item, z = self._pick("normal", rng)
-            return self._finish(item, z, "painted", self.config.denoiser.context, rng)
-        item, z = self._pick("masked", rng)
-        return self._finish(item, z, "masked", self.config.denoiser.context, rng)
+        stage_config, context = self.config.denoiser_stage, self.config.denoiser.context
+        kinds = {"as it is": "normal", "painted": "paintable", "painted over": "positive", "masked": "masked"}
+        shares = np.array([stage_config.normal, stage_config.painted, stage_config.over, stage_config.masked])
+        there = np.array([bool(self.choices[choice]) for choice in kinds.values()])
+        if not there.any():
+            raise ValueError("the training data has no labelled slice; check its image-level labels")
+        shares = np.where(there, shares, 0.0)
+        how = list(kinds)[rng.choice(len(kinds), p=shares / shares.sum())]
+        item, z = self._pick(kinds[how], rng)
+        return self._finish(item, z, how, context, rng)
 
     def _finish(
         self, item: Packed, z: int, how: str, context: int, rng: np.random.Generator
@@ -148,11 +170,21 @@ class Draw(Dataset):
         planes, brain = item.planes(z, context), item.brain[z]
         mask = np.zeros(brain.shape, np.float32)
         weight = np.ones(brain.shape, np.float32)
-        if how == "painted":
-            planes, painted = self.painter(planes, brain, self.config.mm, item.offset_mm, rng)
-            mask = painted.astype(np.float32)
-        elif how == "masked" and item.mask is not None and item.weight is not None:
+        if how == "painted over" and (item.mask is None or not item.mask[z].any()):
+            weight[:] = UNTOLD
+        elif how in ("masked", "painted over") and item.mask is not None and item.weight is not None:
             mask, weight = item.mask[z].astype(np.float32), item.weight[z].astype(np.float32)
+        if how.startswith("painted"):
+            planes, painted = self.painter(planes, brain, self.config.mm, item.offset_mm, rng)
+            if how == "painted over" and painted.any():
+                around = ndimage.binary_dilation(painted, iterations=RIM) & (mask == 0)
+                weight[around] = np.maximum(weight[around], 0.3)
+            mask, weight = np.maximum(mask, painted), np.where(painted, 1.0, weight).astype(np.float32)
+        if self.kind == "lesions" and rng.random() < STRIPPED:
+            kept = ndimage.distance_transform_edt(brain) - ndimage.distance_transform_edt(~brain)
+            kept = kept > rng.uniform(-3.0, 4.0)
+            planes = np.where(kept, planes, np.float32(AIR))
+            mask = mask * kept
         size = self.config.size
         at = (_start(brain.shape[0], size, rng), _start(brain.shape[1], size, rng))
         planes, mask, weight = _cropped((planes, mask, weight), (AIR, 0.0, 1.0), size, at)
