@@ -76,13 +76,33 @@ def discrepancies(system: System, b: Tensor) -> tuple[Tensor, Tensor]:
     return ops.discrepancy_maps(system.autoencoders_a(b).contiguous(), system.autoencoders_b(b).contiguous())
 
 
+def middle_slice(system: System, planes: Tensor) -> Tensor:
+    """Of slices with neighbours (Z, P C, H, W), the slices b themselves (Z, C, H, W)."""
+    channels = len(system.description.sequences)
+    first = planes.shape[1] // 2 - channels // 2
+    return planes[:, first : first + channels]
+
+
+def reconstruction_error(system: System, b: Tensor) -> Tensor:
+    """1 - exp(-|b - recon|), |.| averaged over the K of A and over C: (Z, 1, H, W) in [0, 1).
+
+    Unsupervised anomaly detection in its plainest form; the exponential brings it to [0, 1) and keeps
+    its order.
+    """
+    b = b.contiguous(memory_format=torch.channels_last)
+    error = (system.autoencoders_a(b) - b).abs().mean((0, 2))[:, None]
+    return -torch.expm1(-error)
+
+
 def condition_on(system: System, planes: Tensor) -> tuple[Condition, Tensor, Tensor]:
     """Everything that depends on b, X and Y alone, once for slices with neighbours (Z, P C, H, W)."""
-    channels = len(system.description.sequences)
-    middle = planes.shape[1] // 2 - channels // 2
-    inter, intra = discrepancies(system, planes[:, middle : middle + channels])
-    scale = system.description.discrepancy_scale
-    joined = torch.cat((planes, inter * scale, intra * scale), 1)
+    told = system.description
+    if told.use_inter or told.use_intra:
+        inter, intra = discrepancies(system, middle_slice(system, planes))
+    else:
+        inter, intra = torch.zeros_like(planes[:, :1]), torch.zeros_like(planes[:, :1])
+    scale = told.discrepancy_scale
+    joined = torch.cat((planes, inter * (scale * told.use_inter), intra * (scale * told.use_intra)), 1)
     return system.condition(joined.contiguous(memory_format=torch.channels_last)), inter, intra
 
 
@@ -115,7 +135,7 @@ class _Sampling:
 def detect_slices(
     system: System, slices: Slices, config: SamplingConfig, progress: Progress | None = None
 ) -> Maps:
-    """Draw S masks for every slice of a volume.
+    """Draw S masks for every slice of a volume; of a baseline, its one map.
 
     Memory grows with the batch, not with S: each sample goes into the running mean and M2 as it is
     finished. What comes out does not depend on the batch, up to the rounding of the convolutions.
@@ -150,7 +170,16 @@ def detect_slices(
 
 
 def _one_batch(sampling: _Sampling, planes: Tensor, index: Tensor, maps: Maps, part: slice) -> None:
-    condition, inter, intra = condition_on(sampling.system, planes)
+    system = sampling.system
+    if system.description.system == "anomaly":
+        maps.probability[part] = reconstruction_error(system, middle_slice(system, planes))
+        return
+    condition, inter, intra = condition_on(system, planes)
+    maps.inter[part] = inter
+    maps.intra[part] = intra
+    if system.description.system == "supervised":
+        maps.probability[part] = condition.evidence.sigmoid()
+        return
     mean = torch.empty_like(inter)
     m2 = torch.empty_like(inter)
     count = 0
@@ -159,5 +188,3 @@ def _one_batch(sampling: _Sampling, planes: Tensor, index: Tensor, maps: Maps, p
         count = ops.ensemble_update(mean, m2, count, drawn[None])
     maps.probability[part] = mean
     maps.uncertainty[part] = m2 / max(count - 1, 1)
-    maps.inter[part] = inter
-    maps.intra[part] = intra

@@ -23,6 +23,11 @@ from ddmd.volume import Volume
 
 BINS = 501  # of probability, uncertainty and baseline: what is kept of a patient's voxels
 BASELINE_RANGE = (-4.0, 6.0)  # of the smoothed robust z-score
+UNCERTAINTY_RANGE = (
+    -10.0,
+    0.0,
+)  # decimal logarithm of the variance: ranks small ones apart, alike for all patients
+SLICE_SCORE_MM2 = 25.0  # a slice's score is the mean probability of so much of it, the most probable
 LEFT_OUT = (0.0, 0.01, 0.02, 0.05, 0.10)  # shares of the least certain voxels
 
 
@@ -57,6 +62,10 @@ class Counts:
         false = np.cumsum(self.other[::-1])[::-1]
         return 2 * true / np.maximum(true + false + self.lesion.sum(), 1)
 
+    def best(self) -> int:
+        """The bin whose lower edge, as the threshold, has the highest Dice."""
+        return int(self.dice_curve().argmax())
+
     def _sklearn(self, metric: Callable[..., float]) -> float:
         if not self.lesion.sum() or not self.other.sum():
             return float("nan")
@@ -79,7 +88,8 @@ class Counts:
 class Patient:
     """One patient's figures: `row` goes to the table; the rest is pooled."""
 
-    row: dict[str, Any]
+    row: dict[str, Any]  # "patient" is the case's name
+    patient: str  # whose examination it is: the unit of the bootstrap
     probability: Counts
     baseline: Counts
     uncertainty: Counts  # "lesion" are voxels where the mask is wrong
@@ -115,6 +125,7 @@ def _rates(c: np.ndarray) -> dict[str, float]:
 
 def judge(
     name: str,
+    patient: str,
     volume: Volume,
     probability: np.ndarray,
     uncertainty: np.ndarray,
@@ -160,7 +171,6 @@ def judge(
         _confusion(found[:, :, bearing], truth[:, :, bearing], inside[:, :, bearing])
     )["dice"]
     wrong = found[inside] != truth[inside]
-    peak = max(float(uncertainty.max()), 1e-9)
     order = np.argsort(-uncertainty[inside], kind="stable")
     kept = []
     for share in LEFT_OUT:
@@ -178,13 +188,14 @@ def judge(
     filled = volume.brain.any(axis=(0, 1))
     return Patient(
         row=row,
+        patient=patient,
         probability=counts,
         baseline=base,
-        uncertainty=Counts.of(uncertainty[inside] / peak, wrong, 0.0, 1.0),
+        uncertainty=Counts.of(np.log10(uncertainty[inside] + 1e-12), wrong, *UNCERTAINTY_RANGE),
         confusion=confusion,
         left_out=np.array(kept),
         calibration=calibration,
-        slice_score=probability.max(axis=(0, 1))[filled],
+        slice_score=_slice_scores(probability, volume.spacing)[filled],
         slice_label=bearing[filled],
         bearing=_confusion(found[:, :, bearing], truth[:, :, bearing], inside[:, :, bearing]),
         picture={
@@ -192,6 +203,13 @@ def judge(
             "found": found[:, :, z].T, "truth": truth[:, :, z].T, "uncertainty": uncertainty[:, :, z].T,
         },
     )  # fmt: skip
+
+
+def _slice_scores(probability: np.ndarray, spacing: Sequence[float]) -> np.ndarray:
+    """Mean of the most probable SLICE_SCORE_MM2 of every slice (Z,)."""
+    flat = probability.reshape(-1, probability.shape[2])
+    count = min(max(1, round(SLICE_SCORE_MM2 / (spacing[0] * spacing[1]))), len(flat))
+    return np.partition(flat, len(flat) - count, axis=0)[-count:].mean(axis=0)
 
 
 @dataclass(frozen=True)
@@ -217,11 +235,15 @@ class Report:
         return table
 
 
-def _interval(values: Sequence[float], seed: int) -> tuple[float, float, float]:
-    """Mean and its bootstrap 95 % interval over patients (percentile; scipy)."""
-    known = np.array([v for v in values if np.isfinite(v)])
-    if not len(known):
+def _interval(values: Sequence[float], patients: Sequence[str], seed: int) -> tuple[float, float, float]:
+    """Mean and its bootstrap 95 % interval (percentile; scipy) over patients, each the mean of its cases."""
+    own: dict[str, list[float]] = {}
+    for value, patient in zip(values, patients, strict=True):
+        if np.isfinite(value):
+            own.setdefault(patient, []).append(value)
+    if not own:
         return (float("nan"),) * 3
+    known = np.array([np.mean(v) for v in own.values()])
     mean = float(known.mean())
     if len(known) == 1 or np.ptp(known) == 0:
         return mean, mean, mean
@@ -231,8 +253,13 @@ def _interval(values: Sequence[float], seed: int) -> tuple[float, float, float]:
     return mean, float(found.low), float(found.high)
 
 
-def summarise(patients: Sequence[Patient], how: dict[str, Any], seed: int = 0) -> Report:
-    """Pool patients: sums of counts, never means of ratios; intervals by bootstrap over patients."""
+def summarise(
+    patients: Sequence[Patient], how: dict[str, Any], seed: int = 0, baseline_bin: int | None = None
+) -> Report:
+    """Pool patients: sums of counts, never means of ratios; intervals by bootstrap over patients.
+
+    baseline_bin is the threshold of the smoothed intensity, chosen on other patients.
+    """
     from sklearn.metrics import roc_auc_score
 
     if not patients:
@@ -244,6 +271,10 @@ def summarise(patients: Sequence[Patient], how: dict[str, Any], seed: int = 0) -
     uncertainty = sum((p.uncertainty for p in patients[1:]), patients[0].uncertainty)
     pooled["dice_oracle"] = float(probability.dice_curve().max())
     pooled["baseline_dice_oracle"] = float(baseline.dice_curve().max())
+    if baseline_bin is not None:
+        pooled["baseline_dice"] = float(baseline.dice_curve()[baseline_bin])
+        for p in patients:
+            p.row["baseline_dice"] = float(p.baseline.dice_curve()[baseline_bin])
     pooled["auprc"] = probability.auprc()
     pooled["dice_bearing"] = _rates(sum((p.bearing for p in patients), np.zeros(4)))["dice"]
     pooled["uncertainty_auroc"] = uncertainty.auroc()
@@ -261,7 +292,12 @@ def summarise(patients: Sequence[Patient], how: dict[str, Any], seed: int = 0) -
     pooled["calibration_error"] = float(gaps.sum() / held[:, 0].sum())
     names = ("dice", "iou", "precision", "recall", "dice_oracle", "baseline_dice_oracle", "dice_bearing",
              "hd95_mm", "lesion_recall", "false_positives", "found_ml")  # fmt: skip
-    intervals = {name: _interval([p.row[name] for p in patients], seed) for name in names}
+    whose = [p.patient for p in patients]
+    intervals = {
+        name: _interval([p.row[name] for p in patients], whose, seed)
+        for name in (*names, "baseline_dice")
+        if name in patients[0].row
+    }
     ranked = sorted((p for p in patients if np.isfinite(p.row["dice"])), key=lambda p: p.row["dice"])
     chosen = {"worst": ranked[0], "median": ranked[len(ranked) // 2], "best": ranked[-1]} if ranked else {}
     curves = {
@@ -294,7 +330,8 @@ def evaluate(
     data : folder of slices with labels.csv, or of volumes, with masks; see `find_cases`
     weights : name of a shipped system, or a weights file
     out : folder for metrics.json, per_patient.csv and report.html, optional
-    split : split.json of a training run; only patients of its `part` are evaluated
+    split : split.json of a training run; only patients of its `part` are evaluated, and the single
+        threshold on smoothed intensity that stands beside is chosen on its validation patients
     device : "auto", "cpu", "cuda" or "cuda:N"
     threshold : float, optional
         By default the weights' own, chosen on validation patients.
@@ -308,8 +345,10 @@ def evaluate(
     """
     detector = Detector.load(weights, device)
     cases = [c for c in find_cases(data) if c.masks is not None]
+    validation: list[Case] = []
     if split is not None:
         parts = read_split(split)
+        validation = [c for c in cases if parts.get(c.patient) == "validation"]
         cases = [c for c in cases if parts.get(c.patient) == part]
     if not cases:
         raise EvaluationError(f"{data}: no case with a mask{f' in part {part}' if split else ''}")
@@ -325,10 +364,21 @@ def evaluate(
         "data": Path(data).name,
         "patients": [c.name for c in cases],
     }
-    report = summarise(patients, how)
+    report = summarise(patients, how, baseline_bin=_baseline_bin(detector, validation))
     if out is not None:
         write_report(report, out)
     return report
+
+
+def _baseline_bin(detector: Detector, cases: Sequence[Case]) -> int | None:
+    """The best single threshold on smoothed intensity for `cases`."""
+    total = None
+    for case in cases:
+        volume, truth = case.volume(detector.description.sequences), case.lesion()
+        inside = volume.brain | truth
+        counts = Counts.of(smoothed_intensity(volume)[inside], truth[inside], *BASELINE_RANGE)
+        total = counts if total is None else total + counts
+    return None if total is None else total.best()
 
 
 def judge_case(detector: Detector, case: Case, threshold: float | None = None) -> Patient:
@@ -338,9 +388,8 @@ def judge_case(detector: Detector, case: Case, threshold: float | None = None) -
     probability = slices.restore(maps.probability).clip(0, 1) * volume.brain
     uncertainty = slices.restore(maps.uncertainty).clip(0) * volume.brain
     chosen = detector.description.threshold if threshold is None else threshold
-    return judge(
-        case.name, volume, probability, uncertainty, case.lesion(), chosen, detector.description.min_lesion_ml
-    )
+    minimum = detector.description.min_lesion_ml
+    return judge(case.name, case.patient, volume, probability, uncertainty, case.lesion(), chosen, minimum)
 
 
 def write_report(report: Report, folder: str | Path) -> None:

@@ -19,6 +19,11 @@ from ddmd.denoiser import ConditionNet, Denoiser, DenoiserConfig
 from ddmd.diffusion import Schedule
 
 FORMAT = 1
+PARTS = {  # of each kind of system, the networks it consists of
+    "ddmd": ("autoencoders_a", "autoencoders_b", "condition", "denoiser"),
+    "supervised": ("autoencoders_a", "autoencoders_b", "condition"),
+    "anomaly": ("autoencoders_a",),
+}
 EMBEDDED = Path(__file__).parent / "embedded"
 DEFAULT = "ddmd-light"
 
@@ -44,6 +49,9 @@ class Description:
     sequences : the C sequences, in the order the networks take them.
     grid : {"mm": millimetres a pixel, "multiple": of H and W}.
     discrepancy_scale : what X and Y are multiplied by before they enter the network.
+    use_inter, use_intra : whether X and Y enter it at all.
+    system : "ddmd"; "supervised", the condition network alone; "anomaly", the error of the
+        auto-encoders trained on normal slices.
     threshold : probability from which a voxel is lesion; threshold_chosen says how.
     min_lesion_ml : smaller components are left out of the mask.
     training : data, licence, labels, command.
@@ -56,6 +64,9 @@ class Description:
     autoencoder: dict[str, Any]
     denoiser: dict[str, Any]
     discrepancy_scale: float
+    use_inter: bool = True
+    use_intra: bool = True
+    system: str = "ddmd"
     sampling: dict[str, Any] = field(default_factory=lambda: dataclasses.asdict(Sampling()))
     threshold: float = 0.5
     threshold_chosen: str = "one half"
@@ -66,7 +77,10 @@ class Description:
 
 @dataclass(frozen=True)
 class System:
-    """A trained system: two ensembles of auto-encoders, the condition network and the denoiser."""
+    """A trained system: two ensembles of auto-encoders, the condition network and the denoiser.
+
+    Of a baseline, the networks that are not in `PARTS` are there, untrained and unused.
+    """
 
     description: Description
     autoencoders_a: AutoencoderEnsemble
@@ -75,15 +89,12 @@ class System:
     denoiser: Denoiser
 
     def parts(self) -> dict[str, nn.Module]:
-        """The four networks by the name their tensors carry."""
-        return {
-            name: getattr(self, name)
-            for name in ("autoencoders_a", "autoencoders_b", "condition", "denoiser")
-        }
+        """The trained networks by the name their tensors carry."""
+        return {name: getattr(self, name) for name in PARTS[self.description.system]}
 
     @property
     def device(self) -> torch.device:
-        return next(self.denoiser.parameters()).device
+        return next(self.autoencoders_a.parameters()).device
 
     @property
     def schedule(self) -> Schedule:
@@ -157,6 +168,8 @@ def describe(path: Path) -> Description:
         raise WeightsError(f"{path}: its description cannot be read ({error})") from None
     if description.format > FORMAT:
         raise WeightsError(f"{path}: format {description.format} is newer than {FORMAT}; update ddmd")
+    if description.system not in PARTS:
+        raise WeightsError(f"{path}: system is {description.system!r}; known are {', '.join(PARTS)}")
     return description
 
 

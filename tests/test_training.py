@@ -54,6 +54,37 @@ def test_pixel_track_opens_the_masks(config, tmp_path):
         train(dataclasses.replace(config, labels="pixel"), tmp_path / "run")
 
 
+@pytest.mark.parametrize("system", ["anomaly", "supervised"])
+def test_the_systems_beside_train_and_detect(config, tmp_path, rng, system):
+    from ddmd.detector import Detector
+    from tests.volumes import head
+
+    stage = dataclasses.replace(config.denoiser_stage, use_inter=False, use_intra=False)
+    path = train(dataclasses.replace(config, system=system, denoiser_stage=stage), tmp_path / "run")
+    held = {key.split(".")[0] for key in load_file(path)}
+    assert held == set(weights.PARTS[system])
+    made = {p.name.split(".")[0] for p in (tmp_path / "run").glob("*.checkpoint.safetensors")}
+    assert made == ({"autoencoders_a"} if system == "anomaly" else {"denoiser"})
+    values, affine = head(rng)
+    found = Detector.load(path, "cpu").detect(values, affine=affine)
+    probability = np.asarray(found.probability.dataobj)
+    assert 0 <= probability.min() < probability.max() <= 1
+    assert not np.asarray(found.uncertainty.dataobj).any()
+
+
+def test_pixel_track_takes_labels_from_the_masks(tmp_path, rng):
+    from ddmd.data.datasets import find_cases
+    from ddmd.training.samples import pack
+
+    root = write_slices(tmp_path / "set", rng, 1)
+    case = dataclasses.replace(find_cases(root)[0], slice_labels=None)
+    config = TrainConfig(data=(DataEntry(str(root)),))
+    (blind,), (told,) = pack([case], config, read_masks=False), pack([case], config, read_masks=True)
+    assert (blind.label == -1).all()
+    assert blind.mask is None
+    assert (told.label == told.mask.any(axis=(1, 2))).all()
+
+
 def test_a_killed_run_goes_on_to_the_same_weights(config, tmp_path, monkeypatch):
     whole = load_file(train(config, tmp_path / "whole"))
     one = Stage._one

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from ddmd.autoencoder import AutoencoderConfig
 from ddmd.denoiser import MULTIPLE, DenoiserConfig
+from ddmd.weights import PARTS
 
 
 @dataclass(frozen=True)
@@ -56,9 +57,7 @@ class DenoiserStage:
         painted on positive slices beside what is there, and slices of B with their mask (pixel
         track) or pseudo-mask (image track; from the first round on, the others' shares until then).
     use_inter, use_intra : bool
-        Whether X and Y reach the network, for the ablations.
-    diffusion : bool
-        False trains the condition network alone: the baseline without diffusion.
+        Whether X and Y reach the network, for the ablations. Without both, no auto-encoder is trained.
     """
 
     steps: int = 9000
@@ -72,17 +71,21 @@ class DenoiserStage:
     masked: float = 0.35
     use_inter: bool = True
     use_intra: bool = True
-    diffusion: bool = True
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Everything `ddmd train` needs. A patient named in `holdout` is never trained on."""
+    """Everything `ddmd train` needs. A patient named in `holdout` is never trained on.
+
+    system is "ddmd", or one of the systems beside it: "supervised", the condition network alone, and
+    "anomaly", the auto-encoders of normal slices alone.
+    """
 
     data: tuple[DataEntry, ...]
     name: str = "ddmd-light"
     sequences: tuple[str, ...] = ("flair",)
     labels: Literal["image", "pixel"] = "image"
+    system: Literal["ddmd", "supervised", "anomaly"] = "ddmd"
     seed: int = 0
     size: int = 144
     mm: float = 1.0
@@ -100,6 +103,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.labels not in ("image", "pixel"):
             raise ValueError(f"labels is {self.labels!r}; allowed are 'image' and 'pixel'")
+        if self.system not in PARTS:
+            raise ValueError(f"system is {self.system!r}; allowed are {', '.join(PARTS)}")
         if self.size % MULTIPLE:
             raise ValueError(f"size is {self.size}; allowed are multiples of {MULTIPLE}")
         if not self.data:

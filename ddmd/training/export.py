@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def export(run: _Run, split: dict[str, str]) -> Path:
-    """Write OUT/<name>.safetensors: four networks, their sizes, and how they were trained."""
+    """Write OUT/<name>.safetensors: the networks, their sizes, and how they were trained."""
     from ddmd import weights
 
     config = run.config
@@ -26,6 +26,9 @@ def export(run: _Run, split: dict[str, str]) -> Path:
         autoencoder=dataclasses.asdict(config.autoencoder),
         denoiser=dataclasses.asdict(config.denoiser),
         discrepancy_scale=DISCREPANCY_SCALE,
+        use_inter=config.denoiser_stage.use_inter,
+        use_intra=config.denoiser_stage.use_intra,
+        system=config.system,
         training={
             "labels": config.labels,
             "data": [entry.name or Path(entry.root).name for entry in config.data],

@@ -95,7 +95,7 @@ def train(config: str | Path | TrainConfig, out: str | Path, until: str | None =
         stage()
         if name == until:
             break
-    if until not in (None, "denoiser"):
+    if until is not None and until != list(run.stages())[-1]:
         return out
     from ddmd.training.export import export
 
@@ -121,11 +121,16 @@ class _Run:
             self.writer = SummaryWriter(str(out / "events"))
 
     def stages(self) -> dict[str, Callable[[], None]]:
-        return {
-            "autoencoders_a": lambda: self._autoencoders("a"),
-            "autoencoders_b": lambda: self._autoencoders("b"),
-            "denoiser": self._denoiser,
-        }
+        """What is trained, in order; only what the system needs."""
+        plan, system = self.config.denoiser_stage, self.config.system
+        stages: dict[str, Callable[[], None]] = {}
+        if system == "anomaly" or plan.use_inter or plan.use_intra:
+            stages["autoencoders_a"] = lambda: self._autoencoders("a")
+        if system != "anomaly":
+            if stages:
+                stages["autoencoders_b"] = lambda: self._autoencoders("b")
+            stages["denoiser"] = self._denoiser
+        return stages
 
     def _draw(self, kind: str, count: int) -> Draw:
         weights = {entry.name or Path(entry.root).name: entry.weight for entry in self.config.data}
@@ -158,8 +163,9 @@ class _Run:
     def _denoiser(self) -> None:
         plan, config = self.config.denoiser_stage, self.config
         losses = DenoiserLosses(
-            self.autoencoders["a"], self.autoencoders["b"], self.condition, self.denoiser, self.schedule, plan
-        )
+            self.autoencoders["a"], self.autoencoders["b"], self.condition, self.denoiser, self.schedule, plan,
+            diffusion=config.system == "ddmd",
+        )  # fmt: skip
         stage = self._stage("denoiser", losses, plan.steps, plan.batch, plan.learning_rate, plan.ema)
         rounds = [round(share * plan.steps) for share in plan.rounds] if config.labels == "image" else []
         edges = [*rounds, plan.steps]

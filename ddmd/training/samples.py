@@ -56,7 +56,7 @@ class Packed:
 
 
 def pack(cases: Sequence[Case], config: TrainConfig, read_masks: bool) -> list[Packed]:
-    """Read the volumes once. Masks are opened only where `read_masks` says so."""
+    """Read the volumes once. Masks are opened only where `read_masks` says so; they then give the labels."""
     packed = []
     grid = slices.SliceGrid(mm=config.mm)
     for case in cases:
@@ -73,6 +73,7 @@ def pack(cases: Sequence[Case], config: TrainConfig, read_masks: bool) -> list[P
         if read_masks and case.masks is not None:
             item.mask = slices.to_grid(case.lesion(), cut)[:, 0].numpy().astype(np.float16)
             item.weight = np.ones_like(item.mask)
+            item.label = np.any(item.mask, axis=(1, 2)).astype(np.int8)
         packed.append(item)
     return packed
 

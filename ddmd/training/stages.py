@@ -52,6 +52,8 @@ class AutoencoderLosses(nn.Module):
 class DenoiserLosses(nn.Module):
     """Both ensembles frozen; L_simple on x_0 as cross-entropy, and dense supervision of the evidence.
 
+    Without `diffusion` the evidence alone: the supervised system.
+
     The denoiser predicts x_0 in {-1, 1}; the cross-entropy's minimiser is the posterior mean, as that
     of L_simple is, and does not blow up near t = 0.
     """
@@ -64,8 +66,10 @@ class DenoiserLosses(nn.Module):
         denoiser: Denoiser,
         schedule: diffusion.Schedule,
         stage: DenoiserStage,
+        diffusion: bool = True,
     ) -> None:
         super().__init__()
+        self.diffusion = diffusion
         self.frozen = (ensemble_a.eval(), ensemble_b.eval())  # a tuple: not parameters of this module
         self.condition, self.denoiser, self.stage = condition, denoiser, stage
         self.schedule, self.table = schedule, schedule.noising_table()
@@ -74,13 +78,14 @@ class DenoiserLosses(nn.Module):
         """Image planes (N, P C, H, W) followed by X and Y of the middle slice."""
         channels = self.condition.config.sequences
         middle = self.condition.config.context * channels
-        with torch.no_grad():
-            b = image[:, middle : middle + channels].contiguous(memory_format=torch.channels_last)
-            inter, intra = discrepancy_maps(*(ensemble(b).contiguous() for ensemble in self.frozen))
-        inter, intra = (
-            inter * (DISCREPANCY_SCALE * self.stage.use_inter),
-            intra * (DISCREPANCY_SCALE * self.stage.use_intra),
-        )
+        if self.stage.use_inter or self.stage.use_intra:
+            with torch.no_grad():
+                b = image[:, middle : middle + channels].contiguous(memory_format=torch.channels_last)
+                inter, intra = discrepancy_maps(*(ensemble(b).contiguous() for ensemble in self.frozen))
+            inter = inter * (DISCREPANCY_SCALE * self.stage.use_inter)
+            intra = intra * (DISCREPANCY_SCALE * self.stage.use_intra)
+        else:
+            inter = intra = torch.zeros_like(image[:, :1])
         return torch.cat((image, inter, intra), 1).contiguous(memory_format=torch.channels_last)
 
     def forward(self, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
@@ -91,7 +96,7 @@ class DenoiserLosses(nn.Module):
             "evidence": (functional.binary_cross_entropy_with_logits(evidence, mask, reduction="none") * weight).mean() * 4,
             "dice": 0.3 * soft_dice(evidence, mask, weight),
         }  # fmt: skip
-        if self.stage.diffusion:
+        if self.diffusion:
             rows = len(mask)
             t = torch.randint(self.schedule.steps, (rows,), device=mask.device)
             index = torch.arange(rows, device=mask.device)
@@ -114,7 +119,7 @@ class DenoiserLosses(nn.Module):
     def draw(self, image: Tensor, seed: int) -> Tensor:
         """One-step draws of x_0 from pure noise, as a probability (TEACHER_DRAWS, N, 1, H, W)."""
         condition: Condition = self.condition(self.planes(image))
-        if not self.stage.diffusion:
+        if not self.diffusion:
             return condition.evidence.sigmoid()[None]
         n, device = len(image), image.device
         index = torch.arange(n, device=device)

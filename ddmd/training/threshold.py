@@ -30,8 +30,8 @@ def choose(run: Path, path: Path) -> float:
         raise ValueError(f"{run}: no validation patient has a mask; the threshold stays as it is")
     detector = Detector.load(path)
     patients = [judge_case(detector, case) for case in chosen]
-    curve = sum((p.probability for p in patients[1:]), patients[0].probability).dice_curve()
-    threshold = float(np.clip(curve.argmax() / (BINS - 1), 0.05, 0.95))
+    counts = sum((p.probability for p in patients[1:]), patients[0].probability)
+    curve, threshold = counts.dice_curve(), float(np.clip(counts.best() / (BINS - 1), 0.01, 0.99))
     description = dataclasses.replace(
         detector.description,
         threshold=threshold,
