@@ -75,49 +75,54 @@ const Kernels &kernels() {
 
 namespace {
 
-// Columns that come out as mean and M2, then `finish`ed while still in the cache.
-template <class Finish>
-void moments_then(const void *x, DType type, int64_t samples, int64_t sample_stride, const int64_t *shape,
-                  const int64_t *strides, int dims, float *mean, float *m2, int threads, Finish finish) {
+// Results of more bytes than this are not in a core's cache any more when somebody reads them.
+constexpr int64_t kCached = 4 << 20;
+
+// Calls each(base, step, first, last, out) for runs of columns: column i is at base + i step, its result is
+// number out + i.
+template <class Each>
+void over_columns(const void *x, DType type, int64_t samples, const int64_t *shape, const int64_t *strides, int dims,
+                  int threads, Each each) {
   const Axes axes = merged(shape, strides, dims);
   const int64_t columns = axes.shape.back(), step = axes.strides.back();
-  const int64_t size = axes.rows * columns;
-  if (size == 0) return;
-  constexpr int64_t part = 4096;  // columns whose results are finished at a time
-  const int64_t pieces = step == 1 ? (columns + part - 1) / part : 1;
+  if (axes.rows * columns == 0) return;
+  constexpr int64_t part = 4096;  // columns of a run
+  const int64_t pieces = (columns + part - 1) / part;
   const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(1, std::min(columns, part) * samples));
   parallel_for(axes.rows * pieces, grain, threads, [&](int64_t begin, int64_t end) {
     for (int64_t unit = begin; unit < end; ++unit) {
       int64_t row = unit / pieces, at = 0;
-      const int64_t first = unit % pieces * part, last = pieces == 1 ? columns : std::min(columns, first + part);
-      const int64_t out = row * columns;
+      const int64_t first = unit % pieces * part, out = row * columns;
       for (int64_t i = static_cast<int64_t>(axes.shape.size()) - 2; i >= 0; --i) {
         at += row % axes.shape[i] * axes.strides[i];
         row /= axes.shape[i];
       }
-      const void *base = offset_by(x, type, at);
-      if (step == 1)
-        kernels().moments(base, type, samples, sample_stride, first, last, mean + out, m2 + out);
-      else
-        kernels().moments_strided(base, type, samples, sample_stride, step, columns, mean + out, m2 + out);
-      finish(out + first, out + last);
+      each(offset_by(x, type, at), step, first, std::min(columns, first + part), out);
     }
   });
 }
 
-}  // namespace
-
-void ensemble_moments(const void *x, DType type, int64_t samples, int64_t sample_stride, const int64_t *shape,
-                      const int64_t *strides, int dims, float *mean, float *m2, int threads) {
-  moments_then(x, type, samples, sample_stride, shape, strides, dims, mean, m2, threads, [](int64_t, int64_t) {});
+// Mean and scale x M2 of columns [first, last).
+void moments_of(const void *base, DType type, int64_t samples, int64_t sample_stride, int64_t step, int64_t first,
+                int64_t last, float scale, bool past_caches, float *mean, float *m2) {
+  const void *x = offset_by(base, type, first * step);
+  if (step == 1)
+    kernels().moments(x, type, samples, sample_stride, last - first, scale, past_caches, mean, m2);
+  else
+    kernels().moments_strided(x, type, samples, sample_stride, step, last - first, scale, mean, m2);
 }
+
+}  // namespace
 
 void ensemble_variance(const void *x, DType type, int64_t samples, int64_t sample_stride, const int64_t *shape,
                        const int64_t *strides, int dims, int correction, float *mean, float *variance, int threads) {
-  const float share = 1.0f / static_cast<float>(samples - correction);
-  moments_then(x, type, samples, sample_stride, shape, strides, dims, mean, variance, threads,
-               [&](int64_t begin, int64_t end) {
-                 for (int64_t i = begin; i < end; ++i) variance[i] *= share;
+  const float scale = 1.0f / static_cast<float>(samples - correction);
+  int64_t size = 1;
+  for (int i = 0; i < dims; ++i) size *= shape[i];
+  over_columns(x, type, samples, shape, strides, dims, threads,
+               [&](const void *base, int64_t step, int64_t first, int64_t last, int64_t out) {
+                 moments_of(base, type, samples, sample_stride, step, first, last, scale, size * 8 > kCached,
+                            mean + out + first, variance + out + first);
                });
 }
 
@@ -130,13 +135,15 @@ void ensemble_merge(float *mean, float *m2, int64_t count, const float *other_me
 
 void ensemble_update(float *mean, float *m2, int64_t count, const void *x, DType type, int64_t samples,
                      int64_t sample_stride, const int64_t *shape, const int64_t *strides, int dims, int threads) {
-  int64_t size = 1;
-  for (int i = 0; i < dims; ++i) size *= shape[i];
-  std::vector<float> scratch(2 * size);
-  float *fresh = scratch.data(), *fresh_m2 = fresh + size;
-  moments_then(x, type, samples, sample_stride, shape, strides, dims, fresh, fresh_m2, threads,
-               [&](int64_t begin, int64_t end) {
-                 kernels().merge(mean, m2, count, fresh, fresh_m2, samples, begin, end);
+  over_columns(x, type, samples, shape, strides, dims, threads,
+               [&](const void *base, int64_t step, int64_t first, int64_t last, int64_t out) {
+                 thread_local std::vector<float> fresh;
+                 const int64_t n = last - first;
+                 fresh.resize(2 * n);
+                 moments_of(base, type, samples, sample_stride, step, first, last, 1.0f, false, fresh.data(),
+                            fresh.data() + n);
+                 kernels().merge(mean + out + first, m2 + out + first, count, fresh.data(), fresh.data() + n, samples,
+                                 0, n);
                });
 }
 
@@ -161,8 +168,9 @@ void noise(const void *x0, void *x, DType type, const int64_t *t, const float *t
 
 void discrepancy_maps(const void *a, const void *b, DType type, int64_t members_a, int64_t members_b, int64_t slices,
                       int64_t channels, int64_t pixels, float *inter, float *intra, int threads) {
-  parallel_for(slices * ((pixels + 511) / 512), 16, threads, [&](int64_t begin, int64_t end) {
-    kernels().maps(a, b, type, members_a, members_b, slices, channels, pixels, inter, intra, begin, end);
+  parallel_for(slices * ((pixels + 2047) / 2048), 16, threads, [&](int64_t begin, int64_t end) {
+    kernels().maps(a, b, type, members_a, members_b, slices, channels, pixels, slices * pixels * 8 > kCached, inter,
+                   intra, begin, end);
   });
 }
 
@@ -183,17 +191,38 @@ Norm norm_of(const void *x, DType type, bool channels_last, int64_t batch, int64
   return n;
 }
 
-// gain and offset of y = silu(gain x + offset), and inner = weight (1 + scale), each (N, C)
-void coefficients(const Norm &n, const float *weight, const float *bias, const float *scale, const float *shift,
-                  const float *mean, const float *rstd, float *gain, float *offset, float *inner) {
+// gain and offset of y = silu(gain x + offset), and inner = weight (1 + scale), each (N, C), of one image
+void coefficients(const Norm &n, int64_t image, const float *weight, const float *bias, const float *scale,
+                  const float *shift, const float *mean, const float *rstd, float *gain, float *offset,
+                  float *inner) {
   const int64_t per_group = n.channels / n.groups;
-  for (int64_t i = 0; i < n.batch * n.channels; ++i) {
+  for (int64_t i = image * n.channels; i < (image + 1) * n.channels; ++i) {
     const int64_t c = i % n.channels, g = i / n.channels * n.groups + c / per_group;
     const float up = scale ? 1.0f + scale[i] : 1.0f;
     inner[i] = weight[c] * up;
     gain[i] = rstd[g] * inner[i];
     offset[i] = bias[c] * up - mean[g] * gain[i] + (shift ? shift[i] : 0.0f);
   }
+}
+
+// first(begin, end) over all chunks, then between(image), then second(begin, end): image by image where there
+// are enough of them, so that the second pass finds the image in the cache, or else pass by pass. What
+// comes out is the same: a chunk's sums do not depend on which.
+template <class First, class Between, class Second>
+void in_two_passes(const Norm &n, int threads, First first, Between between, Second second) {
+  if (n.batch >= threads) {
+    parallel_for(n.batch, 1, threads, [&](int64_t begin, int64_t end) {
+      for (int64_t image = begin; image < end; ++image) {
+        first(image * n.chunks, (image + 1) * n.chunks);
+        between(image);
+        second(image * n.chunks, (image + 1) * n.chunks);
+      }
+    });
+    return;
+  }
+  parallel_for(n.batch * n.chunks, 2, threads, first);
+  for (int64_t image = 0; image < n.batch; ++image) between(image);
+  parallel_for(n.batch * n.chunks, 2, threads, second);
 }
 
 }  // namespace
@@ -206,9 +235,13 @@ void group_norm_silu(const void *x, DType type, bool channels_last, int64_t batc
   std::vector<float> scratch(2 * units * channels + 3 * table);
   n.part_one = scratch.data();
   n.part_two = n.part_one + units * channels;
-  parallel_for(units, 2, threads, [&](int64_t b, int64_t e) { kernels().norm_moments(n, b, e); });
+  float *gain = n.part_two + units * channels, *offset = gain + table;
+  n.gain = gain;
+  n.offset = offset;
+  n.residual = residual;
+  n.y = y;
   const int64_t per_group = channels / groups;
-  for (int64_t image = 0; image < batch; ++image)
+  const auto statistics = [&](int64_t image) {
     for (int64_t g = 0; g < groups; ++g) {
       double count = 0.0, centre = 0.0, m2 = 0.0;  // merged in a fixed order (Chan et al.)
       for (int64_t k = 0; k < n.chunks; ++k) {
@@ -224,13 +257,11 @@ void group_norm_silu(const void *x, DType type, bool channels_last, int64_t batc
       mean[image * groups + g] = static_cast<float>(centre);
       rstd[image * groups + g] = static_cast<float>(1.0 / std::sqrt(m2 / count + eps));
     }
-  float *gain = n.part_two + units * channels, *offset = gain + table;
-  coefficients(n, weight, bias, scale, shift, mean, rstd, gain, offset, offset + table);
-  n.gain = gain;
-  n.offset = offset;
-  n.residual = residual;
-  n.y = y;
-  parallel_for(units, 2, threads, [&](int64_t b, int64_t e) { kernels().norm_apply(n, b, e); });
+    coefficients(n, image, weight, bias, scale, shift, mean, rstd, gain, offset, offset + table);
+  };
+  in_two_passes(
+      n, threads, [&](int64_t b, int64_t e) { kernels().norm_moments(n, b, e); }, statistics,
+      [&](int64_t b, int64_t e) { kernels().norm_apply(n, b, e); });
 }
 
 void group_norm_silu_backward(const void *grad, const void *x, DType type, bool channels_last, int64_t batch,
@@ -244,7 +275,8 @@ void group_norm_silu_backward(const void *grad, const void *x, DType type, bool 
   n.part_two = n.part_one + units * channels;
   float *gain = n.part_two + units * channels, *offset = gain + table, *inner = offset + table;
   float *mean_g = inner + table, *mean_gh = mean_g + batch * groups;
-  coefficients(n, weight, bias, scale, shift, mean, rstd, gain, offset, inner);
+  for (int64_t image = 0; image < batch; ++image)
+    coefficients(n, image, weight, bias, scale, shift, mean, rstd, gain, offset, inner);
   n.gain = gain;
   n.offset = offset;
   n.inner = inner;
@@ -252,9 +284,10 @@ void group_norm_silu_backward(const void *grad, const void *x, DType type, bool 
   n.rstd = rstd;
   n.grad = grad;
   n.y = d_x;
-  parallel_for(units, 2, threads, [&](int64_t b, int64_t e) { kernels().norm_grad_sums(n, b, e); });
+  n.mean_g = mean_g;
+  n.mean_gh = mean_gh;
   const int64_t per_group = channels / groups;
-  for (int64_t image = 0; image < batch; ++image)
+  const auto sums = [&](int64_t image) {
     for (int64_t g = 0; g < groups; ++g) {
       double all = 0.0, all_h = 0.0;
       for (int64_t c = g * per_group; c < (g + 1) * per_group; ++c) {
@@ -274,9 +307,10 @@ void group_norm_silu_backward(const void *grad, const void *x, DType type, bool 
       mean_g[image * groups + g] = static_cast<float>(all / count);
       mean_gh[image * groups + g] = static_cast<float>(all_h / count);
     }
-  n.mean_g = mean_g;
-  n.mean_gh = mean_gh;
-  parallel_for(units, 2, threads, [&](int64_t b, int64_t e) { kernels().norm_grad_apply(n, b, e); });
+  };
+  in_two_passes(
+      n, threads, [&](int64_t b, int64_t e) { kernels().norm_grad_sums(n, b, e); }, sums,
+      [&](int64_t b, int64_t e) { kernels().norm_grad_apply(n, b, e); });
 }
 
 }  // namespace ddmd

@@ -10,12 +10,13 @@ enum class DType : int { f32 = 0, bf16 = 1, f16 = 2 };
 // Ranges [begin, end) are of columns, rows or chunks, so that the caller decides on threads.
 struct Kernels {
   const char *name;
-  // mean and sum of squared deviations over S samples, of contiguous columns
-  void (*moments)(const void *x, DType type, int64_t samples, int64_t sample_stride, int64_t begin, int64_t end,
-                  float *mean, float *m2);
+  // mean, and sum of squared deviations times `scale`, over S samples, of contiguous columns; past_caches
+  // where the results are too many to be found there later
+  void (*moments)(const void *x, DType type, int64_t samples, int64_t sample_stride, int64_t columns,
+                  float scale, bool past_caches, float *mean, float *m2);
   // the same for columns `step` elements apart, one row
   void (*moments_strided)(const void *x, DType type, int64_t samples, int64_t sample_stride, int64_t step,
-                          int64_t columns, float *mean, float *m2);
+                          int64_t columns, float scale, float *mean, float *m2);
   void (*merge)(float *mean, float *m2, int64_t count, const float *other_mean, const float *other_m2,
                 int64_t other_count, int64_t begin, int64_t end);
   void (*denoise)(void *x, DType type, const void *output, DType output_type, void *x0, const float *row,
@@ -26,7 +27,8 @@ struct Kernels {
                 int64_t end);
   void (*philox)(const uint32_t *counters, uint64_t seed, uint32_t *words, int64_t count);
   void (*maps)(const void *a, const void *b, DType type, int64_t members_a, int64_t members_b, int64_t slices,
-               int64_t channels, int64_t pixels, float *inter, float *intra, int64_t begin, int64_t end);
+               int64_t channels, int64_t pixels, bool past_caches, float *inter, float *intra, int64_t begin,
+               int64_t end);
   // GroupNorm + SiLU; layout: channels last (N, pixels, C) or first (N, C, pixels)
   void (*norm_moments)(const struct Norm &n, int64_t begin, int64_t end);
   void (*norm_apply)(const struct Norm &n, int64_t begin, int64_t end);
@@ -52,8 +54,6 @@ const Kernels &kernels();      // the best set this CPU runs
 const Kernels *kernel_set(int index);  // the sets that were built, best first; null after the last
 
 // ---- whole operations, on `threads` threads
-void ensemble_moments(const void *x, DType type, int64_t samples, int64_t sample_stride, const int64_t *shape,
-                      const int64_t *strides, int dims, float *mean, float *m2, int threads);
 void ensemble_variance(const void *x, DType type, int64_t samples, int64_t sample_stride, const int64_t *shape,
                        const int64_t *strides, int dims, int correction, float *mean, float *variance, int threads);
 void ensemble_merge(float *mean, float *m2, int64_t count, const float *other_mean, const float *other_m2,

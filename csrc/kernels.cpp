@@ -1,6 +1,9 @@
 // The loops themselves. This file is compiled once for each instruction set (DDMD_ISA names it); the
 // loops are written so that the compiler vectorises them, and call nothing outside this file.
 #include <cstring>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
 #include "ddmd.h"
 
@@ -36,10 +39,21 @@ template <>
 inline _Float16 narrow<_Float16>(float x) {
   return static_cast<_Float16>(x);
 }
+// To nearest, ties to even, of anything but a NaN with bits in its lower half. Of those that arithmetic
+// makes from 16-bit values and the usual NaN there is none.
+template <class T>
+inline T narrow_computed(float x) {
+  return narrow<T>(x);
+}
+template <>
+inline BFloat16 narrow_computed<BFloat16>(float x) {
+  const uint32_t u = bits<uint32_t>(x);
+  return {static_cast<uint16_t>((u + 0x7fffu + ((u >> 16) & 1u)) >> 16)};
+}
 template <>
 inline BFloat16 narrow<BFloat16>(float x) {
   const uint32_t u = bits<uint32_t>(x);
-  const uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;  // to nearest, ties to even
+  const uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
   const uint32_t quiet = (u >> 16) | 0x40u;
   return {static_cast<uint16_t>((u & 0x7fffffffu) > 0x7f800000u ? quiet : rounded)};
 }
@@ -55,21 +69,46 @@ inline void with_type(DType type, Call call) {
 
 // ---- elementary functions, float32, branch-free (Cephes coefficients)
 
-inline float exp_(float x) {
-  x = x < -87.0f ? -87.0f : (x > 88.0f ? 88.0f : x);
-  const float n = static_cast<float>(static_cast<int32_t>(x * 1.44269504f + (x < 0 ? -0.5f : 0.5f)));
-  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  return p * bits<float>((static_cast<int32_t>(n) + 127) << 23);
+// In this form one maximum and one minimum; NaN stays NaN.
+inline float clamp(float x, float low, float high) {
+  x = low > x ? low : x;
+  return high < x ? high : x;
 }
 
-inline float sigmoid(float x) { return 1.0f / (1.0f + exp_(-x)); }
+// 1 / (1 + exp(-x)), without a division: it takes longer than all the rest. `exact` to a few units in
+// the last place of float32, or else to 3e-4, which is less than bfloat16 tells apart. Of a NaN it
+// may be any number: the product with the NaN is one all the same.
+template <bool exact>
+inline float sigmoid(float x) {
+  float t = -1.44269504f * x;
+  t = clamp(t, -115.0f, 115.0f);
+  const float shifted = t + 12582912.0f;  // 1.5 * 2^23: the integer nearest to t stands in the low bits
+  const float r = t - (shifted - 12582912.0f);
+  float p;  // 2^r, r in [-1/2, 1/2]
+  if (exact) {
+    p = 1.535336188e-4f;
+    p = p * r + 1.339887440e-3f;
+    p = p * r + 9.618437357e-3f;
+    p = p * r + 5.550332471e-2f;
+    p = p * r + 2.402264791e-1f;
+    p = p * r + 6.931472028e-1f;
+  } else {
+    p = 9.59024e-3f;
+    p = p * r + 5.587024e-2f;
+    p = p * r + 2.4023677e-1f;
+    p = p * r + 6.9312805e-1f;
+  }
+  p = p * r + 1.0f;
+  const float d = 1.0f + bits<float>(bits<uint32_t>(p) + (bits<uint32_t>(shifted) << 23));
+  float y = bits<float>(0x7ef311c7u - bits<uint32_t>(d));  // 1 / d to an eighth, then Newton
+  y = y * (2.0f - d * y);
+  y = y * (2.0f - d * y);
+  if (exact) y = y * (2.0f - d * y);
+  return y;
+}
+
+template <class T>
+constexpr bool kExact = !__is_same(T, BFloat16);
 
 // natural logarithm of a normal positive number
 inline float log_(float x) {
@@ -113,51 +152,79 @@ inline void turn(float v, float *cosine, float *sine) {
   *sine = q & 2 ? -y : y;
 }
 
-// ---- moments over samples: two sweeps over a tile that stays in the nearest cache
+// ---- results that nobody reads soon: written past the caches, which saves reading what they replace
 
-constexpr int64_t kTile = 1024;
+#if defined(__AVX512F__)
+constexpr int64_t kVector = 16;
+inline void stream(float *to, const float *from) { _mm512_stream_ps(to, _mm512_loadu_ps(from)); }
+#elif defined(__AVX__)
+constexpr int64_t kVector = 8;
+inline void stream(float *to, const float *from) { _mm256_stream_ps(to, _mm256_loadu_ps(from)); }
+#elif defined(__x86_64__)
+constexpr int64_t kVector = 4;
+inline void stream(float *to, const float *from) { _mm_stream_ps(to, _mm_loadu_ps(from)); }
+#else
+constexpr int64_t kVector = 1;
+inline void stream(float *to, const float *from) { *to = *from; }
+#endif
 
-template <class T>
-void tile_moments(const T *x, int64_t samples, int64_t sample_stride, int64_t n, float *mean, float *m2) {
-  float sum[kTile], square[kTile];
-  const float share = 1.0f / static_cast<float>(samples);
-  for (int64_t i = 0; i < n; ++i) sum[i] = 0.0f, square[i] = 0.0f;
-  for (int64_t s = 0; s < samples; ++s) {
-    const T *row = x + s * sample_stride;
-    for (int64_t i = 0; i < n; ++i) sum[i] += wide(row[i]);
+inline void put(float *to, const float *from, int64_t n, bool past_caches) {
+  int64_t i = 0;
+  if (past_caches) {
+    for (; i < n && reinterpret_cast<uintptr_t>(to + i) % (kVector * sizeof(float)); ++i) to[i] = from[i];
+    for (; i + kVector <= n; i += kVector) stream(to + i, from + i);
   }
+  std::memcpy(to + i, from + i, (n - i) * sizeof(float));
+}
+
+// Streamed results become visible to other threads.
+inline void settle(bool past_caches) {
+#if defined(__x86_64__)
+  if (past_caches) _mm_sfence();
+#endif
+}
+
+// ---- moments over samples: two sweeps over a strip that stays in the nearest cache
+
+constexpr int64_t kStrip = 64;  // elements whose sums stay in registers
+
+// `whole` strips have a length that the compiler knows.
+template <bool whole, class T>
+inline void strip_moments(const T *x, int64_t samples, int64_t sample_stride, int64_t length, float scale,
+                          bool past_caches, float *mean, float *m2) {
+  const int64_t n = whole ? kStrip : length;
+  const float share = 1.0f / static_cast<float>(samples);
+  float sum[kStrip] = {}, square[kStrip] = {};
+  for (int64_t s = 0; s < samples; ++s)
+    for (int64_t i = 0; i < n; ++i) sum[i] += wide(x[s * sample_stride + i]);
   for (int64_t i = 0; i < n; ++i) sum[i] *= share;
-  for (int64_t s = 0; s < samples; ++s) {
-    const T *row = x + s * sample_stride;
+  for (int64_t s = 0; s < samples; ++s)
     for (int64_t i = 0; i < n; ++i) {
-      const float d = wide(row[i]) - sum[i];
+      const float d = wide(x[s * sample_stride + i]) - sum[i];
       square[i] += d * d;
     }
-  }
-  std::memcpy(mean, sum, n * sizeof(float));
-  std::memcpy(m2, square, n * sizeof(float));
+  for (int64_t i = 0; i < n; ++i) square[i] *= scale;
+  put(mean, sum, n, past_caches);
+  put(m2, square, n, past_caches);
 }
 
-int64_t tile_for(int64_t samples) {
-  int64_t tile = kTile;
-  while (tile > 64 && tile * samples > 65536) tile /= 2;  // 256 KiB of float32
-  return tile;
-}
-
-void moments(const void *x, DType type, int64_t samples, int64_t sample_stride, int64_t begin, int64_t end,
-             float *mean, float *m2) {
+void moments(const void *x, DType type, int64_t samples, int64_t sample_stride, int64_t columns, float scale,
+             bool past_caches, float *mean, float *m2) {
   with_type(type, [&](auto zero) {
     using T = decltype(zero);
-    const int64_t tile = tile_for(samples);
-    for (int64_t i = begin; i < end; i += tile) {
-      const int64_t n = end - i < tile ? end - i : tile;
-      tile_moments(static_cast<const T *>(x) + i, samples, sample_stride, n, mean + i, m2 + i);
+    for (int64_t i = 0; i < columns; i += kStrip) {
+      const T *from = static_cast<const T *>(x) + i;
+      if (columns - i >= kStrip)
+        strip_moments<true>(from, samples, sample_stride, kStrip, scale, past_caches, mean + i, m2 + i);
+      else
+        strip_moments<false>(from, samples, sample_stride, columns - i, scale, past_caches, mean + i, m2 + i);
     }
   });
+  settle(past_caches);
 }
 
 void moments_strided(const void *x, DType type, int64_t samples, int64_t sample_stride, int64_t step,
-                     int64_t columns, float *mean, float *m2) {
+                     int64_t columns, float scale, float *mean, float *m2) {
   with_type(type, [&](auto zero) {
     using T = decltype(zero);
     const T *base = static_cast<const T *>(x);
@@ -171,7 +238,7 @@ void moments_strided(const void *x, DType type, int64_t samples, int64_t sample_
         square += d * d;
       }
       mean[i] = sum;
-      m2[i] = square;
+      m2[i] = square * scale;
     }
   });
 }
@@ -284,7 +351,7 @@ void denoise(void *x, DType type, const void *output, DType output_type, void *x
                       for (int64_t i = 0; i < n; ++i) {
                         const float s = wide(state[i]), o = wide(out[i]);
                         float p = from_x * s + from_output * o;
-                        p = p < -clip ? -clip : (p > clip ? clip : p);
+                        p = clamp(p, -clip, clip);
                         state[i] = narrow<T>(to_x0 * p + to_x * s + to_output * o + sigma * z[i]);
                       }
                     } else {
@@ -292,7 +359,7 @@ void denoise(void *x, DType type, const void *output, DType output_type, void *x
                       for (int64_t i = 0; i < n; ++i) {
                         const float s = wide(state[i]), o = wide(out[i]);
                         float p = from_x * s + from_output * o;
-                        p = p < -clip ? -clip : (p > clip ? clip : p);
+                        p = clamp(p, -clip, clip);
                         state[i] = narrow<T>(to_x0 * p + to_x * s + to_output * o +
                                              to_previous * wide(previous[i]) + sigma * z[i]);
                         previous[i] = narrow<T>(p);
@@ -317,46 +384,65 @@ void noise(const void *x0, void *x, DType type, const int64_t *t, const float *t
   });
 }
 
-// ---- X and Y: every reconstruction comes from memory once, the second sweep from the cache
+// ---- X and Y: every reconstruction comes from memory once, the second sweep from the nearest cache
 
-constexpr int64_t kPixels = 512;
+constexpr int64_t kPixels = 2048;  // of a unit of work
+struct Members {
+  int64_t a, b, channels, member_stride, channel_stride;
+};
+
+template <bool whole, class T>
+inline void map_strip(const T *a, const T *b, const Members &m, int64_t length, float *x, float *y) {
+  const int64_t n = whole ? kStrip : length;
+  const float share_a = 1.0f / m.a, share_b = 1.0f / m.b, share_c = 1.0f / m.channels;
+  float sum_x[kStrip] = {}, sum_y[kStrip] = {};
+  for (int64_t c = 0; c < m.channels; ++c, a += m.channel_stride, b += m.channel_stride) {
+    float mu[kStrip] = {}, other[kStrip] = {};
+    for (int64_t k = 0; k < m.a; ++k)
+      for (int64_t i = 0; i < n; ++i) mu[i] += wide(a[k * m.member_stride + i]);
+    for (int64_t k = 0; k < m.b; ++k)
+      for (int64_t i = 0; i < n; ++i) other[i] += wide(b[k * m.member_stride + i]);
+    for (int64_t i = 0; i < n; ++i) {
+      mu[i] *= share_a;
+      sum_x[i] += __builtin_fabsf(other[i] * share_b - mu[i]);
+    }
+    for (int64_t k = 0; k < m.a; ++k)
+      for (int64_t i = 0; i < n; ++i) {
+        const float d = wide(a[k * m.member_stride + i]) - mu[i];
+        sum_y[i] += d * d;
+      }
+  }
+  for (int64_t i = 0; i < n; ++i) {
+    x[i] = sum_x[i] * share_c;
+    y[i] = __builtin_sqrtf(sum_y[i] * share_a * share_c);
+  }
+}
 
 void maps(const void *a, const void *b, DType type, int64_t members_a, int64_t members_b, int64_t slices,
-          int64_t channels, int64_t pixels, float *inter, float *intra, int64_t begin, int64_t end) {
-  const int64_t tiles = (pixels + kPixels - 1) / kPixels, stride = slices * channels * pixels;
-  const float share_a = 1.0f / members_a, share_b = 1.0f / members_b, share_c = 1.0f / channels;
+          int64_t channels, int64_t pixels, bool past_caches, float *inter, float *intra, int64_t begin,
+          int64_t end) {
+  const int64_t tiles = (pixels + kPixels - 1) / kPixels;
+  const Members m = {members_a, members_b, channels, slices * channels * pixels, pixels};
   with_type(type, [&](auto zero) {
     using T = decltype(zero);
-    alignas(64) float mu[kPixels], other[kPixels], x[kPixels], y[kPixels];
+    alignas(64) float x[kStrip], y[kStrip];
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t z = unit / tiles, first = unit % tiles * kPixels;
-      const int64_t n = pixels - first < kPixels ? pixels - first : kPixels;
-      for (int64_t i = 0; i < n; ++i) x[i] = 0.0f, y[i] = 0.0f;
-      for (int64_t c = 0; c < channels; ++c) {
-        const int64_t at = (z * channels + c) * pixels + first;
-        const T *pa = static_cast<const T *>(a) + at, *pb = static_cast<const T *>(b) + at;
-        for (int64_t i = 0; i < n; ++i) mu[i] = 0.0f, other[i] = 0.0f;
-        for (int64_t k = 0; k < members_a; ++k)
-          for (int64_t i = 0; i < n; ++i) mu[i] += wide(pa[k * stride + i]);
-        for (int64_t k = 0; k < members_b; ++k)
-          for (int64_t i = 0; i < n; ++i) other[i] += wide(pb[k * stride + i]);
-        for (int64_t i = 0; i < n; ++i) {
-          mu[i] *= share_a;
-          x[i] += __builtin_fabsf(other[i] * share_b - mu[i]);
-        }
-        for (int64_t k = 0; k < members_a; ++k)
-          for (int64_t i = 0; i < n; ++i) {
-            const float d = wide(pa[k * stride + i]) - mu[i];
-            y[i] += d * d;
-          }
-      }
-      float *to_x = inter + z * pixels + first, *to_y = intra + z * pixels + first;
-      for (int64_t i = 0; i < n; ++i) {
-        to_x[i] = x[i] * share_c;
-        to_y[i] = __builtin_sqrtf(y[i] * share_a * share_c);
+      const int64_t last = pixels - first < kPixels ? pixels : first + kPixels;
+      for (int64_t i = first; i < last; i += kStrip) {
+        const int64_t n = last - i < kStrip ? last - i : kStrip;
+        const T *pa = static_cast<const T *>(a) + z * channels * pixels + i;
+        const T *pb = static_cast<const T *>(b) + z * channels * pixels + i;
+        if (n == kStrip)
+          map_strip<true>(pa, pb, m, n, x, y);
+        else
+          map_strip<false>(pa, pb, m, n, x, y);
+        put(inter + z * pixels + i, x, n, past_caches);
+        put(intra + z * pixels + i, y, n, past_caches);
       }
     }
   });
+  settle(past_caches);
 }
 
 // ---- GroupNorm + SiLU
@@ -386,6 +472,25 @@ struct Repeated {
   }
 };
 
+// Mean and M2 of kLane channels over pixels `channels` elements apart; the sums stay in registers.
+constexpr int64_t kLane = 32;
+
+template <class T>
+inline void lane_moments(const T *x, int64_t channels, int64_t pixels, float share, float *mean, float *m2) {
+  float pivot[kLane], sum[kLane] = {}, square[kLane] = {};
+  for (int64_t j = 0; j < kLane; ++j) pivot[j] = wide(x[j]);
+  for (int64_t p = 0; p < pixels; ++p)
+    for (int64_t j = 0; j < kLane; ++j) {
+      const float d = wide(x[p * channels + j]) - pivot[j];
+      sum[j] += d;
+      square[j] += d * d;
+    }
+  for (int64_t j = 0; j < kLane; ++j) {
+    mean[j] = pivot[j] + sum[j] * share;
+    m2[j] = square[j] - sum[j] * sum[j] * share;
+  }
+}
+
 // Mean and M2 of each channel in a chunk, by sums about the chunk's first pixel.
 void norm_moments(const Norm &n, int64_t begin, int64_t end) {
   const int64_t channels = n.channels;
@@ -397,6 +502,10 @@ void norm_moments(const Norm &n, int64_t begin, int64_t end) {
       if (n.channels_last) {
         const T *x = static_cast<const T *>(n.x) + (image * n.pixels + first) * channels;
         const int64_t step = pixels_of_row(n), row = step * channels;
+        if (channels % kLane == 0) {
+          for (int64_t c = 0; c < channels; c += kLane) lane_moments(x + c, channels, count, share, mean + c, m2 + c);
+          return;
+        }
         alignas(64) float pivot[kChannels], sum[kChannels], square[kChannels];
         for (int64_t i = 0; i < row; ++i) pivot[i] = wide(x[i % channels]), sum[i] = 0.0f, square[i] = 0.0f;
         for (int64_t p = 0; p < count; p += step) {
@@ -468,20 +577,20 @@ void norm_apply(const Norm &n, int64_t begin, int64_t end) {
 #pragma GCC ivdep
           for (int64_t i = 0; i < length; ++i) {
             const float v = gain[i] * wide(x[i]) + offset[i];
-            y[i] = narrow<T>(v * sigmoid(v) + wide(residual[i]));
+            y[i] = narrow_computed<T>(v * sigmoid<kExact<T>>(v) + wide(residual[i]));
           }
         } else if (c < 0) {
 #pragma GCC ivdep
           for (int64_t i = 0; i < length; ++i) {
             const float v = gain[i] * wide(x[i]) + offset[i];
-            y[i] = narrow<T>(v * sigmoid(v));
+            y[i] = narrow_computed<T>(v * sigmoid<kExact<T>>(v));
           }
         } else {
           const float a = gain[c], b = offset[c];
 #pragma GCC ivdep
           for (int64_t i = 0; i < length; ++i) {
             const float v = a * wide(x[i]) + b;
-            y[i] = narrow<T>(v * sigmoid(v) + (add ? wide(residual[i]) : 0.0f));
+            y[i] = narrow_computed<T>(v * sigmoid<kExact<T>>(v) + (add ? wide(residual[i]) : 0.0f));
           }
         }
       });
@@ -489,8 +598,9 @@ void norm_apply(const Norm &n, int64_t begin, int64_t end) {
   });
 }
 
+template <class T>
 inline float silu_slope(float v) {
-  const float s = sigmoid(v);
+  const float s = sigmoid<kExact<T>>(v);
   return s * (1.0f + v * (1.0f - s));
 }
 
@@ -522,7 +632,7 @@ void norm_grad_sums(const Norm &n, int64_t begin, int64_t end) {
 #pragma GCC ivdep
           for (int64_t i = 0; i < length; ++i) {
             const float v = wide(x[i]);
-            const float g = wide(grad[i]) * silu_slope(gain[i] * v + offset[i]);
+            const float g = wide(grad[i]) * silu_slope<T>(gain[i] * v + offset[i]);
             sum[i] += g;
             sum_h[i] += g * (v * by[i] + to[i]);
           }
@@ -532,7 +642,7 @@ void norm_grad_sums(const Norm &n, int64_t begin, int64_t end) {
             const int64_t wide_run = length - p < 16 ? length - p : 16;
             for (int64_t j = 0; j < wide_run; ++j) {
               const float v = wide(x[p + j]);
-              const float g = wide(grad[p + j]) * silu_slope(gain[c] * v + offset[c]);
+              const float g = wide(grad[p + j]) * silu_slope<T>(gain[c] * v + offset[c]);
               lanes[j] += g;
               lanes_h[j] += g * (v * multiple[c] + centre[c]);
             }
@@ -573,7 +683,7 @@ void norm_grad_apply(const Norm &n, int64_t begin, int64_t end) {
 #pragma GCC ivdep
           for (int64_t i = 0; i < length; ++i) {
             const float v = wide(x[i]), h = v * multiple[i] + centre[i];
-            const float g = wide(grad[i]) * silu_slope(gain[i] * v + offset[i]);
+            const float g = wide(grad[i]) * silu_slope<T>(gain[i] * v + offset[i]);
             d_x[i] = narrow<T>(multiple[i] * (g * inner[i] - mean_g[i] - h * mean_gh[i]));
           }
         } else {
@@ -582,7 +692,7 @@ void norm_grad_apply(const Norm &n, int64_t begin, int64_t end) {
 #pragma GCC ivdep
           for (int64_t i = 0; i < length; ++i) {
             const float v = wide(x[i]), h = v * r + o;
-            const float g = wide(grad[i]) * silu_slope(a * v + b);
+            const float g = wide(grad[i]) * silu_slope<T>(a * v + b);
             d_x[i] = narrow<T>(r * (g * w - m - h * mh));
           }
         }

@@ -45,7 +45,7 @@ void moments_survive_a_large_mean(const ddmd::Kernels &k) {
   std::vector<float> x(samples * columns), mean(columns), m2(columns);
   for (int64_t s = 0; s < samples; ++s)
     for (int64_t i = 0; i < columns; ++i) x[s * columns + i] = 10000.0f + static_cast<float>(s) + static_cast<float>(i % 7);
-  k.moments(x.data(), ddmd::DType::f32, samples, columns, 0, columns, mean.data(), m2.data());
+  k.moments(x.data(), ddmd::DType::f32, samples, columns, columns, 1.0f, false, mean.data(), m2.data());
   for (int64_t i = 0; i < columns; ++i) {
     expect(close(mean[i], 10002.0 + static_cast<double>(i % 7), 1e-6), "mean", k.name);
     expect(close(m2[i], 10.0, 1e-4), "sum of squared deviations", k.name);
