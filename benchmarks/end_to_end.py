@@ -30,6 +30,7 @@ from ddmd import ensemble, ops, weights
 from ddmd.autoencoder import AutoencoderConfig
 from ddmd.denoiser import DenoiserConfig
 from ddmd.detector import Detector, pick_device
+from ddmd.sampling import SamplingConfig
 from ddmd.slices import SliceGrid, Slices, extract
 from ddmd.volume import Volume
 
@@ -179,11 +180,11 @@ def scaling(detector: Detector, slices: Slices) -> dict[str, float]:
     default = detector.configured()
     found = {}
 
-    def measure(name: str, config: ensemble.SamplingConfig, part: Slices) -> None:
+    def measure(name: str, config: SamplingConfig, part: Slices) -> None:
         work = {name: lambda: ensemble.detect_slices(detector.system, part, config)}
-        found[name] = alternate(work, detector.system.device.type, 1)[name]
+        found[name] = alternate(work, detector.system.device.type, 1, warm=1)[name]
 
-    def changed(**options: int) -> ensemble.SamplingConfig:
+    def changed(**options: int) -> SamplingConfig:
         return dataclasses.replace(default, **options)
 
     everything = f"{len(slices)} slices, S = {default.samples}, N = {default.steps}"

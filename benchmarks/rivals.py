@@ -13,7 +13,7 @@ from benchmarks.timing import Work, alternate
 from ddmd import diffusion, ensemble, ops
 from ddmd.autoencoder import NormSiLU
 from ddmd.denoiser import Condition, predicted_sample
-from ddmd.ensemble import SamplingConfig
+from ddmd.sampling import SamplingConfig
 from ddmd.slices import Slices
 from ddmd.weights import System
 
@@ -109,9 +109,10 @@ def _drive(library: str, system: System, steps: int):
     return loop
 
 
-def _mean_and_variance(drive, make_network, planes: Tensor, config: SamplingConfig, noise) -> Tensor:
+def _mean_and_variance(
+    drive, make_network, planes: Tensor, config: SamplingConfig, noise, batch: int
+) -> Tensor:
     means = []
-    batch = config.batch or ensemble.SLICES_AT_ONCE[planes.device.type]
     for first in range(0, len(planes), batch):
         part = planes[first : first + batch]
         network = make_network(part)
@@ -134,6 +135,7 @@ def compare(
     config = dataclasses.replace(config, sampler="ddim", eta=0.0)
     device = system.device
     planes = slices.planes(system.condition.config.context).to(device)
+    batch = config.batch or ensemble.fitting(system, *planes.shape[2:])
     index, seed = slices.index.to(device), torch.tensor(config.seed, device=device)
     wanted = ensemble.detect_slices(system, slices, config).probability
     work: dict[str, Work] = {"ours": lambda: ensemble.detect_slices(system, slices, config)}
@@ -165,7 +167,7 @@ def compare(
                             return _Network(plain, part, how != "condition at every step", faster)
 
                         with torch.inference_mode():
-                            return _mean_and_variance(drive, network, planes.to(dtype), config, noise)
+                            return _mean_and_variance(drive, network, planes.to(dtype), config, noise, batch)
 
                     off = float((run(ours_noise).cpu() - wanted).abs().mean())
                 except Exception as error:  # a rival that does not run here is said to be missing
@@ -177,9 +179,9 @@ def compare(
                     missing[name] = f"its probabilities are off ours by {off:.3f} on average"
                 else:
                     work[name] = lambda run=run: run(own_noise)
-    seconds = alternate(work, device.type, rounds)
+    seconds = alternate(work, device.type, rounds, warm=1)
     with ops.backend("reference"):
-        seconds["ours, DDMD_BACKEND=reference"] = alternate({"": work["ours"]}, device.type, 1)[""]
+        seconds["ours, DDMD_BACKEND=reference"] = alternate({"": work["ours"]}, device.type, 1, warm=1)[""]
     return seconds, missing
 
 
@@ -202,7 +204,7 @@ def autoencoders_one_by_one(system: System, slices: Slices) -> float:
     """How many times longer the K auto-encoders of A take one slice and one member at a time."""
     b = slices.image.to(system.device).contiguous(memory_format=torch.channels_last)
     members = [one_member(system, k) for k in range(system.autoencoders_a.config.members)]
-    batch = ensemble.SLICES_AT_ONCE[system.device.type]
+    batch = ensemble.fitting(system, *b.shape[2:])
     with torch.inference_mode():
         together = torch.cat([system.autoencoders_a(part) for part in b.split(batch)], 1)
         apart = torch.stack([torch.cat([m(s)[0] for s in b.split(1)]) for m in members])

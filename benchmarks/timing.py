@@ -35,10 +35,12 @@ def _seconds(work: Work, device: str, calls: int) -> float:
     return start.elapsed_time(end) / 1000 / calls
 
 
-def alternate(rivals: dict[str, Work], device: str, rounds: int = 15, calls: int = 1) -> dict[str, float]:
+def alternate(
+    rivals: dict[str, Work], device: str, rounds: int = 15, calls: int = 1, warm: int = 3
+) -> dict[str, float]:
     """Median seconds of each rival; every round runs all of them, `calls` times, one after the other."""
     for work in rivals.values():
-        for _ in range(3):
+        for _ in range(warm):
             work()
     times: dict[str, list[float]] = {name: [] for name in rivals}
     for _ in range(rounds):

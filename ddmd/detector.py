@@ -14,7 +14,8 @@ import torch
 
 from ddmd import weights
 from ddmd.detection import Detection, find_lesions, image_score
-from ddmd.ensemble import Maps, Progress, SamplingConfig, detect_slices
+from ddmd.ensemble import Maps, Progress, detect_slices
+from ddmd.sampling import SamplingConfig
 from ddmd.slices import SliceGrid, Slices, extract
 from ddmd.volume import Volume
 
@@ -45,17 +46,24 @@ class Detector:
     system: weights.System
 
     @classmethod
-    def load(cls, name_or_path: str | os.PathLike[str] = weights.DEFAULT, device: str = "auto") -> Detector:
+    def load(
+        cls,
+        name_or_path: str | os.PathLike[str] = weights.DEFAULT,
+        device: str = "auto",
+        precision: str = "auto",
+    ) -> Detector:
         """Load a shipped system by name, or a weights file.
+
+        precision is "float32", "bfloat16", or what is faster on the device; see `weights.pick_dtype`.
 
         Raises
         ------
         WeightsError
             If the weights cannot be used.
         ValueError
-            If there is no such device.
+            If there is no such device or precision.
         """
-        return cls(weights.load(name_or_path, pick_device(device)))
+        return cls(weights.load(name_or_path, pick_device(device), precision))
 
     @property
     def description(self) -> weights.Description:
@@ -174,12 +182,17 @@ class Detector:
 
 
 @lru_cache(maxsize=2)
-def _loaded(name_or_path: str, device: str) -> Detector:
-    return Detector.load(name_or_path, device)
+def _loaded(name_or_path: str, device: str, precision: str) -> Detector:
+    return Detector.load(name_or_path, device, precision)
 
 
 def detect(
-    volume: Any, *, weights: str | os.PathLike[str] = weights.DEFAULT, device: str = "auto", **options: Any
+    volume: Any,
+    *,
+    weights: str | os.PathLike[str] = weights.DEFAULT,
+    device: str = "auto",
+    precision: str = "auto",
+    **options: Any,
 ) -> Detection:
     """Find lesions in one brain MRI volume.
 
@@ -188,6 +201,7 @@ def detect(
     volume : path, {sequence: path}, list of paths, nibabel image, or array with affine=
     weights : name of a shipped system, or path of a weights file
     device : "auto", "cpu", "cuda" or "cuda:N"
+    precision : "auto", "float32" or "bfloat16"
     **options
         As `Detector.detect` takes them.
 
@@ -203,4 +217,4 @@ def detect(
     >>> found.mask.shape == found.probability.shape
     True
     """
-    return _loaded(os.fspath(weights), device).detect(volume, **options)
+    return _loaded(os.fspath(weights), device, precision).detect(volume, **options)

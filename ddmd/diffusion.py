@@ -124,6 +124,6 @@ class Coordinates:
 def pure_noise(like: Tensor, at: Coordinates) -> Tensor:
     """x_T for every row of `like` (R, 1, H, W): standard normal, the same however rows are batched."""
     t = torch.zeros(like.shape[0], dtype=torch.int64, device=like.device)
-    table = torch.tensor([[0.0, 1.0]], device=like.device)
-    step = torch.tensor(FIRST_STEP, device=like.device)
+    table = torch.eye(2, device=like.device)[1:]  # made on the device: a copy from the host would wait
+    step = torch.full((), FIRST_STEP, dtype=torch.int64, device=like.device)
     return ops.noise(torch.zeros_like(like), t, table, step, at.seed, at.sample, at.slice_index)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks import table, timing
-from ddmd.ensemble import SamplingConfig
+from ddmd.sampling import SamplingConfig
 from ddmd.slices import SliceGrid, extract
 from ddmd.volume import Volume
 from tests.volumes import head, tiny_system

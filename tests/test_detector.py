@@ -11,6 +11,7 @@ from ddmd import ensemble, weights
 from ddmd.detection import OutputError, find_lesions
 from ddmd.detector import Detector
 from ddmd.diffusion import Schedule
+from ddmd.sampling import Sampling, SamplingConfig
 from tests.volumes import head, tiny_system
 
 TOLERANCE = 1e-4  # of probability: convolutions of other batches round otherwise
@@ -108,7 +109,7 @@ def test_turning_the_input_turns_the_result(detector, volume):
 
 def test_statistics_do_not_grow_with_the_samples(detector, volume, monkeypatch):
     alive = []
-    draw = ensemble._Sampling.draw
+    draw = Sampling.draw
 
     def counted(self, condition, index, sample):
         drawn = draw(self, condition, index, sample)
@@ -119,7 +120,7 @@ def test_statistics_do_not_grow_with_the_samples(detector, volume, monkeypatch):
         )
         return drawn
 
-    monkeypatch.setattr(ensemble._Sampling, "draw", counted)
+    monkeypatch.setattr(Sampling, "draw", counted)
     found = _detect(detector, volume, samples=64, steps=1, batch=100)
     assert len(alive) == 64
     assert alive[-1] <= alive[2], f"{alive[2]} numbers alive after 3 samples, {alive[-1]} after 64"
@@ -128,17 +129,15 @@ def test_statistics_do_not_grow_with_the_samples(detector, volume, monkeypatch):
 
 def test_streamed_moments_are_those_of_all_samples_at_once(detector, volume, monkeypatch):
     drawn = []
-    draw = ensemble._Sampling.draw
+    draw = Sampling.draw
     monkeypatch.setattr(
-        ensemble._Sampling, "draw", lambda *a: drawn.append(draw(*a)) or drawn[-1]
+        Sampling, "draw", lambda *a: drawn.append(draw(*a)) or drawn[-1]
     )  # fmt: skip
     from ddmd.slices import SliceGrid, extract
     from ddmd.volume import Volume
 
     cut = extract(Volume.from_array({"flair": volume[0]}, volume[1]), ("flair",), SliceGrid(4.0, 16))
-    maps = ensemble.detect_slices(
-        detector.system, cut, ensemble.SamplingConfig(samples=7, steps=2, batch=100)
-    )
+    maps = ensemble.detect_slices(detector.system, cut, SamplingConfig(samples=7, steps=2, batch=100))
     samples = torch.stack(drawn)
     assert torch.allclose(maps.probability, samples.mean(0), atol=1e-6)
     assert torch.allclose(maps.uncertainty, samples.var(0), atol=1e-6)
