@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -42,6 +43,7 @@ def detect(
     sampler: Annotated[str | None, typer.Option(help="ddim, ddpm or dpm++2m.")] = None,
     seed: Annotated[int, typer.Option(help="The same seed gives the same result.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    precision: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
     threshold: Annotated[float | None, typer.Option(help="Probability from which a voxel is lesion.")] = None,
     sequence: Annotated[str | None, typer.Option(help="What a file is whose name does not say.")] = None,
     resample: Annotated[
@@ -51,6 +53,7 @@ def detect(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
 ) -> None:
     """Find lesions: maps on the input's grid, a table of lesions and a picture of each volume."""
+    from ddmd.ahead import ahead
     from ddmd.cases import examinations
     from ddmd.detection import OutputError, check_output
     from ddmd.detector import Detector
@@ -63,7 +66,7 @@ def detect(
         raise _bad_usage(f"--threshold is {threshold}; allowed are values between 0 and 1")
     try:
         found = examinations(inputs)
-        detector = Detector.load(weights, device)
+        detector = Detector.load(weights, device, precision)
         detector.configured(samples, steps, sampler, seed)
         for examination in found:
             check_output(examination.name, output, overwrite)
@@ -80,7 +83,8 @@ def detect(
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     shown = not quiet and out.is_terminal
     with Progress(*columns, console=out, disable=not shown, transient=True) as progress:
-        for examination in found:
+        prepare = partial(_prepare, detector, sequence, resample or None)
+        for examination, prepared in ahead(found, prepare):
             task = progress.add_task(examination.name, total=None)
             begun = time.monotonic()
 
@@ -89,9 +93,9 @@ def detect(
 
             try:
                 _one(
-                    examination, detector, output, overwrite, quiet, begun,
+                    prepared(), detector, output, overwrite, quiet, begun,
                     samples=samples, steps=steps, sampler=sampler, seed=seed, threshold=threshold,
-                    resample=resample or None, sequence=sequence, progress=on_slices,
+                    progress=on_slices,
                 )  # fmt: skip
             except (VolumeError, OutputError) as error:
                 failed += 1
@@ -104,13 +108,10 @@ def detect(
         raise typer.Exit(SOME_FAILED)
 
 
-def _one(
-    examination: Any, detector: Any, output: Path, overwrite: bool, quiet: bool, begun: float,
-    sequence: str | None, resample: bool | None, **options: Any,
-) -> None:  # fmt: skip
+def _prepare(detector: Any, sequence: str | None, resample: bool | None, examination: Any) -> Any:
+    """An examination's volume, read and cut into slices."""
     from dataclasses import replace
 
-    from ddmd.detection import planned
     from ddmd.volume import Volume
 
     needed = detector.description.sequences
@@ -120,8 +121,15 @@ def _one(
         volume = Volume.read(source, sequences=sequence, require=needed, resample=resample)
     else:
         volume = Volume.read(files, require=needed, resample=resample, check_all=True)
-    volume = replace(volume, name=examination.name)
-    detection = detector.detect(volume, **options)
+    return detector.prepare(replace(volume, name=examination.name))
+
+
+def _one(
+    prepared: Any, detector: Any, output: Path, overwrite: bool, quiet: bool, begun: float, **options: Any
+) -> None:
+    from ddmd.detection import planned
+
+    volume, detection = prepared.volume, detector.detect(prepared, **options)
     paths = detection.save(output, overwrite=overwrite)
     paths["overlay"] = detection.overlay(planned(volume.name, output)["overlay"])
     if quiet:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from ddmd import weights
+from ddmd.ahead import ahead
 from ddmd.detection import Detection, find_lesions, image_score
 from ddmd.ensemble import Maps, Progress, detect_slices
 from ddmd.sampling import SamplingConfig
@@ -33,6 +34,14 @@ def pick_device(device: str) -> torch.device:
     if picked.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device is {device!r} and torch sees no CUDA device; use cpu")
     return picked
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A volume and its slices on a system's grid: what `Detector.detect` computes on."""
+
+    volume: Volume
+    slices: Slices
 
 
 @dataclass(frozen=True)
@@ -93,12 +102,54 @@ class Detector:
             raise ValueError(f"steps is {config.steps}; allowed are 1 to {most}")
         return config
 
+    def prepare(
+        self,
+        volume: Any,
+        *,
+        affine: np.ndarray | None = None,
+        sequences: str | Sequence[str] | None = None,
+        resample: str | bool | None = None,
+    ) -> Prepared:
+        """Read a volume and cut it into slices, so that `detect` has only to compute.
+
+        Takes what `detect` takes, and raises what it raises of the volume. Needs no device: it can be
+        done for the next volume while this one is computed.
+        """
+        if not isinstance(volume, Volume):
+            volume = Volume.read(
+                volume,
+                affine=affine,
+                sequences=sequences,
+                require=self.description.sequences,
+                resample=resample,
+            )
+        grid = SliceGrid(**self.description.grid)
+        return Prepared(volume, extract(volume, self.description.sequences, grid))
+
     def maps(
         self, volume: Volume, config: SamplingConfig, progress: Progress | None = None
     ) -> tuple[Slices, Maps]:
         """Slices of a volume on the model's grid, and the maps of every slice."""
-        slices = extract(volume, self.description.sequences, SliceGrid(**self.description.grid))
+        slices = self.prepare(volume).slices
         return slices, detect_slices(self.system, slices, config, progress)
+
+    def detect_all(self, volumes: Iterable[Any], **options: Any) -> Iterator[Detection]:
+        """Find lesions in many volumes: the next one is read and prepared while this one is computed.
+
+        Parameters
+        ----------
+        volumes : iterable of what `detect` takes as its volume
+        **options
+            As `detect` takes them, the same for all.
+
+        Raises
+        ------
+        VolumeError
+            When it is the turn of a volume that cannot be used.
+        """
+        reading = {key: options.pop(key) for key in ("affine", "sequences", "resample") if key in options}
+        for _, prepared in ahead(volumes, lambda volume: self.prepare(volume, **reading)):
+            yield self.detect(prepared(), **options)
 
     def detect(
         self,
@@ -119,7 +170,7 @@ class Detector:
 
         Parameters
         ----------
-        volume : path, {sequence: path}, list of paths, nibabel image, array, or Volume
+        volume : path, {sequence: path}, list of paths, nibabel image, array, Volume, or Prepared
         affine, sequences, resample
             As `Volume.read` takes them.
         samples, steps : int, optional
@@ -144,15 +195,10 @@ class Detector:
         if not 0.0 < threshold < 1.0:
             raise ValueError(f"threshold is {threshold}; allowed are values between 0 and 1")
         config = self.configured(samples, steps, sampler, seed, batch)
-        if not isinstance(volume, Volume):
-            volume = Volume.read(
-                volume,
-                affine=affine,
-                sequences=sequences,
-                require=self.description.sequences,
-                resample=resample,
-            )
-        slices, maps = self.maps(volume, config, progress)
+        if not isinstance(volume, Prepared):
+            volume = self.prepare(volume, affine=affine, sequences=sequences, resample=resample)
+        volume, slices = volume.volume, volume.slices
+        maps = detect_slices(self.system, slices, config, progress)
         brain = volume.brain
         probability = slices.restore(maps.probability).clip(0, 1) * brain
         uncertainty = slices.restore(maps.uncertainty).clip(0) * brain

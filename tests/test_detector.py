@@ -160,6 +160,43 @@ def test_memory_that_does_not_suffice_halves_the_batch(detector, volume, monkeyp
     assert np.abs(_data(found.probability) - _data(wanted.probability)).max() < TOLERANCE
 
 
+def test_many_volumes_are_each_what_they_are_alone(detector, rng):
+    import nibabel as nib
+
+    images = [nib.Nifti1Image(*head(rng, (40, 48, z))) for z in (6, 8, 7)]
+    alone = [detector.detect(image, sequences="flair") for image in images]
+    together = list(detector.detect_all(images, sequences="flair", seed=0))
+    for one, other in zip(alone, together, strict=True):
+        assert np.array_equal(_data(one.probability), _data(other.probability))
+
+
+def test_the_next_item_is_worked_on_meanwhile_and_no_more():
+    import threading
+
+    from ddmd.ahead import ahead
+
+    begun = [threading.Event() for _ in range(4)]
+
+    def work(i):
+        begun[i].set()
+        if i == 1:
+            raise ValueError("number 1 cannot be used")
+        return i * 10
+
+    taken = []
+    for i, ready in ahead(range(4), work):
+        if i + 1 < 4:
+            assert begun[i + 1].wait(5), "the next was not begun while this one is used"
+        assert not any(event.is_set() for event in begun[i + 2 :])
+        if i == 1:
+            with pytest.raises(ValueError, match="number 1"):
+                ready()
+        else:
+            taken.append(ready())
+    assert taken == [0, 20, 30]
+    assert list(ahead([], work)) == []
+
+
 def test_options_out_of_range_are_refused_by_name(detector, volume):
     for options, message in (
         ({"samples": 0}, "samples is 0; allowed is at least 1"), ({"steps": 1001}, "steps is 1001; allowed are 1 to"),
