@@ -45,10 +45,27 @@ def volume_table(path: Path) -> str:
     return "\n".join(lines)
 
 
+def quality_table(path: Path) -> str:
+    """Dice and uncertainty over samplers, steps and samples, as Markdown."""
+    found = json.loads(path.read_text())
+    names = list(found["rows"][0])
+    lines = [
+        f"### {path.stem}",
+        "",
+        f"| {' | '.join(n.replace('_', ' ') for n in names)} |",
+        "|---" * len(names) + "|",
+    ]
+    for row in found["rows"]:
+        shown = (f"{row[n]:.3f}" if isinstance(row[n], float) else str(row[n]) for n in names)
+        lines.append(f"| {' | '.join(shown)} |")
+    return "\n".join(lines)
+
+
 def main(arguments: Sequence[str] = ()) -> None:
     """Print a table for every results file of a folder, benchmarks/results by default."""
+    kinds = {"volume": volume_table, "quality": quality_table}
     for path in sorted(Path(arguments[0] if arguments else RESULTS).glob("*.json")):
-        print(volume_table(path) if path.stem.startswith("volume-") else ops_table(path), end="\n\n")
+        print(kinds.get(path.stem.split("-")[0], ops_table)(path), end="\n\n")
 
 
 if __name__ == "__main__":

@@ -237,12 +237,16 @@ def evaluate(
     ),
     patients: Annotated[Path | None, typer.Option(help="split.json of a run: only its test part.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    samples: Annotated[int | None, typer.Option(help="S, masks drawn for each slice.")] = None,
+    steps: Annotated[int | None, typer.Option(help="N, denoising steps of each.")] = None,
 ) -> None:
     """Compare detections with the annotators' masks, beside the single threshold and the empty mask."""
     from ddmd.evaluation import evaluate as run
 
     try:
-        report = run(data, weights=weights, out=output, split=patients, device=device)
+        report = run(
+            data, weights=weights, out=output, split=patients, device=device, samples=samples, steps=steps
+        )
     except ValueError as error:
         raise _bad_usage(error) from None
     out.print(report.table())

@@ -94,6 +94,7 @@ class Detector:
             steps=default.steps if steps is None else steps,
             sampler=default.sampler if sampler is None else sampler,
             eta=default.eta,
+            mirror=default.mirror,
             seed=seed,
             batch=batch,
         )

@@ -134,8 +134,14 @@ def _one_batch(
         return
     mean = torch.empty_like(inter)
     m2 = torch.empty_like(inter)
-    count, draw = 0, sampling.bind(condition, index)
-    for sample in range(sampling.config.samples):
+    config, count = sampling.config, 0
+    draw = sampling.bind(condition, index)
+    for sample in range(0, config.samples, 2 if config.mirror else 1):
         count = ops.ensemble_update(mean, m2, count, draw(sample)[None])
+    if config.mirror and config.samples > 1:
+        condition, _, _ = condition_on(system, planes.flip(-1))
+        draw = sampling.bind(condition, index)
+        for sample in range(1, config.samples, 2):
+            count = ops.ensemble_update(mean, m2, count, draw(sample).flip(-1)[None])
     maps.probability[part] = mean
     maps.uncertainty[part] = m2 / max(count - 1, 1)

@@ -19,6 +19,7 @@ from ddmd.baselines import smoothed_intensity
 from ddmd.data.datasets import Case, find_cases, read_split
 from ddmd.detection import find_lesions
 from ddmd.detector import Detector
+from ddmd.sampling import SamplingConfig
 from ddmd.volume import Volume
 
 BINS = 501  # of probability, uncertainty and baseline: what is kept of a patient's voxels
@@ -321,6 +322,8 @@ def evaluate(
     part: str = "test",
     device: str = "auto",
     threshold: float | None = None,
+    samples: int | None = None,
+    steps: int | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Report:
     """Detect in every case with a mask, and compare.
@@ -335,6 +338,8 @@ def evaluate(
     device : "auto", "cpu", "cuda" or "cuda:N"
     threshold : float, optional
         By default the weights' own, chosen on validation patients.
+    samples, steps : int, optional
+        S and N; by default what the weights say.
 
     Raises
     ------
@@ -352,15 +357,16 @@ def evaluate(
         cases = [c for c in cases if parts.get(c.patient) == part]
     if not cases:
         raise EvaluationError(f"{data}: no case with a mask{f' in part {part}' if split else ''}")
+    sampling = detector.configured(samples, steps)
     patients = []
     for case in cases:
         if progress is not None:
             progress(case.name)
-        patients.append(judge_case(detector, case, threshold))
+        patients.append(judge_case(detector, case, threshold, sampling))
     how = {
         "weights": detector.description.name,
         "threshold": detector.description.threshold if threshold is None else threshold,
-        "sampling": vars(detector.configured()),
+        "sampling": vars(sampling),
         "data": Path(data).name,
         "patients": [c.name for c in cases],
     }
@@ -381,10 +387,12 @@ def _baseline_bin(detector: Detector, cases: Sequence[Case]) -> int | None:
     return None if total is None else total.best()
 
 
-def judge_case(detector: Detector, case: Case, threshold: float | None = None) -> Patient:
+def judge_case(
+    detector: Detector, case: Case, threshold: float | None = None, sampling: SamplingConfig | None = None
+) -> Patient:
     """Detect in one case and compare with its mask."""
     volume = case.volume(detector.description.sequences)
-    slices, maps = detector.maps(volume, detector.configured())
+    slices, maps = detector.maps(volume, sampling or detector.configured())
     probability = slices.restore(maps.probability).clip(0, 1) * volume.brain
     uncertainty = slices.restore(maps.uncertainty).clip(0) * volume.brain
     chosen = detector.description.threshold if threshold is None else threshold

@@ -35,6 +35,9 @@ class SamplingConfig:
         Key of every draw.
     batch : int, optional
         Slices at once; by default what suits the device, halved where memory does not suffice.
+    mirror : bool
+        Every second sample is drawn on the slice's mirror image and mirrored back, so that samples
+        also differ in what the networks make of the image.
     """
 
     samples: int = 5
@@ -43,6 +46,7 @@ class SamplingConfig:
     eta: float = 0.0
     seed: int = 0
     batch: int | None = None
+    mirror: bool = False
 
     def __post_init__(self) -> None:
         for name, lowest in (("samples", 1), ("steps", 1), ("batch", 1)):

@@ -35,12 +35,13 @@ class WeightsError(ValueError):
 
 @dataclass(frozen=True)
 class Sampling:
-    """How masks are drawn by default: sampler, N steps, S samples, eta."""
+    """How masks are drawn by default: sampler, N steps, S samples, eta, every second sample mirrored."""
 
     sampler: str = "ddim"
     steps: int = 5
     samples: int = 5
     eta: float = 0.0
+    mirror: bool = False
 
 
 @dataclass(frozen=True)

@@ -120,6 +120,22 @@ def test_bfloat16_finds_what_float32_finds(slices):
     assert not torch.equal(close.probability, exact.probability)
 
 
+def test_every_second_sample_is_drawn_on_the_mirror_image(slices):
+    system = tiny_system()
+    plain = SamplingConfig(samples=4, steps=2)
+    flipped = replace(slices, image=slices.image.flip(-1))
+    with torch.inference_mode():
+        sampling, index, drawn = sampling_of(system, plain), slices.index, []
+        for sample in range(4):
+            own = (slices, flipped)[sample % 2]
+            condition, _, _ = ensemble.condition_on(system, own.planes(1))
+            mask = sampling.draw(condition, index, torch.tensor(sample))
+            drawn.append(mask.flip(-1) if sample % 2 else mask)
+    maps = ensemble.detect_slices(system, slices, replace(plain, mirror=True))
+    assert torch.allclose(maps.probability, torch.stack(drawn).mean(0), atol=1e-5)
+    assert torch.allclose(maps.uncertainty, torch.stack(drawn).var(0), atol=1e-5)
+
+
 def test_a_sampling_is_made_once_a_configuration_and_system():
     system, config = tiny_system(), SamplingConfig(steps=3)
     first = sampling_of(system, config)

@@ -1,0 +1,136 @@
+"""How Dice and uncertainty depend on the steps N, the samples S and the sampler; curves for the docs.
+
+`python -m benchmarks.quality DATA --patients split.json [--part validation] [--weights W] [--output FOLDER]`
+measures; `python -m benchmarks.quality --draw JSON PNG` draws what was measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.timing import machine
+from ddmd import weights
+from ddmd.data.datasets import find_cases, read_split
+from ddmd.detector import Detector
+from ddmd.ensemble import detect_slices
+from ddmd.evaluation import judge, summarise
+from ddmd.sampling import SamplingConfig
+
+STEPS = (1, 2, 3, 5, 10, 20, 50, 100)
+SAMPLES = (1, 2, 3, 5, 10, 20)
+CLOSE = 0.005  # of Dice: what the default may lose against N = 100
+RESULTS = Path(__file__).with_name("results")
+
+
+def settings(default: SamplingConfig) -> list[SamplingConfig]:
+    """N over both fast samplers, then S, and noise along the way, all else as by default."""
+    change = dataclasses.replace
+    chosen = [change(default, sampler=s, eta=0.0, steps=n) for s in ("ddim", "dpm++2m") for n in STEPS]
+    chosen += [change(default, samples=s) for s in SAMPLES]
+    chosen += [change(default, sampler="ddpm", eta=0.0, steps=n) for n in (5, 10, 20)]
+    return list(dict.fromkeys(chosen))
+
+
+def measure(detector: Detector, cases: list[Any]) -> list[dict[str, Any]]:
+    """Figures of every setting over the same patients, at the threshold of the weights."""
+    told = detector.description
+    prepared = [(case, detector.prepare(case.volume(told.sequences)), case.lesion()) for case in cases]
+    rows = []
+    for config in settings(detector.configured()):
+        begun, spent, judged = 0.0, 0.0, []
+        for case, p, truth in prepared:
+            begun = time.perf_counter()
+            maps = detect_slices(detector.system, p.slices, config)
+            spent += time.perf_counter() - begun
+            brain = p.volume.brain
+            probability = p.slices.restore(maps.probability).clip(0, 1) * brain
+            uncertainty = p.slices.restore(maps.uncertainty).clip(0) * brain
+            judged.append(
+                judge(case.name, case.patient, p.volume, probability, uncertainty, truth, told.threshold, told.min_lesion_ml)
+            )  # fmt: skip
+        pooled = summarise(judged, {}).pooled
+        names = ("dice", "dice_oracle", "uncertainty_auroc", "dice_without_5_percent", "calibration_error")
+        row = {"sampler": config.sampler, "steps": config.steps, "samples": config.samples, "seconds": spent}
+        rows.append(row | {name: pooled[name] for name in names})
+        print({k: round(v, 4) if isinstance(v, float) else v for k, v in rows[-1].items()}, flush=True)
+    return rows
+
+
+def smallest(rows: list[dict[str, Any]], sampler: str, samples: int) -> int:
+    """The fewest steps whose Dice is within CLOSE of that of the most steps."""
+    own = sorted(
+        (r for r in rows if r["sampler"] == sampler and r["samples"] == samples), key=lambda r: r["steps"]
+    )
+    return next(r["steps"] for r in own if r["dice"] >= own[-1]["dice"] - CLOSE)
+
+
+def draw(path: Path, picture: Path) -> None:
+    """Dice over N of both samplers, and Dice and AUROC of the uncertainty over S."""
+    from matplotlib.figure import Figure
+
+    found = json.loads(path.read_text())
+    rows, default = found["rows"], found["default"]
+    figure = Figure(figsize=(10, 3.4))
+    left, right = figure.subplots(1, 2)
+    for sampler in ("ddim", "dpm++2m"):
+        own = [r for r in rows if r["sampler"] == sampler and r["samples"] == default["samples"]]
+        own.sort(key=lambda r: r["steps"])
+        left.plot([r["steps"] for r in own], [r["dice"] for r in own], marker="o", label=sampler)
+    left.set(xlabel="steps N", ylabel="pooled Dice", xscale="log")
+    left.legend()
+    own = [r for r in rows if r["sampler"] == default["sampler"] and r["steps"] == default["steps"]]
+    own.sort(key=lambda r: r["samples"])
+    right.plot([r["samples"] for r in own], [r["dice"] for r in own], marker="o", label="pooled Dice")
+    right.plot(
+        [r["samples"] for r in own if r["samples"] > 1],
+        [r["uncertainty_auroc"] for r in own if r["samples"] > 1],
+        marker="o", label="uncertainty against error, AUROC",
+    )  # fmt: skip
+    right.set(xlabel="samples S", ylim=(0, 1))
+    right.legend()
+    figure.tight_layout()
+    figure.savefig(picture, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("data", type=Path, nargs="?")
+    parser.add_argument("--patients", type=Path)
+    parser.add_argument("--part", default="validation")
+    parser.add_argument("--weights", default=weights.DEFAULT)
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--draw", nargs=2, type=Path, metavar=("JSON", "PNG"))
+    options = parser.parse_args()
+    if options.draw:
+        draw(*options.draw)
+        return
+    if options.data is None:
+        parser.error("DATA is missing")
+    detector = Detector.load(options.weights)
+    parts = read_split(options.patients) if options.patients else {}
+    cases = [
+        c for c in find_cases(options.data)
+        if c.masks is not None and parts.get(c.patient, options.part) == options.part
+    ]  # fmt: skip
+    rows, default = measure(detector, cases), detector.configured()
+    result = {
+        "machine": machine(), "date": str(datetime.date.today()), "threads": torch.get_num_threads(),
+        "weights": detector.description.name, "patients": len(cases), "part": options.part,
+        "default": dataclasses.asdict(default), "rows": rows,
+        "smallest_steps": {s: smallest(rows, s, default.samples) for s in ("ddim", "dpm++2m")},
+    }  # fmt: skip
+    target = options.output / f"quality-{options.data.name}-{result['date']}.json"
+    target.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"fewest steps within {CLOSE} of the most: {result['smallest_steps']}; {target}")
+
+
+if __name__ == "__main__":
+    main()
