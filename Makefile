@@ -9,7 +9,7 @@ WHEELS ?= wheels
 OUT ?= build/gpu-check
 export MAX_JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: demo test lint bench bench-gpu gpu-check wheel-check clean
+.PHONY: demo test lint bench bench-gpu gpu-wheels gpu-check wheel-check clean
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' \
@@ -67,6 +67,10 @@ bench bench-gpu: $(VENV)/test.stamp
 	@$(BIN)/python -m pytest benchmarks/test_ops.py --benchmark-only --benchmark-json="$(RESULT)" -o addopts=-q
 	@$(BIN)/python -m benchmarks.end_to_end
 	@$(BIN)/python -m benchmarks.table
+
+# What gpu-check needs beyond an image with torch, Triton, pytest and the usual scientific packages.
+gpu-wheels: $(VENV)/torch.stamp
+	@$(PIP) download --no-deps --only-binary=:all: -d "$(WHEELS)" nibabel monai diffusers importlib-metadata
 
 # On a machine with a GPU, offline: build, test, sanitize, measure. WHEELS holds what its Python lacks.
 gpu-check:

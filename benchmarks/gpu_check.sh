@@ -61,7 +61,8 @@ fi
 python="$VENV/bin/python"
 part info 20 "$python" -m ddmd info
 part core 15 build/gpu/ddmd_test
-part tests 110 "$python" -m pytest -m gpu -q -p no:cacheprovider --junit-xml="$OUT/tests.xml" tests/test_gpu.py tests/test_kernels.py
+part tests 110 "$python" -m pytest -m gpu -q -p no:cacheprovider --junit-xml="$OUT/tests.xml" tests/test_gpu.py tests/test_kernels.py \
+    tests/test_sampling.py
 if command -v compute-sanitizer > /dev/null; then
     part memcheck 40 bash -c 'sanitize memcheck'
     part racecheck 40 bash -c 'sanitize racecheck'

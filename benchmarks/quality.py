@@ -1,7 +1,7 @@
 """How Dice and uncertainty depend on the steps N, the samples S and the sampler; curves for the docs.
 
 `python -m benchmarks.quality DATA --patients split.json [--part validation] [--weights W] [--output FOLDER]`
-measures; `python -m benchmarks.quality --draw JSON PNG` draws what was measured.
+measures; `python -m benchmarks.pictures` draws what was measured.
 """
 
 from __future__ import annotations
@@ -72,48 +72,14 @@ def smallest(rows: list[dict[str, Any]], sampler: str, samples: int) -> int:
     return next(r["steps"] for r in own if r["dice"] >= own[-1]["dice"] - CLOSE)
 
 
-def draw(path: Path, picture: Path) -> None:
-    """Dice over N of both samplers, and Dice and AUROC of the uncertainty over S."""
-    from matplotlib.figure import Figure
-
-    found = json.loads(path.read_text())
-    rows, default = found["rows"], found["default"]
-    figure = Figure(figsize=(10, 3.4))
-    left, right = figure.subplots(1, 2)
-    for sampler in ("ddim", "dpm++2m"):
-        own = [r for r in rows if r["sampler"] == sampler and r["samples"] == default["samples"]]
-        own.sort(key=lambda r: r["steps"])
-        left.plot([r["steps"] for r in own], [r["dice"] for r in own], marker="o", label=sampler)
-    left.set(xlabel="steps N", ylabel="pooled Dice", xscale="log")
-    left.legend()
-    own = [r for r in rows if r["sampler"] == default["sampler"] and r["steps"] == default["steps"]]
-    own.sort(key=lambda r: r["samples"])
-    right.plot([r["samples"] for r in own], [r["dice"] for r in own], marker="o", label="pooled Dice")
-    right.plot(
-        [r["samples"] for r in own if r["samples"] > 1],
-        [r["uncertainty_auroc"] for r in own if r["samples"] > 1],
-        marker="o", label="uncertainty against error, AUROC",
-    )  # fmt: skip
-    right.set(xlabel="samples S", ylim=(0, 1))
-    right.legend()
-    figure.tight_layout()
-    figure.savefig(picture, dpi=110)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("data", type=Path, nargs="?")
+    parser.add_argument("data", type=Path)
     parser.add_argument("--patients", type=Path)
     parser.add_argument("--part", default="validation")
     parser.add_argument("--weights", default=weights.DEFAULT)
     parser.add_argument("--output", type=Path, default=RESULTS)
-    parser.add_argument("--draw", nargs=2, type=Path, metavar=("JSON", "PNG"))
     options = parser.parse_args()
-    if options.draw:
-        draw(*options.draw)
-        return
-    if options.data is None:
-        parser.error("DATA is missing")
     detector = Detector.load(options.weights)
     parts = read_split(options.patients) if options.patients else {}
     cases = [

@@ -52,6 +52,31 @@ def test_tables_come_from_the_files_of_a_folder(tmp_path, capsys):
         assert expected in printed
 
 
+def test_pictures_are_drawn_from_the_newest_results(tmp_path, capsys):
+    from benchmarks import pictures
+
+    row = {"sampler": "ddim", "steps": 5, "samples": 5, "seconds": 1.0, "dice": 0.7, "uncertainty_auroc": 0.9}
+    quality = {"rows": [row, row | {"steps": 10}, row | {"samples": 2}], "default": row}
+    (tmp_path / "quality-b-2026-01-01.json").write_text(json.dumps(quality))
+    (tmp_path / "quality-a-2026-01-02.json").write_text(json.dumps(quality))
+    scaling = {
+        "32 slices, S = 5, N = 5": 3.0,
+        "S = 1": 1.0,
+        "N = 10": 5.0,
+        "8 slices": 1.0,
+        "batch = 4": 3.1,
+        "1 thread": 5.0,
+    }
+    volume = {"parts": {"read": 1.0, "whole, file to files": 4.0}, "scaling": scaling}
+    (tmp_path / "volume-x-2026-01-01.json").write_text(json.dumps(volume))
+    pictures.main([str(tmp_path), str(tmp_path)])
+    assert "from quality-a-2026-01-02.json" in capsys.readouterr().out
+    lines = [ax.lines[0].get_xdata().tolist() for ax in pictures.scaling(volume).axes[1:]]
+    assert lines == [[1, 5], [5, 10], [8, 32], [4]]
+    for name in ("quality.png", "volume.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
 def test_monai_and_diffusers_find_what_we_find(rng):
     """From the same x_T, their loops on the same networks give our probabilities."""
     pytest.importorskip("diffusers", reason="diffusers is not installed")
