@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from scipy import ndimage
 
 from ddmd.training.painting import HIGH, LOW, Augmentation, LesionPainter, PainterConfig
 
@@ -161,3 +162,41 @@ def test_intensity_changes_leave_masks_and_air_alone(head, rng, part):
         assert (planes[head[0] == LOW] == LOW).all()
         changed += not np.array_equal(planes, head[0])
     assert changed == 10
+
+
+def test_hard_lesions_are_no_brighter_than_their_surroundings_and_the_others_as_ever():
+    config = PainterConfig(kinds=(0.6, 0.4, 0.0), not_bright=1.0)
+    rng = np.random.default_rng(4)
+    planes = rng.normal(0, 0.2, (3, 1, 96, 96)).astype(np.float32)
+    brain = np.ones((96, 96), bool)
+    gains = {}
+    for hard in (False, True):
+        inside = []
+        for seed in range(40):
+            painted, mask = LesionPainter(config)(planes, brain, 1.0, 5.0, np.random.default_rng(seed), hard)
+            core = ndimage.binary_erosion(mask, iterations=7)
+            if core.sum() > 20:
+                inside.append(float(painted[1, 0][core].mean()))
+        assert len(inside) > 5
+        gains[hard] = inside
+    assert np.median(gains[False]) > 0.3
+    assert max(gains[True]) < 0.6
+    assert min(gains[True]) < -0.2
+    never = LesionPainter(PainterConfig(not_bright=0.0))
+    plain = LesionPainter(PainterConfig())(planes, brain, 1.0, 5.0, np.random.default_rng(1))
+    drawn = never(planes, brain, 1.0, 5.0, np.random.default_rng(1), False)
+    assert np.array_equal(plain[0], drawn[0])
+
+
+def test_small_lesions_can_keep_to_the_ventricles():
+    config = PainterConfig(kinds=(0.0, 0.0, 1.0), periventricular=1.0)
+    planes = np.zeros((3, 1, 128, 128), np.float32)
+    planes[:, 0, 56:72, 56:72] = -1.2
+    away = ndimage.distance_transform_edt(planes[1, 0] > -1)
+    for seed in range(10):
+        _, mask = LesionPainter(config)(
+            planes, np.ones((128, 128), bool), 1.0, 5.0, np.random.default_rng(seed)
+        )
+        if mask.any():
+            assert away[mask].min() <= 9
+            assert away[mask].max() <= 8 + 12

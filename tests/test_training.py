@@ -99,7 +99,11 @@ def test_a_killed_run_goes_on_to_the_same_weights(config, tmp_path, monkeypatch)
         patch.setattr(Stage, "_one", killed)
         with pytest.raises(KeyboardInterrupt):
             train(config, tmp_path / "cut")
+    kept = (tmp_path / "cut" / "pseudo_masks_1.npz").stat().st_mtime_ns
     resumed = load_file(train(config, tmp_path / "cut"))
+    assert (tmp_path / "cut" / "pseudo_masks_1.npz").stat().st_mtime_ns == kept, (
+        "pseudo-masks were made again"
+    )
     assert whole.keys() == resumed.keys()
     worst = max(float((whole[k].float() - resumed[k].float()).abs().max()) for k in whole)
     assert worst == 0, f"weights differ by {worst}"

@@ -56,6 +56,9 @@ class DenoiserStage:
         Shares of a batch: normal slices as they are, lesions painted on normal slices, lesions
         painted on positive slices beside what is there, and slices of B with their mask (pixel
         track) or pseudo-mask (image track; from the first round on, the others' shares until then).
+    hard_from : float
+        Share of the steps from which lesions are also painted that are no brighter than their
+        surroundings.
     use_inter, use_intra : bool
         Whether X and Y reach the network, for the ablations. Without both, no auto-encoder is trained.
     """
@@ -69,6 +72,7 @@ class DenoiserStage:
     painted: float = 0.35
     over: float = 0.18
     masked: float = 0.35
+    hard_from: float = 0.48
     use_inter: bool = True
     use_intra: bool = True
 

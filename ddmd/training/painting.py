@@ -27,6 +27,9 @@ class PainterConfig:
     displacement : largest shift, in mm, by which a large lesion pushes the tissue around it.
     periventricular : chance that small lesions keep to the surroundings of the ventricles.
     edge : half width of a lesion's soft edge, in mm.
+    not_bright : chance that, where the painter is asked for hard lesions, one that is not small is no
+        brighter than its surroundings: a bright rim around an interior like them, tissue whose texture
+        is effaced, or dark.
     """
 
     kinds: tuple[float, float, float] = (0.45, 0.25, 0.3)
@@ -42,6 +45,28 @@ class PainterConfig:
     displacement: float = 5.0
     periventricular: float = 0.4
     edge: tuple[float, float] = (0.5, 3.5)
+    not_bright: float = 0.4
+
+
+@dataclass(frozen=True)
+class _Look:
+    """A lesion that is not bright: level inside, how far it replaces the tissue, and its rim (width in mm)."""
+
+    level: float
+    replaced: float
+    rim: float = 0.0
+    rim_mm: float = 3.0
+
+    @classmethod
+    def drawn(cls, rng: Generator) -> _Look:
+        kind = rng.choice(3, p=(0.45, 0.35, 0.2))
+        if kind == 0:  # ring
+            level, replaced = rng.uniform(-0.35, 0.15), rng.uniform(0.4, 1.0)
+            return cls(level, replaced, rng.uniform(0.25, 1.1), rng.uniform(2.0, 6.0))
+        if kind == 1:  # effaced
+            return cls(rng.uniform(0.05, 0.35), rng.uniform(0.75, 1.0))
+        rim = rng.uniform(0.2, 0.8) if rng.random() < 0.5 else 0.0
+        return cls(-rng.uniform(0.2, 1.2), rng.uniform(0.3, 0.9), rim)
 
 
 def smooth_noise(shape: tuple[int, int], cell: float, rng: Generator) -> np.ndarray:
@@ -64,7 +89,13 @@ class LesionPainter:
         self.config = config or PainterConfig()
 
     def __call__(
-        self, planes: np.ndarray, brain: np.ndarray, spacing_mm: float, offset_mm: float, rng: Generator
+        self,
+        planes: np.ndarray,
+        brain: np.ndarray,
+        spacing_mm: float,
+        offset_mm: float,
+        rng: Generator,
+        hard: bool = False,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Paint one to twenty lesions.
 
@@ -77,6 +108,8 @@ class LesionPainter:
         spacing_mm, offset_mm : float
             Millimetres a pixel, and between planes.
         rng : Generator
+        hard : bool
+            Also lesions that are no brighter than their surroundings.
 
         Returns
         -------
@@ -93,6 +126,7 @@ class LesionPainter:
         count = (1, int(rng.integers(1, 4)), int(rng.integers(1, 16)))[kind]
         contrast = float(np.exp(rng.uniform(*np.log(c.contrast))))
         sign = -1.0 if rng.random() < c.dark else 1.0
+        look = _Look.drawn(rng) if hard and kind < 2 and rng.random() < c.not_bright else None
         if kind == 2 and rng.random() < c.periventricular:
             inside = self._beside_ventricles(planes, brain, spacing_mm, inside)
         for _ in range(count):
@@ -104,9 +138,9 @@ class LesionPainter:
             if body is None:
                 continue
             box, alphas = body
-            if kind == 0 and rng.random() < 0.4:
+            if (kind == 0 and rng.random() < 0.4) or look is not None:
                 self._push(planes, centre, radius, spacing_mm, rng)
-            self._fill(planes, box, alphas, level, kind, rng)
+            self._fill(planes, box, alphas, level, kind, spacing_mm, look, rng)
             middle = alphas[len(alphas) // 2]
             share[box] = np.maximum(share[box], middle)
         return np.clip(planes, LOW, HIGH), (share >= 0.5) & brain
@@ -165,6 +199,8 @@ class LesionPainter:
         alphas: np.ndarray,
         level: float,
         kind: int,
+        spacing_mm: float,
+        look: _Look | None,
         rng: Generator,
     ) -> None:
         c = self.config
@@ -175,6 +211,10 @@ class LesionPainter:
         if kind < 2 and level > 0:
             core = rng.uniform(0.4, 1.6) if rng.random() < c.core else 0.0
             rim = rng.uniform(0.1, 0.5) if rng.random() < c.rim else 0.0
+        rim_pixels = 3.0
+        if look is not None:
+            level, replaced, core = look.level, look.replaced, 0.0
+            rim, rim_pixels = look.rim / max(abs(level), 1e-3), look.rim_mm / spacing_mm
         middle = alphas[len(alphas) // 2]
         solid = middle >= 0.5
         deep = ndimage.distance_transform_edt(np.pad(solid, 1))[1:-1, 1:-1] if core or rim else middle
@@ -183,7 +223,7 @@ class LesionPainter:
         if core:
             profile -= core * abs(level) * np.clip((deep / deepest - rng.uniform(0.3, 0.6)) * 4, 0, 1)
         if rim:
-            profile += rim * abs(level) * ((deep > 0) & (deep < 3))
+            profile += rim * abs(level) * ((deep > 0) & (deep < rim_pixels))
         for channel in range(planes.shape[1]):
             own = planes[len(alphas) // 2, channel][box]
             around = float(np.median(own[solid])) if solid.any() else float(own.mean())

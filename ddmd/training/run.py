@@ -19,7 +19,7 @@ from ddmd.denoiser import ConditionNet, Denoiser
 from ddmd.diffusion import Schedule
 from ddmd.training.config import TrainConfig, read_config
 from ddmd.training.loop import Plan, Stage
-from ddmd.training.samples import Draw, Packed, pack
+from ddmd.training.samples import Draw, Packed, keep, pack, restore
 from ddmd.training.stages import AutoencoderLosses, DenoiserLosses, teach
 
 log = logging.getLogger("ddmd.training")
@@ -180,11 +180,20 @@ class _Run:
         losses.load_state_dict(stage.averaged())
 
     def _teach(self, losses: DenoiserLosses, stage: Stage, number: int) -> None:
-        """Pseudo-masks by the averaged weights; the weights in training stay as they are."""
+        """Pseudo-masks by the averaged weights; the weights in training stay as they are.
+
+        They are kept in the run's folder: a run that was killed goes on with those it had.
+        """
+        kept = self.out / f"pseudo_masks_{number}.npz"
+        if kept.exists():
+            restore(self.packed, kept)
+            return
         current = {k: v.clone() for k, v in losses.state_dict().items()}
         losses.load_state_dict(stage.averaged())
         told = teach(losses, self.packed, self.config.seed + number)
         losses.load_state_dict(current)
+        if self.accelerator.is_main_process:
+            keep(self.packed, kept)
         log.info("round %d of pseudo-masks at step %d: %s", number, stage.step, told)
 
     def _show(self, losses: DenoiserLosses, step: int) -> None:

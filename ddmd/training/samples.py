@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -76,6 +78,26 @@ def pack(cases: Sequence[Case], config: TrainConfig, read_masks: bool) -> list[P
             item.label = np.any(item.mask, axis=(1, 2)).astype(np.int8)
         packed.append(item)
     return packed
+
+
+def keep(packed: Sequence[Packed], path: Path) -> None:
+    """Write the masks and weights of all patients to one file, whole or not at all."""
+    arrays: dict[str, np.ndarray] = {}
+    for i, item in enumerate(packed):
+        if item.mask is not None and item.weight is not None:
+            arrays |= {f"mask{i}": item.mask.astype(bool), f"weight{i}": item.weight}
+    temporary = path.with_suffix(".partial.npz")
+    np.savez_compressed(temporary, **arrays)  # type: ignore[arg-type]
+    os.replace(temporary, path)
+
+
+def restore(packed: Sequence[Packed], path: Path) -> None:
+    """Give all patients the masks and weights that `keep` wrote."""
+    with np.load(path) as arrays:
+        for i, item in enumerate(packed):
+            there = f"mask{i}" in arrays
+            item.mask = arrays[f"mask{i}"].astype(np.float16) if there else None
+            item.weight = arrays[f"weight{i}"] if there else None
 
 
 def _cropped(arrays: Sequence[np.ndarray], fills: Sequence[float], size: int, at: tuple[int, int]) -> list:
@@ -163,10 +185,11 @@ class Draw(Dataset):
         shares = np.where(there, shares, 0.0)
         how = list(kinds)[rng.choice(len(kinds), p=shares / shares.sum())]
         item, z = self._pick(kinds[how], rng)
-        return self._finish(item, z, how, context, rng)
+        hard = i >= stage_config.hard_from * stage_config.steps * stage_config.batch
+        return self._finish(item, z, how, context, rng, hard)
 
     def _finish(
-        self, item: Packed, z: int, how: str, context: int, rng: np.random.Generator
+        self, item: Packed, z: int, how: str, context: int, rng: np.random.Generator, hard: bool = False
     ) -> dict[str, torch.Tensor]:
         planes, brain = item.planes(z, context), item.brain[z]
         mask = np.zeros(brain.shape, np.float32)
@@ -176,7 +199,7 @@ class Draw(Dataset):
         elif how in ("masked", "painted over") and item.mask is not None and item.weight is not None:
             mask, weight = item.mask[z].astype(np.float32), item.weight[z].astype(np.float32)
         if how.startswith("painted"):
-            planes, painted = self.painter(planes, brain, self.config.mm, item.offset_mm, rng)
+            planes, painted = self.painter(planes, brain, self.config.mm, item.offset_mm, rng, hard)
             if how == "painted over" and painted.any():
                 around = ndimage.binary_dilation(painted, iterations=RIM) & (mask == 0)
                 weight[around] = np.maximum(weight[around], 0.3)
