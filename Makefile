@@ -28,13 +28,14 @@ $(VENV)/demo.stamp: $(VENV)/torch.stamp $(SOURCES)
 	@$(PIP) install "$(TORCH)" -e ".[phantom]"
 	@touch $@
 
-$(VENV)/test.stamp: $(VENV)/demo.stamp
-	@echo "installing what the tests need"
+# more than the demo needs, so that nothing is built twice
+$(VENV)/test.stamp: $(VENV)/torch.stamp $(SOURCES)
+	@echo "building and installing ddmd and what its tests need"
 	@$(PIP) install "$(TORCH)" -e ".[test]" cmake ninja
-	@touch $@
+	@touch $(VENV)/demo.stamp $@
 
 $(VENV)/lint.stamp: $(VENV)/test.stamp
-	@$(PIP) install "$(TORCH)" -e ".[lint]"
+	@$(PIP) install $$($(BIN)/python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['lint'])")
 	@touch $@
 
 demo: $(VENV)/demo.stamp
