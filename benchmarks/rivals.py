@@ -51,9 +51,7 @@ def with_torchs_ops(system: System, dtype: torch.dtype) -> System:
 
 def condition(system: System, planes: Tensor) -> Condition:
     """X, Y and what follows from them, in eager torch."""
-    channels = len(system.description.sequences)
-    middle = planes.shape[1] // 2 - channels // 2
-    b = planes[:, middle : middle + channels].contiguous(memory_format=torch.channels_last)
+    b = ensemble.middle_slice(system, planes).contiguous(memory_format=torch.channels_last)
     a, mixed = system.autoencoders_a(b), system.autoencoders_b(b)
     mu = a.mean(0)
     inter = (mixed.mean(0) - mu).abs().mean(1, keepdim=True)
@@ -134,7 +132,8 @@ def compare(
     """
     config = dataclasses.replace(config, sampler="ddim", eta=0.0)
     device = system.device
-    planes = slices.planes(system.condition.config.context).to(device)
+    seen = system.condition.config
+    planes = slices.planes(seen.context, seen.mirrored).to(device)
     batch = config.batch or ensemble.fitting(system, *planes.shape[2:])
     index, seed = slices.index.to(device), torch.tensor(config.seed, device=device)
     wanted = ensemble.detect_slices(system, slices, config).probability

@@ -35,17 +35,21 @@ class DenoiserConfig:
         Channels of the U-Net at 1/2, 1/4, 1/8 and 1/16 of the grid.
     noise_width : int
         Channels of the denoiser at 1/4 of the grid; twice as many at 1/8.
+    mirrored : bool
+        Whether the slice's left-right mirror image is seen beside it: what the two sides do not share
+        shows at once.
     """
 
     sequences: int = 1
     context: int = 1
     widths: tuple[int, ...] = (32, 64, 96, 128)
     noise_width: int = 32
+    mirrored: bool = False
 
     @property
     def inputs(self) -> int:
-        """Planes of the condition: every sequence of every slice seen, X and Y."""
-        return self.sequences * (2 * self.context + 1) + 2
+        """Planes of the condition: every sequence of every slice seen, its mirror image, X and Y."""
+        return self.sequences * (2 * self.context + 1 + self.mirrored) + 2
 
 
 def _groups(channels: int) -> int:

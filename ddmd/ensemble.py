@@ -42,9 +42,9 @@ def discrepancies(system: System, b: Tensor) -> tuple[Tensor, Tensor]:
 
 def middle_slice(system: System, planes: Tensor) -> Tensor:
     """Of slices with neighbours (Z, P C, H, W), the slices b themselves (Z, C, H, W)."""
-    channels = len(system.description.sequences)
-    first = planes.shape[1] // 2 - channels // 2
-    return planes[:, first : first + channels]
+    seen = system.condition.config
+    first = seen.context * seen.sequences
+    return planes[:, first : first + seen.sequences]
 
 
 def reconstruction_error(system: System, b: Tensor) -> Tensor:
@@ -98,7 +98,8 @@ def detect_slices(
     count, device = len(slices), system.device
     shape = (count, 1, *slices.image.shape[2:])
     maps = Maps(*(torch.zeros(shape) for _ in range(4)))
-    planes = slices.planes(system.condition.config.context)
+    seen = system.condition.config
+    planes = slices.planes(seen.context, seen.mirrored)
     sampling = sampling_of(system, config)
     batch = config.batch or fitting(system, *slices.image.shape[2:])
     first = 0

@@ -47,9 +47,13 @@ class Slices:
     def __len__(self) -> int:
         return int(self.image.shape[0])
 
-    def planes(self, context: int) -> Tensor:
-        """(Z, C (2 context + 1), H, W): each slice after its neighbours below and before those above."""
-        return torch.cat([self.image[i] for i in neighbours(len(self), self.offset, context)], 1)
+    def planes(self, context: int, mirrored: bool = False) -> Tensor:
+        """(Z, C (2 context + 1 + mirrored), H, W): each slice after its neighbours below, before those above.
+
+        Its left-right mirror image comes last where it is asked for.
+        """
+        seen = [self.image[i] for i in neighbours(len(self), self.offset, context)]
+        return torch.cat([*seen, self.image.flip(-1)] if mirrored else seen, 1)
 
     def restore(self, maps: Tensor, background: float = 0.0) -> np.ndarray:
         """Maps (Z, 1, H, W) -> float32 (X, Y, Z) on the volume's canonical grid."""

@@ -182,12 +182,15 @@ def describe(path: Path) -> Description:
 
 
 def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """What to compute in. "auto" is bfloat16 on a GPU and on a CPU with AMX tiles, else float32.
+    """What to compute in. "auto" is bfloat16 on a GPU and on a CPU that multiplies it, else float32.
 
-    Without AMX bfloat16 convolutions take longer than float32 ones (measured: 127 against 250 GFLOP/s).
+    Convolutions of 32 to 96 channels, two threads: 375 against 205 GFLOP/s with AVX512_BF16; without it
+    and without AMX 127 against 250.
     """
     if precision == "auto":
-        fast = device.type == "cuda" or torch.cpu._is_amx_tile_supported()
+        fast = (
+            device.type == "cuda" or torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+        )
         return torch.bfloat16 if fast else torch.float32
     if precision not in PRECISIONS:
         raise ValueError(f"precision is {precision!r}; allowed are auto, {', '.join(PRECISIONS)}")

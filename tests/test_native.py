@@ -79,13 +79,13 @@ def test_group_norm_silu_forward_and_backward(dtype, layout, shape, groups):
         assert ours[0].stride() == wanted[0].stride()
         for a, r in zip(ours, wanted, strict=True):
             assert_close(a, r, dtype)
-        grads = native.group_norm_silu_backward(grad, x, groups, w, b, *extra[:2], *wanted[1:])
-        for a, r in zip(
-            grads,
-            reference.group_norm_silu_backward(grad, x, groups, w, b, *extra[:2], *wanted[1:]),
-            strict=True,
-        ):
-            assert_close(a / n, r / n, dtype)
+        args = (grad, x, groups, w, b, *extra[:2], *wanted[1:])
+        grads, wanted = native.group_norm_silu_backward(*args), reference.group_norm_silu_backward(*args)
+        assert_close(grads[0], wanted[0], dtype)
+        # sums over images and pixels err, in float32 on both sides, with their terms rather than with themselves
+        size = n * x[0, 0].numel() ** 0.5
+        for a, r in zip(grads[1:], wanted[1:], strict=True):
+            assert_close(a / size, r / size, dtype)
 
 
 def test_group_norm_keeps_its_precision_under_a_large_mean():

@@ -18,7 +18,7 @@ from ddmd.discrepancy import heterogeneous_loss, homogeneous_loss
 from ddmd.training import train
 from ddmd.training.config import AutoencoderStage, DataEntry, DenoiserStage, TrainConfig, read_config
 from ddmd.training.loop import DivergedError, Plan, Stage, learning_rate
-from ddmd.training.stages import pseudo_mask, soft_dice
+from ddmd.training.stages import soft_dice
 from tests.volumes import write_slices
 
 pytest.importorskip("accelerate", reason="the extra ddmd[train] is not installed")
@@ -30,7 +30,7 @@ def config(tmp_path, rng) -> TrainConfig:
         data=(DataEntry(str(write_slices(tmp_path / "set", rng, 4, garbage_masks=True))),),
         name="tiny", size=64, test=0.25, validation=0.0, workers=0,
         autoencoder=AutoencoderConfig(members=2, width=4, code=2),
-        denoiser=DenoiserConfig(widths=(8, 8, 8, 8), noise_width=8),
+        denoiser=DenoiserConfig(widths=(8, 8, 8, 8), noise_width=8, mirrored=True),
         autoencoder_stage=AutoencoderStage(steps=3, batch=4),
         denoiser_stage=DenoiserStage(steps=4, batch=2, rounds=(0.5,)),
     )  # fmt: skip
@@ -83,6 +83,25 @@ def test_pixel_track_takes_labels_from_the_masks(tmp_path, rng):
     assert (blind.label == -1).all()
     assert blind.mask is None
     assert (told.label == told.mask.any(axis=(1, 2))).all()
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_weights_and_losses_stay_float32_whatever_convolutions_compute_in(
+    config, tmp_path, monkeypatch, precision
+):
+    seen = set()
+    conv = torch.nn.functional.conv2d
+
+    def watched(x, weight, *args):
+        out = conv(x, weight, *args)
+        seen.add(out.dtype)
+        return out
+
+    monkeypatch.setattr(torch.nn.Conv2d, "_conv_forward", lambda self, x, w, b: watched(x, w, b, self.stride, self.padding, self.dilation, self.groups))  # fmt: skip
+    train(dataclasses.replace(config, precision=precision), tmp_path / "run")
+    assert seen == {weights.PRECISIONS[precision]}
+    held = load_file(tmp_path / "run" / "denoiser.checkpoint.safetensors")
+    assert {v.dtype for k, v in held.items() if k.startswith(("model.", "ema."))} == {torch.float32}
 
 
 def test_a_killed_run_goes_on_to_the_same_weights(config, tmp_path, monkeypatch):
@@ -207,21 +226,6 @@ def test_members_never_mix():
     other = ensemble.decode(ensemble.encode(changed))
     assert torch.equal(whole[[0, 2]], other[[0, 2]])
     assert not torch.equal(whole[1], other[1])
-
-
-def test_pseudo_masks_follow_the_rule():
-    probability = np.zeros((20, 20), np.float32)
-    probability[5:12, 5:12] = 0.4
-    probability[15, 15] = 0.39
-    mask, weight = pseudo_mask(probability, np.zeros_like(probability))
-    assert mask.sum() == pytest.approx(49, abs=12), (
-        "half of the peak is the threshold; lone pixels are opened away"
-    )
-    assert not mask[15, 15]
-    assert 0 <= weight.min() <= weight.max() <= 1
-    assert pseudo_mask(probability * 0.3, probability) is None
-    unsure = np.full_like(probability, 0.5)
-    assert pseudo_mask(probability, unsure)[1].mean() < weight.mean()
 
 
 def test_learning_rate_rises_then_falls():

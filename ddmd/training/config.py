@@ -81,6 +81,8 @@ class DenoiserStage:
 class TrainConfig:
     """Everything `ddmd train` needs. A patient named in `holdout` is never trained on.
 
+    precision is "float32", "bfloat16" (convolutions only), or what is faster on the device.
+
     system is "ddmd", or one of the systems beside it: "supervised", the condition network alone, and
     "anomaly", the auto-encoders of normal slices alone.
     """
@@ -99,6 +101,7 @@ class TrainConfig:
     licence: str = ""
     workers: int = 1
     checkpoint_minutes: float = 2.0
+    precision: str = "auto"
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
     autoencoder_stage: AutoencoderStage = field(default_factory=AutoencoderStage)

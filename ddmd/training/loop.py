@@ -27,7 +27,10 @@ class DivergedError(RuntimeError):
 
 @dataclass(frozen=True)
 class Plan:
-    """One stage: its name (of the checkpoint), steps, global batch, learning rate and EMA decay."""
+    """One stage: its name (of the checkpoint), steps, global batch, learning rate and EMA decay.
+
+    dtype is what convolutions and products compute in; weights, their averages and losses are float32.
+    """
 
     name: str
     steps: int
@@ -36,6 +39,7 @@ class Plan:
     ema: float = 0.0
     workers: int = 1
     checkpoint_minutes: float = 2.0
+    dtype: torch.dtype = torch.float32
 
 
 def learning_rate(step: int, plan: Plan) -> float:
@@ -72,6 +76,11 @@ class Stage:
         self.path = folder / f"{plan.name}.checkpoint.safetensors"
         if self.path.exists():
             self._resume()
+
+    def autocast(self) -> torch.autocast:
+        """Compute in the plan's dtype where it is safe."""
+        kind = self.accelerator.device.type
+        return torch.autocast(kind, self.plan.dtype, enabled=self.plan.dtype != torch.float32)
 
     @property
     def finished(self) -> bool:
@@ -144,7 +153,8 @@ class Stage:
         batch = {k: v.to(self.accelerator.device) for k, v in batch.items()}
         # noise of the step depends on the step and rank alone, so that a resumed run repeats it
         torch.manual_seed(self.step * self.accelerator.num_processes + self.accelerator.process_index)
-        losses = model(batch, self.step)
+        with self.autocast():
+            losses = model(batch, self.step)
         total = torch.stack([v.float() for v in losses.values()]).sum()
         if not bool(torch.isfinite(total)):
             where = self.folder / f"{self.plan.name}.diverged.safetensors"

@@ -19,8 +19,10 @@ from ddmd.denoiser import ConditionNet, Denoiser
 from ddmd.diffusion import Schedule
 from ddmd.training.config import TrainConfig, read_config
 from ddmd.training.loop import Plan, Stage
+from ddmd.training.pseudo_masks import teach
 from ddmd.training.samples import Draw, Packed, keep, pack, restore
-from ddmd.training.stages import AutoencoderLosses, DenoiserLosses, teach
+from ddmd.training.stages import AutoencoderLosses, DenoiserLosses
+from ddmd.weights import pick_dtype
 
 log = logging.getLogger("ddmd.training")
 LOG_EVERY = 50  # steps between TensorBoard points
@@ -107,6 +109,7 @@ class _Run:
 
     def __init__(self, config: TrainConfig, out: Path, accelerator: Any, packed: list[Packed]) -> None:
         self.config, self.out, self.accelerator, self.packed = config, out, accelerator, packed
+        self.dtype = pick_dtype(config.precision, accelerator.device)
         torch.manual_seed(config.seed)
         self.autoencoders = {
             "a": AutoencoderEnsemble(config.autoencoder),
@@ -137,7 +140,9 @@ class _Run:
         return Draw(self.packed, self.config, kind, weights, count)
 
     def _stage(self, name: str, losses: nn.Module, steps: int, batch: int, rate: float, ema: float) -> Stage:
-        plan = Plan(name, steps, batch, rate, ema, self.config.workers, self.config.checkpoint_minutes)
+        plan = Plan(
+            name, steps, batch, rate, ema, self.config.workers, self.config.checkpoint_minutes, self.dtype
+        )
         return Stage(losses, plan, self.out, self.accelerator)
 
     def _logger(self, name: str) -> Callable[[int, dict[str, float]], None]:
@@ -176,7 +181,8 @@ class _Run:
                 self._teach(losses, stage, number)
             if not stage.finished:
                 stage.run(self._draw("lesions", plan.steps * plan.batch), edge, self._logger("denoiser"))
-            self._show(losses, stage.step)
+            with stage.autocast():
+                self._show(losses, stage.step)
         losses.load_state_dict(stage.averaged())
 
     def _teach(self, losses: DenoiserLosses, stage: Stage, number: int) -> None:
@@ -190,7 +196,8 @@ class _Run:
             return
         current = {k: v.clone() for k, v in losses.state_dict().items()}
         losses.load_state_dict(stage.averaged())
-        told = teach(losses, self.packed, self.config.seed + number)
+        with stage.autocast():
+            told = teach(losses, self.packed, self.config.seed + number)
         losses.load_state_dict(current)
         if self.accelerator.is_main_process:
             keep(self.packed, kept)
@@ -206,6 +213,6 @@ class _Run:
         losses.eval()
         drawn = losses.draw(image, self.config.seed).mean(0)
         losses.train()
-        middle = image.shape[1] // 2
+        middle = self.config.denoiser.context * self.config.denoiser.sequences
         shown = torch.cat(((image[:, middle : middle + 1] + 2) / 5, mask, drawn), 3).clamp(0, 1)
         self.writer.add_images("denoiser/image, mask, draw", shown, step)

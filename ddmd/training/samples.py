@@ -14,13 +14,14 @@ from torch.utils.data import Dataset
 
 from ddmd import slices
 from ddmd.data.datasets import Case
+from ddmd.denoiser import DenoiserConfig
 from ddmd.training.config import TrainConfig
 from ddmd.training.painting import Augmentation, LesionPainter
 
 AIR = slices.BACKGROUND * slices.INTENSITY_SCALE
 NEAR_MM = 25.0  # normal slices this far from a positive one are half as likely to be painted on
 STRIPPED = 0.25  # chance that what is outside the brain is taken away, with a rim of it or with more
-UNTOLD = 0.1  # trust in "no lesion here" on a positive slice of which no more than its label is known
+UNTOLD = 0.03  # trust in "no lesion here" on a positive slice of which no more than its label is known
 RIM = 6  # pixels around a painted lesion that are likely to be normal
 
 
@@ -55,6 +56,12 @@ class Packed:
         last = len(self.image) - 1
         around = [min(max(z + i * self.offset, 0), last) for i in range(-context, context + 1)]
         return self.image[around].astype(np.float32)
+
+
+def with_mirror(planes: np.ndarray, seen: DenoiserConfig) -> np.ndarray:
+    """Planes (P, C, H, W), followed by the middle one's mirror image where the network sees it."""
+    middle = planes[seen.context : seen.context + 1]
+    return np.concatenate((planes, middle[..., ::-1])) if seen.mirrored else planes
 
 
 def pack(cases: Sequence[Case], config: TrainConfig, read_masks: bool) -> list[Packed]:
@@ -209,6 +216,8 @@ class Draw(Dataset):
             kept = kept > rng.uniform(-3.0, 4.0)
             planes = np.where(kept, planes, np.float32(AIR))
             mask = mask * kept
+        if self.kind == "lesions":
+            planes = with_mirror(planes, self.config.denoiser)
         size = self.config.size
         at = (_start(brain.shape[0], size, rng), _start(brain.shape[1], size, rng))
         planes, mask, weight = _cropped((planes, mask, weight), (AIR, 0.0, 1.0), size, at)
