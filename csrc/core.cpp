@@ -12,6 +12,7 @@ extern const Kernels kernels_baseline;
 #ifdef DDMD_X86
 extern const Kernels kernels_avx2;
 extern const Kernels kernels_avx512;
+extern const Kernels kernels_avx512bf16;
 #endif
 
 namespace {
@@ -25,8 +26,10 @@ std::vector<const Kernels *> sets() {
   std::vector<const Kernels *> found;
 #ifdef DDMD_X86
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512cd"))
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512cd")) {
+    if (__builtin_cpu_supports("avx512bf16")) found.push_back(&kernels_avx512bf16);
     found.push_back(&kernels_avx512);
+  }
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2") &&
       __builtin_cpu_supports("f16c"))
     found.push_back(&kernels_avx2);

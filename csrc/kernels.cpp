@@ -562,6 +562,65 @@ inline void over_rows(const Norm &n, int64_t image, int64_t first, int64_t count
     for (int64_t c = 0; c < n.channels; ++c) row((image * n.channels + c) * n.pixels + first, count, c);
 }
 
+// One row of silu(gain x + offset) + residual, channels last; residual may be null.
+template <class T>
+inline void apply_row(const T *x, const T *residual, T *y, const float *gain, const float *offset, int64_t length) {
+  if (residual != nullptr) {
+#pragma GCC ivdep
+    for (int64_t i = 0; i < length; ++i) {
+      const float v = gain[i] * wide(x[i]) + offset[i];
+      y[i] = narrow_computed<T>(v * sigmoid<kExact<T>>(v) + wide(residual[i]));
+    }
+  } else {
+#pragma GCC ivdep
+    for (int64_t i = 0; i < length; ++i) {
+      const float v = gain[i] * wide(x[i]) + offset[i];
+      y[i] = narrow_computed<T>(v * sigmoid<kExact<T>>(v));
+    }
+  }
+}
+
+#if defined(__AVX512F__)
+// bfloat16 by the instructions made for it: 2^t = 2^floor(t) p(t - floor(t)) and a reciprocal to 14 bits,
+// together off by at most 2e-4 of the result.
+inline __m512 silu(__m512 v) {
+  const __m512 t = v * _mm512_set1_ps(-1.44269504f);
+  const __m512 r = _mm512_reduce_ps(t, 0x09);  // t - floor(t)
+  __m512 p = _mm512_set1_ps(7.8023694e-2f);
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(2.26066759e-1f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(6.9583454e-1f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(9.99925024e-1f));
+  return v * _mm512_rcp14_ps(_mm512_set1_ps(1.0f) + _mm512_scalef_ps(p, t));
+}
+
+inline __m512 load(const BFloat16 *from, __mmask16 which) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(which, from)), 16));
+}
+
+inline void store(BFloat16 *to, __m512 x, __mmask16 which) {
+#if defined(__AVX512BF16__)
+  _mm256_mask_storeu_epi16(to, which, (__m256i)_mm512_cvtneps_pbh(x));
+#else
+  const __m512i u = _mm512_castps_si512(x);  // as narrow_computed
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7fff)), odd);
+  _mm256_mask_storeu_epi16(to, which, _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
+#endif
+}
+
+template <>
+inline void apply_row<BFloat16>(const BFloat16 *x, const BFloat16 *residual, BFloat16 *y, const float *gain,
+                                const float *offset, int64_t length) {
+  for (int64_t i = 0; i < length; i += 16) {
+    const __mmask16 which = length - i < 16 ? static_cast<__mmask16>((1u << (length - i)) - 1) : 0xffff;
+    const __m512 g = _mm512_maskz_loadu_ps(which, gain + i), o = _mm512_maskz_loadu_ps(which, offset + i);
+    __m512 v = silu(_mm512_fmadd_ps(g, load(x + i, which), o));
+    if (residual != nullptr) v = v + load(residual + i, which);
+    store(y + i, v, which);
+  }
+}
+#endif
+
 void norm_apply(const Norm &n, int64_t begin, int64_t end) {
   with_type(n.type, [&](auto zero) {
     using T = decltype(zero);
@@ -572,21 +631,11 @@ void norm_apply(const Norm &n, int64_t begin, int64_t end) {
         const T *x = static_cast<const T *>(n.x) + at;
         const T *residual = static_cast<const T *>(n.residual) + (n.residual ? at : 0);
         T *y = static_cast<T *>(n.y) + at;
-        const bool add = n.residual != nullptr;
-        if (c < 0 && add) {
-#pragma GCC ivdep
-          for (int64_t i = 0; i < length; ++i) {
-            const float v = gain[i] * wide(x[i]) + offset[i];
-            y[i] = narrow_computed<T>(v * sigmoid<kExact<T>>(v) + wide(residual[i]));
-          }
-        } else if (c < 0) {
-#pragma GCC ivdep
-          for (int64_t i = 0; i < length; ++i) {
-            const float v = gain[i] * wide(x[i]) + offset[i];
-            y[i] = narrow_computed<T>(v * sigmoid<kExact<T>>(v));
-          }
+        if (c < 0) {
+          apply_row(x, n.residual ? residual : nullptr, y, gain, offset, length);
         } else {
           const float a = gain[c], b = offset[c];
+          const bool add = n.residual != nullptr;
 #pragma GCC ivdep
           for (int64_t i = 0; i < length; ++i) {
             const float v = a * wide(x[i]) + b;
