@@ -189,7 +189,9 @@ def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
     """
     if precision == "auto":
         fast = (
-            device.type == "cuda" or torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+            device.type == "cuda"
+            or torch.cpu._is_amx_tile_supported()
+            or torch.cpu._is_avx512_bf16_supported()
         )
         return torch.bfloat16 if fast else torch.float32
     if precision not in PRECISIONS:

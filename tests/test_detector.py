@@ -251,7 +251,7 @@ def test_the_picture_is_a_png_of_some_size(detector, volume, tmp_path):
 def test_saved_weights_load_as_they_were(tmp_path, volume):
     system = tiny_system()
     weights.save(system, tmp_path / "tiny.safetensors", torch.float32)
-    loaded = Detector.load(tmp_path / "tiny.safetensors", "cpu")
+    loaded = Detector.load(tmp_path / "tiny.safetensors", "cpu", "float32")
     one, other = _detect(Detector(system), volume), _detect(loaded, volume)
     assert np.array_equal(_data(one.probability), _data(other.probability))
 
@@ -350,3 +350,15 @@ def test_samplers_are_those_of_diffusers():
         other = theirs.step(output, t, other, eta=0.0, use_clipped_model_output=True).prev_sample
         ops.denoise_step(ours, output, table, torch.tensor(i), *at)
         assert (ours - other).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize(("amx", "avx512", "wanted"), [
+    (True, False, torch.bfloat16), (False, True, torch.bfloat16), (False, False, torch.float32),
+])  # fmt: skip
+def test_precision_is_what_the_processor_multiplies(monkeypatch, amx, avx512, wanted):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
+    assert weights.pick_dtype("auto", torch.device("cpu")) is wanted
+    assert weights.pick_dtype("float32", torch.device("cpu")) is torch.float32
+    with pytest.raises(ValueError, match="precision is 'half'; allowed are auto, float32, bfloat16"):
+        weights.pick_dtype("half", torch.device("cpu"))

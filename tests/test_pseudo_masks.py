@@ -31,9 +31,11 @@ def test_a_mask_that_covers_a_part_grows_to_the_edge_and_one_that_spills_shrinks
 
 
 def test_growth_stays_near_the_mask_and_in_the_brain(scan):
-    image, _, brain = scan
+    brain = scan[2]
     start = disc(brain.shape, (40, 52), 6)
-    other = disc(brain.shape, (40, 52), 6 + 2 * GROWTH + 6)  # brighter tissue ends beyond what two steps reach
+    other = disc(
+        brain.shape, (40, 52), 6 + 2 * GROWTH + 6
+    )  # brighter tissue ends beyond what two steps reach
     mask = grown(start, np.where(other, 1.0, 0.0).astype(np.float32), brain)
     y, x = np.nonzero(mask)
     assert np.hypot(y - 40, x - 52).max() <= 6 + 2 * GROWTH + 2
@@ -49,7 +51,9 @@ def test_a_lesion_without_contrast_keeps_the_teachers_edge(scan):
 def test_bodies_only_on_positive_slices_and_where_something_is_probable(scan):
     _, lesion, _ = scan
     levels = np.array([0.4, 0.4, 0.1, 0.4, 0.0, 0.0, 0.1], np.float32)
-    large, small = bodies(levels[:, None, None] * lesion, np.array([False, True, True, True, True, True, True]))
+    large, small = bodies(
+        levels[:, None, None] * lesion, np.array([False, True, True, True, True, True, True])
+    )
     assert large.any(axis=(1, 2)).tolist() == [False, True, True, True, False, False, False], (
         "not on a negative slice; where it is faint between two others; not where it is faint alone"
     )

@@ -37,7 +37,7 @@ def test_the_condition_once_is_the_plain_network(slices, sampler, eta):
     system = tiny_system()
     config = SamplingConfig(samples=3, steps=4, sampler=sampler, eta=eta, seed=5)
     z = len(slices)
-    planes = slices.planes(system.condition.config.context).repeat(config.samples, 1, 1, 1)
+    planes = slices.planes(1, mirrored=True).repeat(config.samples, 1, 1, 1)
     index = slices.index.repeat(config.samples)
     sample = torch.arange(config.samples).repeat_interleave(z)
     seed = torch.tensor(config.seed)
@@ -128,7 +128,7 @@ def test_every_second_sample_is_drawn_on_the_mirror_image(slices):
         sampling, index, drawn = sampling_of(system, plain), slices.index, []
         for sample in range(4):
             own = (slices, flipped)[sample % 2]
-            condition, _, _ = ensemble.condition_on(system, own.planes(1))
+            condition, _, _ = ensemble.condition_on(system, own.planes(1, mirrored=True))
             mask = sampling.draw(condition, index, torch.tensor(sample))
             drawn.append(mask.flip(-1) if sample % 2 else mask)
     maps = ensemble.detect_slices(system, slices, replace(plain, mirror=True))
@@ -151,7 +151,7 @@ def test_a_sampling_is_made_once_a_configuration_and_system():
 def test_the_graph_draws_what_the_loop_draws(slices, sampler, eta, dtype, device):
     system = to_device(tiny_system(), device, dtype)
     sampling = sampling_of(system, SamplingConfig(steps=4, sampler=sampler, eta=eta))
-    planes, index = slices.planes(1).to(device), slices.index.to(device)
+    planes, index = slices.planes(1, mirrored=True).to(device), slices.index.to(device)
     with torch.inference_mode():
         for part in (slice(0, 4), slice(1, 5), slice(0, 2)):
             condition, _, _ = ensemble.condition_on(system, planes[part])
@@ -171,3 +171,32 @@ def test_the_graph_draws_what_the_loop_draws(slices, sampler, eta, dtype, device
             condition, _, _ = ensemble.condition_on(system, planes[:1].repeat(rows, 1, 1, 1))
             sampling.bind(condition, index[:1].repeat(rows))
         assert len(sampling.captured) == GRAPHS
+
+
+def test_the_networks_see_a_slice_between_its_neighbours_and_its_mirror_image(slices):
+    system = tiny_system()
+    planes = slices.planes(1, mirrored=True)
+    assert planes.shape[1] == system.condition.config.inputs - 2
+    assert torch.equal(planes[:, 1:2], slices.image)
+    assert torch.equal(ensemble.middle_slice(system, planes), slices.image)
+    assert torch.equal(planes[2, 0], slices.image[2 - slices.offset, 0])
+    assert torch.equal(planes[:, 3:], slices.image.flip(-1))
+    flipped = replace(slices, image=slices.image.flip(-1)).planes(1, mirrored=True)
+    assert torch.equal(planes.flip(-1), flipped), "mirroring everything is seeing the mirrored head"
+
+
+def test_training_and_detection_see_the_same_planes(slices):
+    import numpy as np
+
+    from ddmd.data.datasets import Case
+    from ddmd.training.samples import Packed, with_mirror
+
+    system = tiny_system()
+    item = Packed(
+        case=Case("p", "p", "s", {}), image=slices.image.numpy(), brain=slices.brain[:, 0].numpy(),
+        label=np.zeros(len(slices), np.int8), offset=slices.offset, offset_mm=1.0,
+    )  # fmt: skip
+    seen = system.condition.config
+    trained = np.stack([with_mirror(item.planes(z, seen.context), seen) for z in range(len(slices))])
+    detected = slices.planes(seen.context, seen.mirrored)
+    assert torch.equal(torch.from_numpy(trained).flatten(1, 2), detected)

@@ -39,7 +39,7 @@ def tiny_system(seed: int = 0, sequences: tuple[str, ...] = ("flair",)) -> weigh
     torch.manual_seed(seed)
     count = len(sequences)
     autoencoder = AutoencoderConfig(count, members=2, width=4, code=2)
-    denoiser = DenoiserConfig(count, 1, (8, 8, 8, 8), 8)
+    denoiser = DenoiserConfig(count, 1, (8, 8, 8, 8), 8, mirrored=True)
     description = weights.Description(
         name="tiny",
         sequences=sequences,
