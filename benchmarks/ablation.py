@@ -1,8 +1,9 @@
 """What each part of the method brings: the same training without it, the same patients, one table.
 
 `python -m benchmarks.ablation [CONFIG] -o RUNS [--only NAME ...]` trains, chooses each system's threshold on
-validation patients, evaluates on test patients and writes benchmarks/results/ablation-DATE.json. A run that was
-killed goes on.
+validation patients, evaluates on test patients and writes benchmarks/results/ablation-DATE.json of all that are
+finished in RUNS. A run that was killed goes on. Variants that differ in the denoiser alone share the
+auto-encoders of the whole.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,8 @@ def variants(config: TrainConfig) -> dict[str, TrainConfig]:
     def encoders(**changed: Any) -> TrainConfig:
         return replace(config, autoencoder_stage=replace(config.autoencoder_stage, **changed))
 
+    seen = replace(config, denoiser=replace(config.denoiser, mirrored=not config.denoiser.mirrored))
+
     def denoiser(**changed: Any) -> TrainConfig:
         return replace(config, denoiser_stage=replace(config.denoiser_stage, **changed))
 
@@ -40,6 +44,7 @@ def variants(config: TrainConfig) -> dict[str, TrainConfig]:
         "without L_hetero": encoders(heterogeneous=0.0),
         "without X and Y": denoiser(use_inter=False, use_intra=False),
         "without pseudo-masks": denoiser(rounds=(), masked=0.0),
+        f"{'without' if config.denoiser.mirrored else 'with'} the mirror image": seen,
         "without diffusion": replace(config, system="supervised"),
         "anomaly detection": replace(config, system="anomaly"),
         "pixel labels": replace(config, labels="pixel"),
@@ -49,11 +54,23 @@ def variants(config: TrainConfig) -> dict[str, TrainConfig]:
     }
 
 
+def borrow(config: TrainConfig, whole: TrainConfig, folder: Path, lender: Path) -> None:
+    """Copy the auto-encoders that the whole was trained with, where this variant's would be the same."""
+    if config.autoencoder_stage != whole.autoencoder_stage or config.labels != whole.labels:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in lender.glob("autoencoders_?.checkpoint.safetensors"):
+        if not (folder / path.name).exists():
+            shutil.copy(path, folder)
+
+
 def measure(name: str, config: TrainConfig, folder: Path) -> list[dict[str, Any]]:
-    """Figures of one variant; of the whole, also with one sample."""
-    path = train(config, folder)
+    """Figures of one variant; of the whole, also with one sample. They are kept in its folder."""
+    kept = folder / "figures.json"
+    if kept.exists():
+        return json.loads(kept.read_text())
+    path, rows = train(config, folder), []
     threshold = choose(folder, path)
-    rows = []
     for samples in (None, 1) if name == "whole" else (None,):
         report = evaluate(
             config.data[0].root, weights=str(path), split=folder / "split.json", samples=samples
@@ -63,6 +80,7 @@ def measure(name: str, config: TrainConfig, folder: Path) -> list[dict[str, Any]
         row |= {figure: report.pooled[figure] for figure in FIGURES}
         rows.append(row | {"mean_dice": mean, "low": low, "high": high, "patients": len(report.patients)})
         print({k: round(v, 3) if isinstance(v, float) else v for k, v in rows[-1].items()}, flush=True)
+    kept.write_text(json.dumps(rows))
     return rows
 
 
@@ -73,9 +91,13 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", help="names of variants")
     options = parser.parse_args()
     config, rows = read_config(options.config), []
+    folders = {name: options.output / name.replace(" ", "-").replace(",", "") for name in variants(config)}
     for name, variant in variants(config).items():
-        if not options.only or name in options.only:
-            rows += measure(name, variant, options.output / name.replace(" ", "-").replace(",", ""))
+        wanted = not options.only or name in options.only
+        if wanted and name != "whole":
+            borrow(variant, config, folders[name], folders["whole"])
+        if wanted or (folders[name] / "figures.json").exists():
+            rows += measure(name, variant, folders[name])
     target = RESULTS / f"ablation-{datetime.date.today()}.json"
     target.write_text(json.dumps({"config": options.config.name, "rows": rows}, indent=1) + "\n")
     print(target)

@@ -1,4 +1,7 @@
-"""Curves for the docs from the newest results files: `python -m benchmarks.pictures [RESULTS] [DOCS]`."""
+"""Pictures for the docs: `python -m benchmarks.pictures [RESULTS] [DOCS]`.
+
+Curves from the newest results files, and what the lesion painter does to a slice of the phantom.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure
+
+from ddmd.data.phantom import phantom
+from ddmd.slices import SliceGrid, extract
+from ddmd.training import LesionPainter
+from ddmd.volume import Volume
 
 RESULTS = Path(__file__).with_name("results")
 DOCS = Path(__file__).parents[1] / "docs"
@@ -71,6 +80,28 @@ def scaling(found: dict[str, Any]) -> Figure:
     return figure
 
 
+def painter(count: int = 6, seed: int = 0) -> Figure:
+    """A healthy phantom's slice, and lesions painted on it: as by default above, hard ones below."""
+    volume = Volume.read(phantom(seed=seed, lesions=0, sequences=("flair",)).images, require=("flair",))
+    cut = extract(volume, ("flair",), SliceGrid())
+    middle = len(cut) * 3 // 5
+    planes = cut.planes(1)[middle, :, None].numpy()
+    brain, paint, offset_mm = cut.brain[middle, 0].numpy(), LesionPainter(), cut.offset * volume.spacing[2]
+    figure = Figure(figsize=(1.8 * (count + 1), 4.4))
+    for row, axes in enumerate(figure.subplots(2, count + 1)):
+        for number, ax in enumerate(axes):
+            ax.axis("off")
+            shown, mask = planes, np.zeros_like(brain)
+            if number:
+                rng = np.random.default_rng((seed, row, number))
+                shown, mask = paint(planes, brain, cut.grid.mm, offset_mm, rng, hard=bool(row))
+            ax.imshow(shown[1, 0], cmap="gray", vmin=-2, vmax=2.5, origin="lower")
+            if mask.any():
+                ax.contour(mask, [0.5], colors="red", linewidths=0.7)
+    figure.tight_layout(pad=0.3)
+    return figure
+
+
 def main(arguments: Sequence[str] = ()) -> None:
     """Draw what has been measured."""
     results, docs = (Path(a) for a in (*arguments, *(RESULTS, DOCS)[len(arguments) :]))
@@ -79,6 +110,8 @@ def main(arguments: Sequence[str] = ()) -> None:
         if path is not None:
             draw(json.loads(path.read_text())).savefig(docs / f"{kind}.png", dpi=100)
             print(docs / f"{kind}.png", "from", path.name)
+    painter().savefig(docs / "painter.png", dpi=80)
+    print(docs / "painter.png")
 
 
 if __name__ == "__main__":

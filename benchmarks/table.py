@@ -45,8 +45,8 @@ def volume_table(path: Path) -> str:
     return "\n".join(lines)
 
 
-def quality_table(path: Path) -> str:
-    """Dice and uncertainty over samplers, steps and samples, as Markdown."""
+def rows_table(path: Path) -> str:
+    """Rows of figures, as the quality curves and the ablation are, as Markdown."""
     found = json.loads(path.read_text())
     names = list(found["rows"][0])
     lines = [
@@ -63,7 +63,7 @@ def quality_table(path: Path) -> str:
 
 def main(arguments: Sequence[str] = ()) -> None:
     """Print a table for every results file of a folder, benchmarks/results by default."""
-    kinds = {"volume": volume_table, "quality": quality_table}
+    kinds = {"volume": volume_table, "quality": rows_table, "ablation": rows_table}
     for path in sorted(Path(arguments[0] if arguments else RESULTS).glob("*.json")):
         print(kinds.get(path.stem.split("-")[0], ops_table)(path), end="\n\n")
 

@@ -73,8 +73,32 @@ def test_pictures_are_drawn_from_the_newest_results(tmp_path, capsys):
     assert "from quality-a-2026-01-02.json" in capsys.readouterr().out
     lines = [ax.lines[0].get_xdata().tolist() for ax in pictures.scaling(volume).axes[1:]]
     assert lines == [[1, 5], [5, 10], [8, 32], [4]]
-    for name in ("quality.png", "volume.png"):
+    for name in ("quality.png", "volume.png", "painter.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_ablation_changes_one_part_at_a_time_and_shares_what_is_the_same(tmp_path):
+    from dataclasses import replace
+
+    from benchmarks import ablation
+    from ddmd.training.config import read_config
+
+    whole = read_config("benchmarks/ablation.toml")
+    variants = ablation.variants(whole)
+    assert variants.pop("whole") == whole
+    assert all(variant != whole for variant in variants.values())
+    assert len({str(variant) for variant in variants.values()}) == len(variants)
+    lender = tmp_path / "whole"
+    lender.mkdir()
+    (lender / "autoencoders_a.checkpoint.safetensors").write_text("trained")
+    borrowers = {"without X", "without Y", "without X and Y", "without pseudo-masks", "without the mirror image",
+                 "without diffusion", "anomaly detection"}  # fmt: skip
+    for name, variant in variants.items():
+        ablation.borrow(variant, whole, tmp_path / name, lender)
+        assert (tmp_path / name).exists() == (name in borrowers), name
+    row = {"system": "whole", "dice": 0.5}
+    (tmp_path / "whole" / "figures.json").write_text(json.dumps([row]))
+    assert ablation.measure("whole", replace(whole, seed=1), tmp_path / "whole") == [row], "trained again"
 
 
 def test_monai_and_diffusers_find_what_we_find(rng):
