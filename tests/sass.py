@@ -170,6 +170,13 @@ def compile_cuda(source: Path, architecture: int) -> dict[str, dict[str, int]]:
     return found
 
 
+def compiler() -> str:
+    """Triton's version without its last number: instruction counts are comparable within one."""
+    import triton
+
+    return ".".join(triton.__version__.split(".")[:2])
+
+
 def collect(only: int | None = None) -> dict[str, dict[str, int]]:
     """Every kernel's facts for every architecture, or for one."""
     facts = {}
@@ -188,7 +195,8 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="make what is found the new baseline")
     if parser.parse_args().write:
         counts = {name: f["instructions"] for name, f in collect().items()}
-        BASELINE.write_text(json.dumps(counts, indent=1, sort_keys=True) + "\n")
+        baseline = {"triton": compiler(), "instructions": counts}
+        BASELINE.write_text(json.dumps(baseline, indent=1, sort_keys=True) + "\n")
     else:
         json.dump(collect(), sys.stdout)
 
