@@ -32,16 +32,16 @@ def newest(folder: Path, kind: str) -> Path | None:
 
 def quality(found: dict[str, Any]) -> Figure:
     """Dice over N of both fast samplers; Dice and AUROC of the uncertainty over S."""
-    rows, default = found["rows"], found["default"]
+    rows = found["rows"]
     figure = Figure(figsize=(10, 3.4))
     left, right = figure.subplots(1, 2)
-    for sampler in ("ddim", "ddpm", "dpm++2m"):
-        own = [r for r in rows if r["sampler"] == sampler and r["samples"] == default["samples"]]
+    for sampler in dict.fromkeys(r["sampler"] for r in rows if r["sweep"] == "N"):
+        own = [r for r in rows if r["sweep"] == "N" and r["sampler"] == sampler]
         own.sort(key=lambda r: r["steps"])
         left.plot([r["steps"] for r in own], [r["dice"] for r in own], marker="o", label=sampler)
     left.set(xlabel="steps N", ylabel="pooled Dice", xscale="log")
     left.legend()
-    own = [r for r in rows if r["sampler"] == default["sampler"] and r["steps"] == default["steps"]]
+    own = [r for r in rows if r["sweep"] == "S"]
     own.sort(key=lambda r: r["samples"])
     several = [r for r in own if r["samples"] > 1]
     right.plot([r["samples"] for r in own], [r["dice"] for r in own], marker="o", label="pooled Dice")

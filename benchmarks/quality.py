@@ -1,7 +1,7 @@
 """How Dice and uncertainty depend on the steps N, the samples S and the sampler; curves for the docs.
 
-`python -m benchmarks.quality DATA --patients split.json [--part validation] [--weights W] [--output FOLDER]`
-measures; `python -m benchmarks.pictures` draws what was measured.
+`python -m benchmarks.quality DATA --patients split.json [--part validation] [--cases K] [--weights W] [--output
+FOLDER]` measures; `python -m benchmarks.pictures` draws what was measured.
 """
 
 from __future__ import annotations
@@ -24,19 +24,26 @@ from ddmd.ensemble import detect_slices
 from ddmd.evaluation import judge, summarise
 from ddmd.sampling import SamplingConfig
 
-STEPS = (1, 2, 3, 5, 10, 20, 50, 100)
+STEPS = (1, 2, 3, 5, 10, 20, 100)
 SAMPLES = (1, 2, 3, 5, 10, 20)
+STOPS = (0.0, 0.9, 0.97)
 CLOSE = 0.005  # of Dice: what the default may lose against N = 100
 RESULTS = Path(__file__).with_name("results")
 
 
-def settings(default: SamplingConfig) -> list[SamplingConfig]:
-    """N over both fast samplers, then S, and noise along the way, all else as by default."""
+def settings(default: SamplingConfig) -> list[tuple[str, SamplingConfig]]:
+    """What is swept, and each setting: N over both fast samplers, S, and where steps end; all else as default."""
     change = dataclasses.replace
-    chosen = [change(default, sampler=s, eta=0.0, steps=n) for s in ("ddim", "dpm++2m") for n in STEPS]
-    chosen += [change(default, samples=s) for s in SAMPLES]
-    chosen += [change(default, sampler="ddpm", eta=0.0, steps=n) for n in (5, 10, 20)]
-    return list(dict.fromkeys(chosen))
+    chosen = [("N", change(default, steps=n)) for n in STEPS]
+    chosen += [("N", change(default, sampler="dpm++2m", eta=0.0, steps=n)) for n in STEPS if n <= 20]
+    chosen += [("S", change(default, samples=s)) for s in SAMPLES]
+    for mirror in (False, True):
+        chosen += [
+            ("stop", change(default, steps=5, stop=s, eta=e, mirror=mirror))
+            for s in STOPS
+            for e in (0.0, 1.0)
+        ]
+    return chosen
 
 
 def measure(detector: Detector, cases: list[Any]) -> list[dict[str, Any]]:
@@ -44,7 +51,7 @@ def measure(detector: Detector, cases: list[Any]) -> list[dict[str, Any]]:
     told = detector.description
     prepared = [(case, detector.prepare(case.volume(told.sequences)), case.lesion()) for case in cases]
     rows = []
-    for config in settings(detector.configured()):
+    for sweep, config in settings(detector.configured()):
         begun, spent, judged = 0.0, 0.0, []
         for case, p, truth in prepared:
             begun = time.perf_counter()
@@ -58,17 +65,18 @@ def measure(detector: Detector, cases: list[Any]) -> list[dict[str, Any]]:
             )  # fmt: skip
         pooled = summarise(judged, {}).pooled
         names = ("dice", "dice_oracle", "uncertainty_auroc", "dice_without_5_percent", "calibration_error")
-        row = {"sampler": config.sampler, "steps": config.steps, "samples": config.samples, "seconds": spent}
+        told_of = ("sampler", "steps", "samples", "eta", "stop", "mirror")
+        row = {"sweep": sweep} | {k: getattr(config, k) for k in told_of}
+        row["seconds"] = spent
         rows.append(row | {name: pooled[name] for name in names})
         print({k: round(v, 4) if isinstance(v, float) else v for k, v in rows[-1].items()}, flush=True)
     return rows
 
 
-def smallest(rows: list[dict[str, Any]], sampler: str, samples: int) -> int:
+def smallest(rows: list[dict[str, Any]], sampler: str) -> int:
     """The fewest steps whose Dice is within CLOSE of that of the most steps."""
-    own = sorted(
-        (r for r in rows if r["sampler"] == sampler and r["samples"] == samples), key=lambda r: r["steps"]
-    )
+    own = [r for r in rows if r["sweep"] == "N" and r["sampler"] == sampler]
+    own.sort(key=lambda r: r["steps"])
     return next(r["steps"] for r in own if r["dice"] >= own[-1]["dice"] - CLOSE)
 
 
@@ -77,6 +85,7 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("--patients", type=Path)
     parser.add_argument("--part", default="validation")
+    parser.add_argument("--cases", type=int, help="how many, the first ones; all by default")
     parser.add_argument("--weights", default=weights.DEFAULT)
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
@@ -85,13 +94,13 @@ def main() -> None:
     cases = [
         c for c in find_cases(options.data)
         if c.masks is not None and parts.get(c.patient, options.part) == options.part
-    ]  # fmt: skip
+    ][: options.cases]  # fmt: skip
     rows, default = measure(detector, cases), detector.configured()
     result = {
         "machine": machine(), "date": str(datetime.date.today()), "threads": torch.get_num_threads(),
         "weights": detector.description.name, "patients": len(cases), "part": options.part,
         "default": dataclasses.asdict(default), "rows": rows,
-        "smallest_steps": {s: smallest(rows, s, default.samples) for s in ("ddim", "dpm++2m")},
+        "smallest_steps": {s: smallest(rows, s) for s in (default.sampler, "dpm++2m")},
     }  # fmt: skip
     target = options.output / f"quality-{options.data.name}-{result['date']}.json"
     target.write_text(json.dumps(result, indent=1) + "\n")

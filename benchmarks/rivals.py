@@ -130,7 +130,7 @@ def compare(
     Every round runs all of them. A rival whose probabilities are not ours, from the same x_T, is not
     reported.
     """
-    config = dataclasses.replace(config, sampler="ddim", eta=0.0)
+    config = dataclasses.replace(config, sampler="ddim", eta=0.0, stop=0.0, mirror=False)
     device = system.device
     seen = system.condition.config
     planes = slices.planes(seen.context, seen.mirrored).to(device)

@@ -94,13 +94,12 @@ class Detector:
             steps=default.steps if steps is None else steps,
             sampler=default.sampler if sampler is None else sampler,
             eta=default.eta,
+            stop=default.stop,
             mirror=default.mirror,
             seed=seed,
             batch=batch,
         )
-        most = self.system.schedule.steps
-        if config.steps > most:
-            raise ValueError(f"steps is {config.steps}; allowed are 1 to {most}")
+        self.system.schedule.timesteps(config.steps, config.stop)  # raises where there are not so many
         return config
 
     def prepare(

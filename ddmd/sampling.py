@@ -31,6 +31,8 @@ class SamplingConfig:
     sampler : "ddim", "ddpm" or "dpm++2m"
     eta : float
         Of DDIM: 0 is deterministic given x_T, 1 is DDPM.
+    stop : float
+        Share of T at which the steps end and x_0 is predicted; see `Schedule.timesteps`.
     seed : int
         Key of every draw.
     batch : int, optional
@@ -44,6 +46,7 @@ class SamplingConfig:
     steps: int = 5
     sampler: str = "ddim"
     eta: float = 0.0
+    stop: float = 0.0
     seed: int = 0
     batch: int | None = None
     mirror: bool = False
@@ -77,8 +80,8 @@ class Sampling:
         self.denoiser, self.dtype, self.config, device = system.denoiser, system.dtype, config, system.device
         schedule = system.schedule
         kind = cast(Sampler, config.sampler)
-        self.table = schedule.sampler(config.steps, kind, config.eta).to(device)
-        self.times = schedule.timesteps(config.steps).to(device)
+        self.table = schedule.sampler(config.steps, kind, config.eta, stop=config.stop).to(device)
+        self.times = schedule.timesteps(config.steps, config.stop).to(device)
         self.steps = torch.arange(config.steps, device=device)
         self.seed = torch.tensor(config.seed, device=device)
         self.captured: dict[tuple[torch.Size, torch.Size], _Captured] = {}

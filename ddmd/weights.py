@@ -35,12 +35,13 @@ class WeightsError(ValueError):
 
 @dataclass(frozen=True)
 class Sampling:
-    """How masks are drawn by default: sampler, N steps, S samples, eta, every second sample mirrored."""
+    """How masks are drawn by default; `ddmd.sampling.SamplingConfig` says what each is."""
 
     sampler: str = "ddim"
     steps: int = 5
     samples: int = 5
     eta: float = 0.0
+    stop: float = 0.0
     mirror: bool = False
 
 

@@ -55,8 +55,8 @@ def test_tables_come_from_the_files_of_a_folder(tmp_path, capsys):
 def test_pictures_are_drawn_from_the_newest_results(tmp_path, capsys):
     from benchmarks import pictures
 
-    row = {"sampler": "ddim", "steps": 5, "samples": 5, "seconds": 1.0, "dice": 0.7, "uncertainty_auroc": 0.9}
-    quality = {"rows": [row, row | {"steps": 10}, row | {"samples": 2}], "default": row}
+    row = {"sweep": "N", "sampler": "ddim", "steps": 5, "samples": 5, "dice": 0.7, "uncertainty_auroc": 0.9}
+    quality = {"rows": [row, row | {"steps": 10}, row | {"sweep": "S", "samples": 2}]}
     (tmp_path / "quality-b-2026-01-01.json").write_text(json.dumps(quality))
     (tmp_path / "quality-a-2026-01-02.json").write_text(json.dumps(quality))
     scaling = {

@@ -54,6 +54,25 @@ def test_dpm_solver_is_that_of_diffusers(n):
         assert (ours - other).abs().max() < 2e-3
 
 
+def test_steps_may_end_early_and_the_last_one_gives_x0():
+    schedule = Schedule()
+    assert schedule.timesteps(5, 0.9).tolist() == [999, 979, 959, 939, 919]
+    assert schedule.timesteps(100, 0.9).tolist() == list(range(999, 899, -1))
+    for wrong, message in (
+        ((101, 0.9), "steps is 101; allowed are 1 to 100"),
+        ((5, 1.0), "stop is 1.0; allowed"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            schedule.timesteps(*wrong)
+    x, x0 = torch.randn(2, 1, 8, 8), torch.rand(2, 1, 8, 8)
+    for sampler in ("ddim", "ddpm", "dpm++2m"):
+        table = schedule.sampler(3, sampler, stop=0.95)
+        state, memory = x.clone(), torch.zeros_like(x) if sampler == "dpm++2m" else None
+        for i in range(3):
+            ops.denoise_step(state, x0, table, torch.tensor(i), *AT, memory)
+        assert torch.allclose(state, x0, atol=1e-5), sampler
+
+
 @pytest.mark.parametrize("eta", [0.3, 1.0])
 def test_ddim_with_noise_has_the_variance_of_diffusers(eta):
     theirs = diffusers.DDIMScheduler(**COMMON)
