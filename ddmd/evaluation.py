@@ -412,7 +412,7 @@ def write_report(report: Report, folder: str | Path) -> None:
         "curves": report.curves,
         "how": report.how,
     }
-    texts = {"metrics.json": json.dumps(_plain(metrics), indent=1) + "\n", "report.html": html(report)}
+    texts = {"metrics.json": json.dumps(plain(metrics), indent=1) + "\n", "report.html": html(report)}
     for name, text in texts.items():
         (folder / f".partial-{name}").write_text(text)
     with open(folder / ".partial-per_patient.csv", "w", newline="") as file:
@@ -423,12 +423,12 @@ def write_report(report: Report, folder: str | Path) -> None:
         os.replace(folder / f".partial-{name}", folder / name)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """JSON has no NaN: what is not known is null."""
     if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
+        return {k: plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
+        return [plain(v) for v in value]
     if isinstance(value, float | np.floating):
         return float(value) if np.isfinite(value) else None
     return value

@@ -45,10 +45,17 @@ def test_tables_come_from_the_files_of_a_folder(tmp_path, capsys):
         "missing": {"other": "why"},
     }
     (tmp_path / "volume-cpu.json").write_text(json.dumps(volume))
+    evaluation = {
+        "pooled": {"dice": 0.5}, "intervals": {"dice": [0.4, 0.3, 0.6], "hd95_mm": [None, None, None]},
+        "patients": [{"patient": "p", "dice": 0.25, "lesions": 3}],
+        "without_mask": [{"patient": "q", "found_ml": 1.25}],
+    }  # fmt: skip
+    (tmp_path / "evaluation-w-d.json").write_text(json.dumps(evaluation))
     table.main([str(tmp_path)])
     printed = capsys.readouterr().out
     for expected in ("| noise | (2, 3) | C++ | 1.00 | 4.0x | not run | not run | 50 % |", "| MONAI | 2.50x |",
-                     "| S = 1 | 3.00 |", "| other | not run: why |"):  # fmt: skip
+                     "| S = 1 | 3.00 |", "| other | not run: why |", "| dice | 0.500 | 0.400 [0.300, 0.600] |",
+                     "| hd95 mm |  |  |", "| p | 0.250 | 3 |", "q: 1.2 ml found, no mask"):  # fmt: skip
         assert expected in printed
 
 
