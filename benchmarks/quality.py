@@ -57,11 +57,9 @@ def measure(detector: Detector, cases: list[Any]) -> list[dict[str, Any]]:
             begun = time.perf_counter()
             maps = detect_slices(detector.system, p.slices, config)
             spent += time.perf_counter() - begun
-            brain = p.volume.brain
-            probability = p.slices.restore(maps.probability).clip(0, 1) * brain
-            uncertainty = p.slices.restore(maps.uncertainty).clip(0) * brain
+            found = detector.restored(p, maps)
             judged.append(
-                judge(case.name, case.patient, p.volume, probability, uncertainty, truth, told.threshold, told.min_lesion_ml)
+                judge(case.name, case.patient, p.volume, found.probability, found.uncertainty, truth, detector.rule())
             )  # fmt: skip
         pooled = summarise(judged, {}).pooled
         names = ("dice", "dice_oracle", "uncertainty_auroc", "dice_without_5_percent", "calibration_error")

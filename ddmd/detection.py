@@ -25,9 +25,9 @@ SUFFIXES = {
     "intra_discrepancy": "desc-intra_discrepancy",
 }
 MEANING = {
-    "mask": "1 where the probability reaches the threshold, in components of at least the smallest volume",
-    "probability": "mean over the S drawn masks, in [0, 1]",
-    "uncertainty": "variance over the S drawn masks, 1/(S-1)",
+    "mask": "1 where the probability reaches the threshold, in components of at least the smallest volume and peak",
+    "probability": "mean over the S drawn masks, smoothed through the plane, in [0, 1]",
+    "uncertainty": "variance over the S drawn masks, 1/(S-1), smoothed through the plane",
     "inter_discrepancy": "X = mean over sequences of |mu_B - mu_A|, in robust z-scores times 0.5",
     "intra_discrepancy": "Y = root mean square deviation of the ensemble trained on normal slices, same unit",
 }
@@ -48,33 +48,46 @@ class Lesion:
     mean_uncertainty: float
 
 
+@dataclass(frozen=True)
+class Rule:
+    """What of a probability map is lesion.
+
+    threshold : probability from which a voxel may be lesion.
+    min_ml : smaller components are none.
+    min_peak : nor are those that are nowhere as probable as this.
+    """
+
+    threshold: float
+    min_ml: float = 0.0
+    min_peak: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.threshold < 1.0:
+            raise ValueError(f"threshold is {self.threshold}; allowed are values between 0 and 1")
+
+
 def find_lesions(
-    mask: np.ndarray,
-    probability: np.ndarray,
-    uncertainty: np.ndarray,
-    affine: np.ndarray,
-    min_ml: float,
+    probability: np.ndarray, uncertainty: np.ndarray, affine: np.ndarray, rule: Rule
 ) -> tuple[np.ndarray, tuple[Lesion, ...]]:
-    """The mask without components below min_ml, and its lesions, largest first.
+    """The mask (X, Y, Z) bool by the rule, and its lesions, largest first.
 
     Parameters
     ----------
-    mask : (X, Y, Z) bool
     probability, uncertainty : (X, Y, Z) float32
     affine : (4, 4), voxels to mm
-    min_ml : float
+    rule : Rule
     """
     voxel_ml = abs(float(np.linalg.det(affine[:3, :3]))) / 1000
-    parts, _ = ndimage.label(mask, np.ones((3, 3, 3)))
-    kept = np.zeros(mask.shape, bool)
+    parts, _ = ndimage.label(probability >= rule.threshold, np.ones((3, 3, 3)))
+    kept = np.zeros(probability.shape, bool)
     lesions = []
     for number, box in enumerate(ndimage.find_objects(parts), 1):
         inside = parts[box] == number
         ml = float(inside.sum()) * voxel_ml
-        if ml < min_ml:
+        p, u = probability[box][inside], uncertainty[box][inside]
+        if ml < rule.min_ml or p.max() < rule.min_peak:
             continue
         kept[box] |= inside
-        p, u = probability[box][inside], uncertainty[box][inside]
         voxel = np.argwhere(inside).mean(0) + [axis.start for axis in box]
         centre = affine[:3, :3] @ voxel + affine[:3, 3]
         lesions.append(

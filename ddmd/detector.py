@@ -11,10 +11,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy import ndimage
+from torch import Tensor
 
 from ddmd import weights
 from ddmd.ahead import ahead
-from ddmd.detection import Detection, find_lesions, image_score
+from ddmd.detection import Detection, Rule, find_lesions, image_score
 from ddmd.ensemble import Maps, Progress, detect_slices
 from ddmd.sampling import SamplingConfig
 from ddmd.slices import SliceGrid, Slices, extract
@@ -42,6 +44,16 @@ class Prepared:
 
     volume: Volume
     slices: Slices
+
+
+@dataclass(frozen=True)
+class VolumeMaps:
+    """`ddmd.ensemble.Maps` of one volume: float32 (X, Y, Z) on its canonical grid, zero outside the brain."""
+
+    probability: np.ndarray
+    uncertainty: np.ndarray
+    inter: np.ndarray
+    intra: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -126,12 +138,25 @@ class Detector:
         grid = SliceGrid(**self.description.grid)
         return Prepared(volume, extract(volume, self.description.sequences, grid))
 
-    def maps(
-        self, volume: Volume, config: SamplingConfig, progress: Progress | None = None
-    ) -> tuple[Slices, Maps]:
-        """Slices of a volume on the model's grid, and the maps of every slice."""
-        slices = self.prepare(volume).slices
-        return slices, detect_slices(self.system, slices, config, progress)
+    def rule(self, threshold: float | None = None) -> Rule:
+        """What of a probability is lesion, by the weights; the threshold may be another."""
+        told = self.description
+        return Rule(told.threshold if threshold is None else threshold, told.min_lesion_ml, told.min_peak)
+
+    def restored(self, prepared: Prepared, maps: Maps) -> VolumeMaps:
+        """Maps of slices on the volume they are of; probability and uncertainty smoothed through the plane."""
+        sigma = max(self.description.through_plane_mm / prepared.volume.spacing[2], 1e-3)  # 0 is none
+        brain, restore = prepared.volume.brain, prepared.slices.restore
+
+        def smooth(values: Tensor) -> Tensor:
+            return torch.from_numpy(ndimage.gaussian_filter1d(values.numpy(), sigma, axis=0, mode="nearest"))
+
+        return VolumeMaps(
+            probability=restore(smooth(maps.probability)).clip(0, 1) * brain,
+            uncertainty=restore(smooth(maps.uncertainty)).clip(0) * brain,
+            inter=restore(maps.inter) * brain,
+            intra=restore(maps.intra) * brain,
+        )
 
     def detect_all(self, volumes: Iterable[Any], **options: Any) -> Iterator[Detection]:
         """Find lesions in many volumes: the next one is read and prepared while this one is computed.
@@ -191,35 +216,30 @@ class Detector:
         ValueError
             If an option is out of range.
         """
-        threshold = self.description.threshold if threshold is None else threshold
-        if not 0.0 < threshold < 1.0:
-            raise ValueError(f"threshold is {threshold}; allowed are values between 0 and 1")
+        rule = self.rule(threshold)
         config = self.configured(samples, steps, sampler, seed, batch)
         if not isinstance(volume, Prepared):
             volume = self.prepare(volume, affine=affine, sequences=sequences, resample=resample)
-        volume, slices = volume.volume, volume.slices
-        maps = detect_slices(self.system, slices, config, progress)
-        brain = volume.brain
-        probability = slices.restore(maps.probability).clip(0, 1) * brain
-        uncertainty = slices.restore(maps.uncertainty).clip(0) * brain
-        mask, lesions = find_lesions(
-            probability >= threshold, probability, uncertainty, volume.affine, self.description.min_lesion_ml
-        )
+        maps = self.restored(volume, detect_slices(self.system, volume.slices, config, progress))
+        volume = volume.volume
+        mask, lesions = find_lesions(maps.probability, maps.uncertainty, volume.affine, rule)
         how = {
             "Weights": self.description.name,
             "Sampling": dataclasses.asdict(config),
-            "Threshold": threshold,
-            "MinLesionMl": self.description.min_lesion_ml,
+            "Threshold": rule.threshold,
+            "MinLesionMl": rule.min_ml,
+            "MinPeak": rule.min_peak,
+            "ThroughPlaneMm": self.description.through_plane_mm,
             "Sources": dict(volume.sources),
         }
         return Detection(
             mask=volume.to_native(mask, np.uint8),
-            probability=volume.to_native(probability),
-            uncertainty=volume.to_native(uncertainty),
-            inter_discrepancy=volume.to_native(slices.restore(maps.inter) * brain),
-            intra_discrepancy=volume.to_native(slices.restore(maps.intra) * brain),
+            probability=volume.to_native(maps.probability),
+            uncertainty=volume.to_native(maps.uncertainty),
+            inter_discrepancy=volume.to_native(maps.inter),
+            intra_discrepancy=volume.to_native(maps.intra),
             image=volume.to_native(volume.images[self.description.sequences[0]]),
-            score=image_score(probability, float(np.prod(volume.spacing)) / 1000),
+            score=image_score(maps.probability, float(np.prod(volume.spacing)) / 1000),
             lesions=lesions,
             notes=volume.notes,
             how=how,

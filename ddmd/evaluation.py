@@ -17,8 +17,9 @@ from scipy.stats import bootstrap
 
 from ddmd.baselines import smoothed_intensity
 from ddmd.data.datasets import Case, find_cases, read_split
-from ddmd.detection import find_lesions
+from ddmd.detection import Rule, find_lesions
 from ddmd.detector import Detector
+from ddmd.ensemble import detect_slices
 from ddmd.sampling import SamplingConfig
 from ddmd.volume import Volume
 
@@ -131,15 +132,14 @@ def judge(
     probability: np.ndarray,
     uncertainty: np.ndarray,
     truth: np.ndarray,
-    threshold: float,
-    min_ml: float,
+    rule: Rule,
 ) -> Patient:
     """Compare one patient's maps (X, Y, Z) with the annotator's mask."""
     import torch
     from monai.metrics import compute_hausdorff_distance
 
     voxel_ml = float(np.prod(volume.spacing)) / 1000
-    found, lesions = find_lesions(probability >= threshold, probability, uncertainty, volume.affine, min_ml)
+    found, lesions = find_lesions(probability, uncertainty, volume.affine, rule)
     inside = volume.brain | truth
     confusion = _confusion(found, truth, inside)
     empty = not truth.any()
@@ -391,13 +391,10 @@ def judge_case(
     detector: Detector, case: Case, threshold: float | None = None, sampling: SamplingConfig | None = None
 ) -> Patient:
     """Detect in one case and compare with its mask."""
-    volume = case.volume(detector.description.sequences)
-    slices, maps = detector.maps(volume, sampling or detector.configured())
-    probability = slices.restore(maps.probability).clip(0, 1) * volume.brain
-    uncertainty = slices.restore(maps.uncertainty).clip(0) * volume.brain
-    chosen = detector.description.threshold if threshold is None else threshold
-    minimum = detector.description.min_lesion_ml
-    return judge(case.name, case.patient, volume, probability, uncertainty, case.lesion(), chosen, minimum)
+    prepared = detector.prepare(case.volume(detector.description.sequences))
+    drawn = detect_slices(detector.system, prepared.slices, sampling or detector.configured())
+    maps, volume, rule = detector.restored(prepared, drawn), prepared.volume, detector.rule(threshold)
+    return judge(case.name, case.patient, volume, maps.probability, maps.uncertainty, case.lesion(), rule)
 
 
 def write_report(report: Report, folder: str | Path) -> None:

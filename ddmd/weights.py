@@ -56,7 +56,9 @@ class Description:
     system : "ddmd"; "supervised", the condition network alone; "anomaly", the error of the
         auto-encoders trained on normal slices.
     threshold : probability from which a voxel is lesion; threshold_chosen says how.
-    min_lesion_ml : smaller components are left out of the mask.
+    min_lesion_ml, min_peak : components that are smaller, or nowhere as probable, are left out of the mask.
+    through_plane_mm : standard deviation of the Gaussian by which maps are smoothed across slices, each of
+        which the networks see nearly alone.
     training : data, licence, labels, command.
     """
 
@@ -74,6 +76,8 @@ class Description:
     threshold: float = 0.5
     threshold_chosen: str = "one half"
     min_lesion_ml: float = 0.05
+    min_peak: float = 0.8
+    through_plane_mm: float = 1.5
     training: dict[str, Any] = field(default_factory=dict)
     format: int = FORMAT
 

@@ -1,5 +1,6 @@
 """The face: one volume in, maps on its grid out; promises about batches, seeds, axes and memory."""
 
+import dataclasses
 import json
 
 import nibabel as nib
@@ -8,9 +9,10 @@ import pytest
 import torch
 
 from ddmd import ensemble, weights
-from ddmd.detection import OutputError, find_lesions
+from ddmd.detection import OutputError, Rule, find_lesions
 from ddmd.detector import Detector
 from ddmd.diffusion import Schedule
+from ddmd.ensemble import Maps
 from ddmd.sampling import Sampling, SamplingConfig
 from tests.volumes import head, tiny_system
 
@@ -72,11 +74,45 @@ def test_a_lesions_row_by_hand():
     mask[2:4, 5, 5], mask[8, 8, 8] = True, True
     affine = np.diag([10.0, 10.0, 10.0, 1.0])
     affine[0, 3] = -5
-    kept, (lesion,) = find_lesions(mask, mask * 0.75, mask * 0.1, affine, min_ml=1.5)
+    kept, (lesion,) = find_lesions(mask * 0.75, mask * 0.1, affine, Rule(0.5, min_ml=1.5))
     assert lesion.volume_ml == pytest.approx(2.0)
     assert lesion.centre_mm == pytest.approx((20.0, 50.0, 50.0))
     assert (lesion.peak_probability, lesion.mean_uncertainty) == pytest.approx((0.75, 0.1))
     assert kept.sum() == 2
+
+
+def test_a_lesion_reaches_its_peak_somewhere():
+    probability = np.zeros((10, 10, 10), np.float32)
+    probability[1:4, 5, 5], probability[2, 5, 5], probability[7:9, 5, 5] = 0.6, 0.9, 0.7
+    kept, lesions = find_lesions(probability, probability * 0, np.eye(4), Rule(0.5, min_peak=0.8))
+    assert kept.sum() == 3
+    assert [lesion.peak_probability for lesion in lesions] == pytest.approx([0.9])
+    assert len(find_lesions(probability, probability * 0, np.eye(4), Rule(0.5))[1]) == 2
+
+
+def test_maps_are_smoothed_across_slices_by_millimetres_and_not_within_them(detector, volume):
+    values, affine = volume
+    system = detector.system
+    sigmas = {}
+    for mm in (0.0, 3.0):
+        told = dataclasses.replace(system.description, through_plane_mm=mm)
+        sigmas[mm] = Detector(dataclasses.replace(system, description=told))
+    prepared = detector.prepare(values, affine=affine)
+    z, shape = len(prepared.slices), (len(prepared.slices), 1, *prepared.slices.image.shape[2:])
+    point = torch.zeros(shape)
+    point[z // 2] = 0.5
+    maps = Maps(point, point * 0.1, point, point)
+    sharp, smooth = (sigmas[mm].restored(prepared, maps) for mm in (0.0, 3.0))
+    brain, at = prepared.volume.brain, int(prepared.slices.index[z // 2])
+    deepest = np.unravel_index(brain.sum(axis=2).argmax(), brain.shape[:2])
+    before, after = sharp.probability[deepest], smooth.probability[deepest]
+    assert brain[deepest][[at, at + 1]].all()
+    assert before.nonzero()[0].tolist() == [at]
+    ratio = np.exp(-0.5 * (prepared.volume.spacing[2] / 3.0) ** 2)
+    assert after[at + 1] / after[at] == pytest.approx(ratio, rel=1e-3)
+    assert np.ptp(smooth.probability[:, :, at][brain[:, :, at]]) < 1e-6
+    assert np.allclose(smooth.uncertainty, 0.1 * smooth.probability, atol=1e-6)
+    assert np.array_equal(smooth.inter, sharp.inter)
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm", "dpm++2m"])

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from ddmd.data.datasets import find_cases
+from ddmd.detection import Rule
 from ddmd.evaluation import Counts, EvaluationError, dice, evaluate, judge, summarise
 from ddmd.volume import Volume
 from tests.volumes import head, tiny_system, write
@@ -45,7 +46,7 @@ def test_binned_curves_are_those_of_the_voxels(rng):
 
 def test_one_patient_and_the_pool(scene):
     volume, probability, uncertainty, truth = scene
-    patient = judge("p", "p", volume, probability, uncertainty, truth, 0.55, 0.0)
+    patient = judge("p", "p", volume, probability, uncertainty, truth, Rule(0.55))
     found = probability >= 0.55
     assert patient.row["dice"] == pytest.approx(dice(found, truth))
     assert patient.row["recall"] == pytest.approx((found & truth).sum() / truth.sum())
@@ -62,7 +63,7 @@ def test_one_patient_and_the_pool(scene):
 def test_intervals_are_the_same_for_the_same_seed_and_hold_the_mean(scene):
     volume, probability, uncertainty, truth = scene
     patients = [
-        judge(str(t), str(t), volume, probability, uncertainty, truth, t, 0.0) for t in (0.3, 0.5, 0.6, 0.8)
+        judge(str(t), str(t), volume, probability, uncertainty, truth, Rule(t)) for t in (0.3, 0.5, 0.6, 0.8)
     ]
     one, again = (summarise(patients, {"weights": "w", "threshold": 0.5}, seed=3) for _ in range(2))
     assert one.intervals == again.intervals
@@ -72,8 +73,8 @@ def test_intervals_are_the_same_for_the_same_seed_and_hold_the_mean(scene):
 
 def test_intervals_are_over_patients_not_scans(scene):
     volume, probability, uncertainty, truth = scene
-    scans = [judge(str(t), "one", volume, probability, uncertainty, truth, t, 0.0) for t in (0.3, 0.5, 0.6)]
-    other = judge("x", "two", volume, probability, uncertainty, truth, 0.8, 0.0)
+    scans = [judge(str(t), "one", volume, probability, uncertainty, truth, Rule(t)) for t in (0.3, 0.5, 0.6)]
+    other = judge("x", "two", volume, probability, uncertainty, truth, Rule(0.8))
     report = summarise([*scans, other], {"weights": "w", "threshold": 0.5})
     mean = np.mean([np.mean([s.row["dice"] for s in scans]), other.row["dice"]])
     assert report.intervals["dice"][0] == pytest.approx(mean)
@@ -84,13 +85,13 @@ def test_small_variances_are_ranked_alike_in_every_patient(scene):
     wrong = (probability >= 0.4) != truth
     variance = np.where(wrong, 1e-6, 1e-8).astype(np.float32)  # small, and yet it knows
     for scale in (1.0, 100.0):
-        patient = judge("p", "p", volume, probability, variance * scale, truth, 0.4, 0.0)
+        patient = judge("p", "p", volume, probability, variance * scale, truth, Rule(0.4))
         assert patient.uncertainty.auroc() == pytest.approx(1.0)
 
 
 def test_the_single_threshold_is_chosen_on_other_patients(scene):
     volume, probability, uncertainty, truth = scene
-    patient = judge("p", "p", volume, probability, uncertainty, truth, 0.55, 0.0)
+    patient = judge("p", "p", volume, probability, uncertainty, truth, Rule(0.55))
     best = patient.baseline.best()
     report = summarise([patient], {"weights": "w", "threshold": 0.55}, baseline_bin=best)
     assert report.pooled["baseline_dice"] == pytest.approx(report.pooled["baseline_dice_oracle"])
@@ -100,12 +101,12 @@ def test_the_single_threshold_is_chosen_on_other_patients(scene):
 
 def test_a_patient_without_lesion_has_no_dice_but_millilitres(scene):
     volume, probability, uncertainty, truth = scene
-    row = judge("healthy", "h", volume, probability * ~truth, uncertainty, truth & False, 0.45, 0.0).row
+    row = judge("healthy", "h", volume, probability * ~truth, uncertainty, truth & False, Rule(0.45)).row
     assert row["found_ml"] > 0
     assert row["dice"] == 0
     assert np.isnan(row["dice_oracle"])
     assert np.isnan(
-        judge("h", "h", volume, probability * 0, uncertainty, truth & False, 0.5, 0.0).row["dice"]
+        judge("h", "h", volume, probability * 0, uncertainty, truth & False, Rule(0.5)).row["dice"]
     )
 
 

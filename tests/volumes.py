@@ -50,6 +50,7 @@ def tiny_system(seed: int = 0, sequences: tuple[str, ...] = ("flair",)) -> weigh
         discrepancy_scale=4.0,
         sampling={"sampler": "ddim", "steps": 3, "samples": 2, "eta": 0.0},
         min_lesion_ml=0.5,
+        min_peak=0.0,
     )
     system = weights.build(description)
     torch.nn.init.constant_(system.condition.to_evidence.bias, 0.0)
