@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from ddmd.autoencoder import AutoencoderConfig
 from ddmd.denoiser import MULTIPLE, DenoiserConfig
-from ddmd.weights import PARTS
+from ddmd.weights import PARTS, Sampling
 
 
 @dataclass(frozen=True)
@@ -77,9 +77,16 @@ class DenoiserStage:
     use_intra: bool = True
 
 
+# Measured on validation patients (`python -m benchmarks.quality`): steps at the highest noise alone, fresh noise at
+# each, and the mirror image give masks that differ where the network may be wrong.
+SAMPLING = Sampling(steps=5, samples=6, eta=1.0, stop=0.98, mirror=True)
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """Everything `ddmd train` needs. A patient named in `holdout` is never trained on.
+
+    sampling is how the finished weights draw masks by default.
 
     precision is "float32", "bfloat16" (convolutions only), or what is faster on the device.
 
@@ -106,6 +113,7 @@ class TrainConfig:
     denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
     autoencoder_stage: AutoencoderStage = field(default_factory=AutoencoderStage)
     denoiser_stage: DenoiserStage = field(default_factory=DenoiserStage)
+    sampling: Sampling = SAMPLING
 
     def __post_init__(self) -> None:
         if self.labels not in ("image", "pixel"):
@@ -152,6 +160,7 @@ def read_config(path: str | Path) -> TrainConfig:
         "denoiser": DenoiserConfig,
         "autoencoder_stage": AutoencoderStage,
         "denoiser_stage": DenoiserStage,
+        "sampling": Sampling,
     }
     for key, kind in parts.items():
         if key in values:

@@ -29,6 +29,8 @@ def export(run: _Run, split: dict[str, str]) -> Path:
         use_inter=config.denoiser_stage.use_inter,
         use_intra=config.denoiser_stage.use_intra,
         system=config.system,
+        sampling=dataclasses.asdict(config.sampling),
+        min_peak=0.0 if config.system == "anomaly" else weights.Description.min_peak,
         training={
             "labels": config.labels,
             "data": [entry.name or Path(entry.root).name for entry in config.data],
