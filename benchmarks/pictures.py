@@ -35,10 +35,10 @@ def quality(found: dict[str, Any]) -> Figure:
     rows = found["rows"]
     figure = Figure(figsize=(10, 3.4))
     left, right = figure.subplots(1, 2)
-    for sampler in dict.fromkeys(r["sampler"] for r in rows if r["sweep"] == "N"):
-        own = [r for r in rows if r["sweep"] == "N" and r["sampler"] == sampler]
+    for sweep, sampler in dict.fromkeys((r["sweep"], r["sampler"]) for r in rows if r["sweep"][0] == "N"):
+        own = [r for r in rows if (r["sweep"], r["sampler"]) == (sweep, sampler)]
         own.sort(key=lambda r: r["steps"])
-        left.plot([r["steps"] for r in own], [r["dice"] for r in own], marker="o", label=sampler)
+        left.plot([r["steps"] for r in own], [r["dice"] for r in own], marker="o", label=sampler + sweep[1:])
     left.set(xlabel="steps N", ylabel="pooled Dice", xscale="log")
     left.legend()
     own = [r for r in rows if r["sweep"] == "S"]
