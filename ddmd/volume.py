@@ -15,6 +15,7 @@ from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation
 from scipy import ndimage
 
 from ddmd import nifti
+from ddmd.bias_field import bias_field
 from ddmd.nifti import SEQUENCES, VolumeError, sequence_of
 
 __all__ = ["SEQUENCES", "Volume", "VolumeError", "estimate_brain", "sequence_of"]
@@ -169,15 +170,20 @@ class Volume:
     def normalised(self, sequence: str) -> np.ndarray:
         """Robust z-score float32 (X, Y, Z): (x - median) / (IQR / 1.349) over the brain, in [-4, 6].
 
-        Outside a stripped brain it is -4, what air is.
+        Of a stripped brain once more after its bias field is taken away (`ddmd.bias_field`); outside it,
+        -4, what air is. Where the skull is on, the brain is a guess, and no field is fitted to it.
         """
-        image = self.images[sequence]
-        low, median, high = np.percentile(image[self.brain], (25, 50, 75))
-        scale = (high - low) / 1.349 or float(image[self.brain].std()) or 1.0
-        z = np.clip((image - np.float32(median)) / np.float32(scale), LOWEST, HIGHEST)
+        z = self._robust(self.images[sequence])
         if not self.skull:
+            z = self._robust(z - bias_field(z, self.brain))
             z[~self.brain] = LOWEST
-        return z.astype(np.float32, copy=False)
+        return z
+
+    def _robust(self, values: np.ndarray) -> np.ndarray:
+        low, median, high = np.percentile(values[self.brain], (25, 50, 75))
+        scale = (high - low) / 1.349 or float(values[self.brain].std()) or 1.0
+        z = (values - np.float32(median)) / np.float32(scale)
+        return np.clip(z, LOWEST, HIGHEST).astype(np.float32, copy=False)
 
     def to_native(self, values: np.ndarray, dtype: Any = np.float32) -> nib.Nifti1Image:
         """A map (X, Y, Z) on the canonical grid, as an image on the input's own grid and header."""

@@ -1,0 +1,47 @@
+"""The slow drift of intensity that coils leave in an image, found in normal tissue and taken away."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.polynomial import legendre
+
+DEGREE = 3  # of the polynomial, all axes together
+VOXELS = 40_000  # it is fitted to so many, drawn at random
+BRIGHT, DARK = 1.5, 2.5  # robust standard deviations from the fit beyond which a voxel is not normal tissue
+ROUNDS = 8
+
+
+def bias_field(z: np.ndarray, brain: np.ndarray) -> np.ndarray:
+    """A smooth field (X, Y, Z) float32 to subtract from robust z-scores.
+
+    A polynomial in the position, by least squares over normal tissue: what is brighter than the last
+    fit by `BRIGHT` or darker by `DARK` robust standard deviations is left out of the next, so that
+    neither a lesion nor a ventricle is fitted. Outside the brain's box the field goes on as at its edge.
+
+    Parameters
+    ----------
+    z : (X, Y, Z) float32, robust z-scores over the brain
+    brain : (X, Y, Z) bool
+    """
+    at = np.argwhere(brain)
+    low, high = at.min(0), at.max(0)
+    axes = [
+        np.clip(2.0 * (np.arange(n) - a) / max(b - a, 1) - 1.0, -1.0, 1.0)
+        for n, a, b in zip(brain.shape, low, high, strict=True)
+    ]
+    if len(at) > VOXELS:
+        at = at[np.random.default_rng(0).choice(len(at), VOXELS, replace=False)]
+    size = DEGREE + 1
+    orders = np.indices((size, size, size)).sum(0) <= DEGREE
+    terms = legendre.legvander3d(*(axes[i][at[:, i]] for i in range(3)), [DEGREE] * 3)[:, orders.ravel()]
+    y = z[tuple(at.T)].astype(np.float64)
+    kept = (y > -2.0) & (y < 1.0)
+    coefficients = np.zeros(orders.shape)
+    for _ in range(ROUNDS):
+        if kept.sum() < 10 * terms.shape[1]:
+            return np.zeros(brain.shape, np.float32)
+        coefficients[orders] = np.linalg.lstsq(terms[kept], y[kept], rcond=None)[0]
+        rest = y - terms @ coefficients[orders]
+        spread = 1.4826 * np.median(np.abs(rest[kept] - np.median(rest[kept])))
+        kept = (rest < BRIGHT * spread) & (rest > -DARK * spread)
+    return legendre.leggrid3d(*axes, coefficients).astype(np.float32)
