@@ -9,6 +9,9 @@ DEGREE = 3  # of the polynomial, all axes together
 VOXELS = 40_000  # it is fitted to so many, drawn at random
 BRIGHT, DARK = 1.5, 2.5  # robust standard deviations from the fit beyond which a voxel is not normal tissue
 ROUNDS = 8
+FAINT = (
+    0.45  # standard deviation, in z-scores, up to which a field is left: lesions and anatomy make such, too
+)
 
 
 def bias_field(z: np.ndarray, brain: np.ndarray) -> np.ndarray:
@@ -16,7 +19,8 @@ def bias_field(z: np.ndarray, brain: np.ndarray) -> np.ndarray:
 
     A polynomial in the position, by least squares over normal tissue: what is brighter than the last
     fit by `BRIGHT` or darker by `DARK` robust standard deviations is left out of the next, so that
-    neither a lesion nor a ventricle is fitted. Outside the brain's box the field goes on as at its edge.
+    neither a lesion nor a ventricle is fitted. A faint field may be anatomy or a large lesion, and is zero
+    here. Outside the brain's box the field goes on as at its edge.
 
     Parameters
     ----------
@@ -33,15 +37,17 @@ def bias_field(z: np.ndarray, brain: np.ndarray) -> np.ndarray:
         at = at[np.random.default_rng(0).choice(len(at), VOXELS, replace=False)]
     size = DEGREE + 1
     orders = np.indices((size, size, size)).sum(0) <= DEGREE
-    terms = legendre.legvander3d(*(axes[i][at[:, i]] for i in range(3)), [DEGREE] * 3)[:, orders.ravel()]
-    y = z[tuple(at.T)].astype(np.float64)
-    kept = (y > -2.0) & (y < 1.0)
+    u, v, w = (axis[index] for axis, index in zip(axes, at.T, strict=True))
+    terms = legendre.legvander3d(u, v, w, [DEGREE] * 3)[:, orders.ravel()]
+    values = z[tuple(at.T)].astype(np.float64)
+    kept = (values > -2.0) & (values < 1.0)
     coefficients = np.zeros(orders.shape)
     for _ in range(ROUNDS):
         if kept.sum() < 10 * terms.shape[1]:
             return np.zeros(brain.shape, np.float32)
-        coefficients[orders] = np.linalg.lstsq(terms[kept], y[kept], rcond=None)[0]
-        rest = y - terms @ coefficients[orders]
+        coefficients[orders] = np.linalg.lstsq(terms[kept], values[kept], rcond=None)[0]
+        rest = values - terms @ coefficients[orders]
         spread = 1.4826 * np.median(np.abs(rest[kept] - np.median(rest[kept])))
         kept = (rest < BRIGHT * spread) & (rest > -DARK * spread)
-    return legendre.leggrid3d(*axes, coefficients).astype(np.float32)
+    field: np.ndarray = legendre.leggrid3d(axes[0], axes[1], axes[2], coefficients)
+    return (field if field[brain].std() > FAINT else np.zeros_like(field)).astype(np.float32)

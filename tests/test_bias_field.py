@@ -28,8 +28,7 @@ def test_a_slow_drift_is_found_beside_a_large_lesion(scene):
 
 def test_an_image_without_a_drift_is_left_alone(scene):
     tissue, brain, _, _ = scene
-    field = bias_field(tissue, brain)
-    assert np.ptp(np.percentile(field[brain], (1, 99))) < 0.3
+    assert not bias_field(tissue, brain).any()
 
 
 def test_a_speck_of_brain_has_no_field(rng):
