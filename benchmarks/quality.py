@@ -11,6 +11,7 @@ import dataclasses
 import datetime
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +41,6 @@ def settings(default: SamplingConfig) -> list[tuple[str, SamplingConfig]]:
     """
     change = dataclasses.replace
     chosen = [("N", change(default, steps=n)) for n in STEPS]
-    chosen += [
-        ("N all the way", change(default, sampler=s, eta=0.0, stop=0.0, steps=n))
-        for s in ("ddim", "dpm++2m")
-        for n in ALL_THE_WAY
-    ]
     chosen += [("S", change(default, samples=s)) for s in SAMPLES]
     for mirror in (False, True):
         chosen += [
@@ -52,14 +48,18 @@ def settings(default: SamplingConfig) -> list[tuple[str, SamplingConfig]]:
             for s in STOPS
             for e in (0.0, 1.0)
         ]
+    chosen += [
+        ("N all the way", change(default, sampler=s, eta=0.0, stop=0.0, steps=n))
+        for n in ALL_THE_WAY
+        for s in ("ddim", "dpm++2m")
+    ]
     return chosen
 
 
-def measure(detector: Detector, cases: list[Any]) -> list[dict[str, Any]]:
-    """Figures of every setting over the same patients, at the threshold of the weights."""
+def measure(detector: Detector, cases: list[Any]) -> Iterator[dict[str, Any]]:
+    """Figures of every setting over the same patients, at the threshold of the weights, one after the other."""
     told = detector.description
     prepared = [(case, detector.prepare(case.volume(told.sequences)), case.lesion()) for case in cases]
-    rows = []
     for sweep, config in settings(detector.configured()):
         begun, spent, judged = 0.0, 0.0, []
         for case, p, truth in prepared:
@@ -75,9 +75,7 @@ def measure(detector: Detector, cases: list[Any]) -> list[dict[str, Any]]:
         told_of = ("sampler", "steps", "samples", "eta", "stop", "mirror")
         row = {"sweep": sweep} | {k: getattr(config, k) for k in told_of}
         row["seconds"] = spent
-        rows.append(row | {name: pooled[name] for name in names})
-        print({k: round(v, 4) if isinstance(v, float) else v for k, v in rows[-1].items()}, flush=True)
-    return rows
+        yield row | {name: pooled[name] for name in names}
 
 
 def smallest(rows: list[dict[str, Any]]) -> int | None:
@@ -101,16 +99,19 @@ def main() -> None:
         c for c in find_cases(options.data)
         if c.masks is not None and parts.get(c.patient, options.part) == options.part
     ][: options.cases]  # fmt: skip
-    rows, default = measure(detector, cases), detector.configured()
+    default, rows = detector.configured(), []
+    date = datetime.date.today()
+    target = options.output / f"quality-{options.data.name}-{date}.json"
     result = {
-        "machine": machine(), "date": str(datetime.date.today()), "threads": torch.get_num_threads(),
+        "machine": machine(), "date": str(date), "threads": torch.get_num_threads(),
         "weights": detector.description.name, "patients": len(cases), "part": options.part,
         "default": dataclasses.asdict(default), "rows": rows,
-        "smallest_steps": smallest(rows),
     }  # fmt: skip
-    target = options.output / f"quality-{options.data.name}-{result['date']}.json"
-    target.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"fewest steps within {CLOSE} of the most: {result['smallest_steps']}; {target}")
+    for row in measure(detector, cases):  # kept as they come: a run that is cut has measured something
+        rows.append(row)
+        print({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
+        target.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"fewest steps within {CLOSE} of the most: {smallest(rows)}; {target}")
 
 
 if __name__ == "__main__":
