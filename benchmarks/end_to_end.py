@@ -23,7 +23,7 @@ import torch
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.rivals import autoencoders_one_by_one, compare
+from benchmarks.rivals import autoencoders_one_by_one, compare, compared
 from benchmarks.timing import alternate, machine
 from ddmd import detector as detecting
 from ddmd import ensemble, ops, weights
@@ -168,10 +168,10 @@ def peaks(device: str) -> dict[str, float]:
     return found
 
 
-def flops(detector: Detector, slices: Slices) -> int:
-    """Multiplications and additions of the networks in one `detect_slices`."""
+def flops(detector: Detector, slices: Slices, config: SamplingConfig) -> int:
+    """Multiplications and additions of the networks in one `detect_slices`, on a CPU."""
     with FlopCounterMode(display=False) as counter:
-        ensemble.detect_slices(detector.system, slices, detector.configured())
+        ensemble.detect_slices(detector.system, slices, config)
     return int(counter.get_total_flops())
 
 
@@ -221,7 +221,7 @@ def measured(detector: Detector, name: str, count: int, compiling: bool) -> dict
     ours = seconds.pop("ours")
     ratios = {rival: value / ours for rival, value in seconds.items()}
     ratios["auto-encoders, one slice and member at a time"] = autoencoders_one_by_one(detector.system, fewer)
-    work, limits = flops(detector, fewer), peaks(device)
+    work, limits = flops(detector, fewer, compared(detector.configured())), peaks(device)
     best = max(limits[f"convolution, {kind}"] for kind in ("float32", "bfloat16"))
     return {
         "machine": machine(), "date": str(datetime.date.today()), "device": device, "shape": SHAPE,

@@ -122,6 +122,11 @@ def _mean_and_variance(
     return torch.cat(means)
 
 
+def compared(config: SamplingConfig) -> SamplingConfig:
+    """What all sides do: the steps of a configuration as the rivals' schedulers know them."""
+    return dataclasses.replace(config, sampler="ddim", eta=0.0, stop=0.0, mirror=False)
+
+
 def compare(
     system: System, slices: Slices, config: SamplingConfig, compiling: bool, rounds: int = 3
 ) -> tuple[dict[str, float], dict[str, str]]:
@@ -130,7 +135,7 @@ def compare(
     Every round runs all of them. A rival whose probabilities are not ours, from the same x_T, is not
     reported.
     """
-    config = dataclasses.replace(config, sampler="ddim", eta=0.0, stop=0.0, mirror=False)
+    config = compared(config)
     device = system.device
     seen = system.condition.config
     planes = slices.planes(seen.context, seen.mirrored).to(device)

@@ -33,10 +33,14 @@ class Pool {
     }
     wake_.notify_all();
     take();
-    while (left_.load(std::memory_order_acquire) > 0 || inside_.load(std::memory_order_acquire) > 0)
-      std::this_thread::yield();
-    std::lock_guard<std::mutex> lock(mutex_);
-    part_ = nullptr;
+    for (;;) {
+      while (left_.load(std::memory_order_acquire) > 0 || inside_.load(std::memory_order_acquire) > 0)
+        std::this_thread::yield();
+      std::lock_guard<std::mutex> lock(mutex_);
+      if (inside_.load(std::memory_order_acquire) > 0) continue;  // one that woke late came in meanwhile
+      part_ = nullptr;
+      return;
+    }
   }
 
  private:

@@ -28,7 +28,7 @@ def discrepancy_maps_fwd_kernel(
     z = (tl.program_id(0) // blocks).to(tl.int64)
     pixel = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
     inside = pixel < pixels
-    stride = slices.to(tl.int64) * channels * pixels
+    stride = tl.cast(slices, tl.int64) * channels * pixels  # `slices` of 1 is a constant and has no .to
     inter = tl.zeros((BLOCK,), tl.float32)
     intra = tl.zeros((BLOCK,), tl.float32)
     c = 0

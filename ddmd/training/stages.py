@@ -113,10 +113,11 @@ class DenoiserLosses(nn.Module):
 
     @torch.no_grad()
     def draw(self, image: Tensor, seed: int) -> Tensor:
-        """One-step draws of x_0 from pure noise, as a probability (TEACHER_DRAWS, N, 1, H, W)."""
+        """One-step draws of x_0 from pure noise, as a probability (TEACHER_DRAWS, N, 1, H, W), on the CPU."""
+        image = image.to(next(self.condition.parameters()).device)
         condition: Condition = self.condition(self.planes(image))
         if not self.diffusion:
-            return condition.evidence.float().sigmoid()[None]
+            return condition.evidence.float().sigmoid()[None].cpu()
         n, device = len(image), image.device
         index = torch.arange(n, device=device)
         t = torch.full((n,), self.schedule.steps - 1, device=device)
@@ -127,7 +128,7 @@ class DenoiserLosses(nn.Module):
             )
             noise = diffusion.pure_noise(torch.zeros_like(condition.evidence, dtype=torch.float32), at)
             drawn.append(0.5 + 0.5 * predicted_sample(self.denoiser(noise, condition, t).float()))
-        return torch.stack(drawn)
+        return torch.stack(drawn).cpu()
 
 
 def soft_dice(logits: Tensor, mask: Tensor, weight: Tensor) -> Tensor:
