@@ -61,7 +61,7 @@ def measure(detector: Detector, cases: list[Any]) -> Iterator[dict[str, Any]]:
     told = detector.description
     prepared = [(case, detector.prepare(case.volume(told.sequences)), case.lesion()) for case in cases]
     for sweep, config in settings(detector.configured()):
-        begun, spent, judged = 0.0, 0.0, []
+        spent, judged = 0.0, []
         for case, p, truth in prepared:
             begun = time.perf_counter()
             maps = detect_slices(detector.system, p.slices, config)

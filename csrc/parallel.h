@@ -5,8 +5,8 @@
 
 namespace ddmd {
 
-// Calls work(begin, end) on disjoint ranges that cover [0, size), none shorter than `grain` but the
-// last. Runs in the calling thread where that is enough, or while another thread uses the pool.
+// Calls work(begin, end) on disjoint ranges of about one length that cover [0, size), one for every `grain`
+// begun at most. Runs in the calling thread where that is enough, or while another thread uses the pool.
 void parallel_for(int64_t size, int64_t grain, int threads, const std::function<void(int64_t, int64_t)> &work);
 
 // Use another OpenMP runtime's threads, by the address of its GOMP_parallel (0 goes back to the pool).

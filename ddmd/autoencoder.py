@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ddmd import ops
+from ddmd.upsampling import UpConv2d
 
 PATCH = 4  # pixels of a patch's side: the convolutions start on patches
 STRIDE = 4 * PATCH  # pixels of a code's side
@@ -65,7 +66,7 @@ class AutoencoderEnsemble(nn.Module):
         self.encoder = nn.ModuleList((conv(patch, w), conv(w, 2 * w, 4, 2), conv(2 * w, 3 * w, 4, 2)))
         self.to_code = conv(3 * w, config.code, 1)
         self.from_code = conv(config.code, 3 * w)
-        self.decoder = nn.ModuleList((conv(3 * w, 2 * w), conv(2 * w, w)))
+        self.decoder = nn.ModuleList(UpConv2d(k * i * w, 0, k * o * w, groups=k) for i, o in ((3, 2), (2, 1)))
         self.encoder_norms = nn.ModuleList(NormSiLU(k * i * w, k * 2) for i in (1, 2, 3))
         self.decoder_norms = nn.ModuleList(NormSiLU(k * i * w, k * 2) for i in (3, 2, 1))
         self.to_patch = conv(w, patch)
@@ -82,7 +83,7 @@ class AutoencoderEnsemble(nn.Module):
         """Codes (Z, K, code, H / 16, W / 16) -> reconstructions (K, Z, C, H, W)."""
         h = self.decoder_norms[0](self.from_code(code.flatten(1, 2)))
         for conv, norm in zip(self.decoder, list(self.decoder_norms)[1:], strict=True):
-            h = norm(conv(functional.interpolate(h, scale_factor=2.0, mode="nearest")))
+            h = norm(conv(h))
         x = functional.pixel_shuffle(self.to_patch(h), PATCH)
         return x.unflatten(1, (self.config.members, self.config.sequences)).transpose(0, 1)
 

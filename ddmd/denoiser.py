@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ddmd.autoencoder import NormSiLU
+from ddmd.upsampling import UpConv2d
 
 IMAGE_PATCH = 2  # the U-Net works on 2x2 patches of the slice
 NOISE_PATCH = 4  # the denoiser on 4x4 patches of x_t
@@ -77,8 +78,24 @@ class Block(nn.Module):
         return self.second_norm(self.second(h), residual=residual)
 
 
-def _upsample(x: Tensor) -> Tensor:
-    return functional.interpolate(x, scale_factor=2.0, mode="nearest")
+class UpBlock(nn.Module):
+    """`Block` of a coarse image, enlarged twofold, beside a fine one, neither enlarged nor joined for it."""
+
+    def __init__(self, coarse: int, fine: int, channels: int, embedding: int = 0) -> None:
+        super().__init__()
+        self.first = UpConv2d(coarse, fine, channels, bias=False)
+        self.first_norm = NormSiLU(channels, _groups(channels))
+        self.second = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.second_norm = NormSiLU(channels, _groups(channels))
+        self.skip = UpConv2d(coarse, fine, channels, kernel=1)
+        self.time = nn.Linear(embedding, 2 * channels) if embedding else None
+
+    def forward(self, coarse: Tensor, fine: Tensor, embedding: Tensor | None = None) -> Tensor:
+        scale, shift = None, None
+        if self.time is not None and embedding is not None:
+            scale, shift = self.time(embedding).chunk(2, dim=1)
+        h = self.first_norm(self.first(coarse, fine), scale, shift)
+        return self.second_norm(self.second(h), residual=self.skip(coarse, fine))
 
 
 @dataclass(frozen=True)
@@ -91,10 +108,6 @@ class Condition:
     features: Tensor
     evidence: Tensor
 
-    def rows(self, index: Tensor) -> Condition:
-        """The condition of the chosen slices, one a row."""
-        return Condition(self.features[index], self.evidence[index])
-
 
 class ConditionNet(nn.Module):
     """U-Net over the image, X and Y. Also, alone, the supervised baseline: its evidence map."""
@@ -105,7 +118,7 @@ class ConditionNet(nn.Module):
         w = config.widths
         self.stem = nn.Conv2d(config.inputs * IMAGE_PATCH**2, w[0], 3, padding=1)
         self.down = nn.ModuleList(Block(w[max(i - 1, 0)], w[i]) for i in range(len(w)))
-        self.up = nn.ModuleList(Block(w[i + 1] + w[i], w[i]) for i in reversed(range(len(w) - 1)))
+        self.up = nn.ModuleList(UpBlock(w[i + 1], w[i], w[i]) for i in reversed(range(len(w) - 1)))
         self.to_evidence = nn.Conv2d(w[0], IMAGE_PATCH**2, 3, padding=1)
         nn.init.constant_(self.to_evidence.bias, -4.0)  # type: ignore[arg-type]  # lesions are rare
         self.to_features = nn.Conv2d(w[0] * 4 + w[1] + NOISE_PATCH**2, config.noise_width, 3, padding=1)
@@ -120,7 +133,7 @@ class ConditionNet(nn.Module):
         skips.pop()
         quarter = h
         for block in self.up:
-            quarter, h = h, block(torch.cat((_upsample(h), skips.pop()), 1))
+            quarter, h = h, block(h, skips.pop())
         evidence = functional.pixel_shuffle(self.to_evidence(h), IMAGE_PATCH)
         features = self.to_features(
             torch.cat(
@@ -160,7 +173,7 @@ class Denoiser(nn.Module):
         self.from_noise = nn.Conv2d(NOISE_PATCH**2, w, 3, padding=1, bias=False)
         self.down = Block(w, w, self.embedding)
         self.middle = Block(w, 2 * w, self.embedding)
-        self.up = Block(3 * w, w, self.embedding)
+        self.up = UpBlock(2 * w, w, w, self.embedding)
         self.to_output = nn.Conv2d(w, NOISE_PATCH**2, 3, padding=1)
         nn.init.zeros_(self.to_output.weight)
         nn.init.zeros_(self.to_output.bias)  # type: ignore[arg-type]
@@ -171,7 +184,7 @@ class Denoiser(nn.Module):
         h = self.from_noise(functional.pixel_unshuffle(x, NOISE_PATCH)) + condition.features
         fine = self.down(h, embedding)
         coarse = self.middle(functional.avg_pool2d(fine, 2), embedding)
-        h = self.up(torch.cat((_upsample(coarse), fine), 1), embedding)
+        h = self.up(coarse, fine, embedding)
         return functional.pixel_shuffle(self.to_output(h), NOISE_PATCH) + condition.evidence
 
 

@@ -66,6 +66,16 @@ class Rule:
             raise ValueError(f"threshold is {self.threshold}; allowed are values between 0 and 1")
 
 
+def components(probability: np.ndarray, voxel_ml: float, rule: Rule) -> np.ndarray:
+    """The components (26 neighbours) that are lesion by the rule, numbered from 1: (X, Y, Z) int, 0 elsewhere."""
+    parts, count = ndimage.label(probability >= rule.threshold, np.ones((3, 3, 3)))
+    numbers = np.arange(1, count + 1)
+    large = np.bincount(parts.ravel(), minlength=count + 1)[1:] * voxel_ml >= rule.min_ml
+    sure = np.asarray(ndimage.maximum(probability, parts, numbers)) >= rule.min_peak
+    kept: np.ndarray = np.concatenate(([0], numbers * (large & sure)))[parts]
+    return kept
+
+
 def find_lesions(
     probability: np.ndarray, uncertainty: np.ndarray, affine: np.ndarray, rule: Rule
 ) -> tuple[np.ndarray, tuple[Lesion, ...]]:
@@ -78,23 +88,21 @@ def find_lesions(
     rule : Rule
     """
     voxel_ml = abs(float(np.linalg.det(affine[:3, :3]))) / 1000
-    parts, _ = ndimage.label(probability >= rule.threshold, np.ones((3, 3, 3)))
-    kept = np.zeros(probability.shape, bool)
+    parts = components(probability, voxel_ml, rule)
     lesions = []
     for number, box in enumerate(ndimage.find_objects(parts), 1):
+        if box is None:
+            continue
         inside = parts[box] == number
         ml = float(inside.sum()) * voxel_ml
         p, u = probability[box][inside], uncertainty[box][inside]
-        if ml < rule.min_ml or p.max() < rule.min_peak:
-            continue
-        kept[box] |= inside
         voxel = np.argwhere(inside).mean(0) + [axis.start for axis in box]
         centre = affine[:3, :3] @ voxel + affine[:3, 3]
         lesions.append(
             Lesion(ml, (float(centre[0]), float(centre[1]), float(centre[2])), float(p.max()),
                    float(p.mean()), float(u.mean()))
         )  # fmt: skip
-    return kept, tuple(sorted(lesions, key=lambda lesion: -lesion.volume_ml))
+    return parts > 0, tuple(sorted(lesions, key=lambda lesion: -lesion.volume_ml))
 
 
 def image_score(probability: np.ndarray, voxel_ml: float) -> float:

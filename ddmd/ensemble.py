@@ -76,6 +76,8 @@ def fitting(system: System, height: int, width: int) -> int:
     if system.device.type == "cpu":
         return CPU_SLICES
     free, _ = torch.cuda.mem_get_info(system.device)
+    # what torch holds and does not use is free, too: the batch, and with it the graph, is the same next time
+    free += torch.cuda.memory_reserved(system.device) - torch.cuda.memory_allocated(system.device)
     return max(1, min(CUDA_SLICES, int(0.8 * free) // (BYTES_A_PIXEL * height * width)))
 
 

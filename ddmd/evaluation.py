@@ -7,7 +7,7 @@ import json
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from scipy.stats import bootstrap
 
 from ddmd.baselines import smoothed_intensity
 from ddmd.data.datasets import Case, find_cases, read_split
-from ddmd.detection import Rule, find_lesions
+from ddmd.detection import Rule, components, find_lesions
 from ddmd.detector import Detector
 from ddmd.ensemble import detect_slices
 from ddmd.sampling import SamplingConfig
@@ -30,17 +30,12 @@ UNCERTAINTY_RANGE = (
     0.0,
 )  # decimal logarithm of the variance: ranks small ones apart, alike for all patients
 SLICE_SCORE_MM2 = 25.0  # a slice's score is the mean probability of so much of it, the most probable
+THRESHOLDS = np.linspace(0.05, 0.95, 19)  # of probability: at each the whole rule is tried
 LEFT_OUT = (0.0, 0.01, 0.02, 0.05, 0.10)  # shares of the least certain voxels
 
 
 class EvaluationError(ValueError):
     """Data that cannot be evaluated on; the message says what to do."""
-
-
-def dice(found: np.ndarray, truth: np.ndarray) -> float:
-    """2 |A and B| / (|A| + |B|); nan where both are empty."""
-    size = int(found.sum()) + int(truth.sum())
-    return 2.0 * int((found & truth).sum()) / size if size else float("nan")
 
 
 @dataclass
@@ -96,6 +91,7 @@ class Patient:
     baseline: Counts
     uncertainty: Counts  # "lesion" are voxels where the mask is wrong
     confusion: np.ndarray  # true positive, false positive, false negative, true negative
+    by_threshold: np.ndarray  # (THRESHOLDS, 4): the same by the rule with each threshold
     left_out: np.ndarray  # (LEFT_OUT, 3): true positive, false positive, false negative
     calibration: np.ndarray  # (10, 3): voxels, sum of probability, lesions
     slice_score: np.ndarray
@@ -125,6 +121,25 @@ def _rates(c: np.ndarray) -> dict[str, float]:
     }
 
 
+def dices(confusions: np.ndarray) -> np.ndarray:
+    """Dice of rows that begin with true positive, false positive, false negative; 0 where all are 0."""
+    true, false, missed = np.asarray(confusions, float)[..., :3].T
+    return 2 * true / np.maximum(2 * true + false + missed, 1)
+
+
+def _by_threshold(
+    probability: np.ndarray, truth: np.ndarray, inside: np.ndarray, voxel_ml: float, rule: Rule
+) -> np.ndarray:
+    at = np.argwhere((probability >= THRESHOLDS[0]) | truth)
+    low, high = (at.min(0), at.max(0) + 1) if len(at) else (np.zeros(3, int), np.ones(3, int))
+    box = tuple(slice(a, b) for a, b in zip(low, high, strict=True))
+    rules = [replace(rule, threshold=float(threshold)) for threshold in THRESHOLDS]
+    found = [components(probability[box], voxel_ml, r) > 0 for r in rules]
+    counts = np.array([_confusion(f, truth[box], inside[box]) for f in found])
+    counts[:, 3] += int(inside.sum() - inside[box].sum())
+    return counts
+
+
 def judge(
     name: str,
     patient: str,
@@ -145,10 +160,11 @@ def judge(
     empty = not truth.any()
     baseline = smoothed_intensity(volume)
     counts = Counts.of(probability[inside], truth[inside], 0.0, 1.0)
+    by_threshold = _by_threshold(probability, truth, inside, voxel_ml, rule)
     base = Counts.of(baseline[inside], truth[inside], *BASELINE_RANGE)
     row: dict[str, Any] = {"patient": name, **_rates(confusion)}
     row["lesion_ml"], row["found_ml"] = float(truth.sum()) * voxel_ml, float(found.sum()) * voxel_ml
-    row["dice_oracle"] = float(counts.dice_curve().max()) if not empty else float("nan")
+    row["dice_oracle"] = _oracle(confusion, by_threshold) if not empty else float("nan")
     row["baseline_dice_oracle"] = float(base.dice_curve().max()) if not empty else float("nan")
     row["auprc"] = counts.auprc()
     if not empty and found.any():
@@ -194,6 +210,7 @@ def judge(
         baseline=base,
         uncertainty=Counts.of(np.log10(uncertainty[inside] + 1e-12), wrong, *UNCERTAINTY_RANGE),
         confusion=confusion,
+        by_threshold=by_threshold,
         left_out=np.array(kept),
         calibration=calibration,
         slice_score=_slice_scores(probability, volume.spacing)[filled],
@@ -204,6 +221,11 @@ def judge(
             "found": found[:, :, z].T, "truth": truth[:, :, z].T, "uncertainty": uncertainty[:, :, z].T,
         },
     )  # fmt: skip
+
+
+def _oracle(own: np.ndarray, by_threshold: np.ndarray) -> float:
+    """The highest Dice that any threshold gives, the rule's own among them."""
+    return float(dices(np.vstack((own, by_threshold))).max())
 
 
 def _slice_scores(probability: np.ndarray, spacing: Sequence[float]) -> np.ndarray:
@@ -270,7 +292,8 @@ def summarise(
     probability = sum((p.probability for p in patients[1:]), patients[0].probability)
     baseline = sum((p.baseline for p in patients[1:]), patients[0].baseline)
     uncertainty = sum((p.uncertainty for p in patients[1:]), patients[0].uncertainty)
-    pooled["dice_oracle"] = float(probability.dice_curve().max())
+    by_threshold = sum((p.by_threshold for p in patients), np.zeros((len(THRESHOLDS), 4)))
+    pooled["dice_oracle"] = _oracle(total, by_threshold)
     pooled["baseline_dice_oracle"] = float(baseline.dice_curve().max())
     if baseline_bin is not None:
         pooled["baseline_dice"] = float(baseline.dice_curve()[baseline_bin])
@@ -285,8 +308,8 @@ def summarise(
         float(roc_auc_score(labels, scores)) if 0 < labels.sum() < len(labels) else float("nan")
     )
     left = sum((p.left_out for p in patients), np.zeros((len(LEFT_OUT), 3)))
-    dices = [_rates(np.append(row, 0))["dice"] for row in left]
-    pooled["dice_without_5_percent"] = dices[LEFT_OUT.index(0.05)]
+    without = dices(left).tolist()
+    pooled["dice_without_5_percent"] = without[LEFT_OUT.index(0.05)]
     bins = sum((p.calibration for p in patients), np.zeros((10, 3)))
     held = bins[bins[:, 0] > 0]
     gaps = np.abs(held[:, 1] - held[:, 2])
@@ -302,10 +325,10 @@ def summarise(
     ranked = sorted((p for p in patients if np.isfinite(p.row["dice"])), key=lambda p: p.row["dice"])
     chosen = {"worst": ranked[0], "median": ranked[len(ranked) // 2], "best": ranked[-1]} if ranked else {}
     curves = {
-        "threshold": np.linspace(0, 1, BINS).tolist(),
-        "dice_by_threshold": probability.dice_curve().tolist(),
+        "threshold": THRESHOLDS.tolist(),
+        "dice_by_threshold": dices(by_threshold).tolist(),
         "left_out": list(LEFT_OUT),
-        "dice_by_left_out": dices,
+        "dice_by_left_out": without,
         "calibration_probability": (held[:, 1] / held[:, 0]).tolist(),
         "calibration_share": (held[:, 2] / held[:, 0]).tolist(),
     }

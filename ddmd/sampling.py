@@ -100,7 +100,8 @@ class Sampling:
 
         def replay(sample: int) -> Tensor:
             held.sample.fill_(sample)
-            held.graph.replay()
+            with torch.cuda.device(index.device):
+                held.graph.replay()
             return held.result
 
         return replay
@@ -126,15 +127,16 @@ class Sampling:
             del self.captured[next(iter(self.captured))]
         own = Condition(condition.features.clone(), condition.evidence.clone())
         own_index, sample = index.clone(), torch.zeros((), dtype=torch.int64, device=index.device)
-        aside = torch.cuda.Stream(index.device)
-        aside.wait_stream(torch.cuda.current_stream(index.device))
-        with torch.cuda.stream(aside):
-            for _ in range(WARM_UP):
-                self.draw(own, own_index, sample)
-        torch.cuda.current_stream(index.device).wait_stream(aside)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            result = self.draw(own, own_index, sample)
+        with torch.cuda.device(index.device):  # a capture is of the current device's work
+            aside = torch.cuda.Stream()
+            aside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(aside):
+                for _ in range(WARM_UP):
+                    self.draw(own, own_index, sample)
+            torch.cuda.current_stream().wait_stream(aside)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=aside):
+                result = self.draw(own, own_index, sample)
         self.captured[shape] = _Captured(graph, own, own_index, sample, result)
         return self.captured[shape]
 

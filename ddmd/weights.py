@@ -17,6 +17,7 @@ from torch import nn
 from ddmd.autoencoder import AutoencoderConfig, AutoencoderEnsemble
 from ddmd.denoiser import ConditionNet, Denoiser, DenoiserConfig
 from ddmd.diffusion import Schedule
+from ddmd.upsampling import prepare
 
 FORMAT = 1
 PARTS = {  # of each kind of system, the networks it consists of
@@ -250,5 +251,6 @@ def load(
     for part, module in system.parts().items():
         module.load_state_dict({k: held[f"{part}.{k}"].float() for k in module.state_dict()})
         module.eval().requires_grad_(False)
+        prepare(module)
         module.to(device, dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return system

@@ -131,14 +131,21 @@ def _facts(sass: str) -> dict[str, int]:
     }
 
 
-def compile_triton(name: str, architecture: int) -> dict[str, int]:
-    """Facts about one Triton kernel's machine code, its pointers and sizes divisible by 16."""
+def compile_triton(name: str, architecture: int, ones: bool = False) -> dict[str, int]:
+    """Facts about one Triton kernel's machine code, its pointers and sizes divisible by 16.
+
+    ones makes every size 1, which Triton turns into a constant: what is called on a size need not work on
+    one.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     kernel, signature, constants, _ = triton_kernels()[name]
-    names = [p for p in kernel.arg_names]
+    if ones:
+        constants = constants | {p: 1 for p, kind in signature.items() if kind == I}
+        signature = {p: kind for p, kind in signature.items() if kind != I}
+    names = list(kernel.arg_names)
     full = {p: signature.get(p, "constexpr") for p in names}
     unscaled = ("fp32",)
     divisible = {
@@ -183,6 +190,7 @@ def collect(only: int | None = None) -> dict[str, dict[str, int]]:
     for architecture in [only] if only else ARCHITECTURES:
         for name, (_, _, _, vector) in triton_kernels().items():
             facts[f"{name} sm_{architecture}"] = {**compile_triton(name, architecture), "vector": int(vector)}
+            compile_triton(name, architecture, ones=True)
         if shutil.which("nvcc"):
             for source in sorted(CSRC.glob("*.cu")):
                 for name, found in compile_cuda(source, architecture).items():

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from ddmd.training.painting import HIGH, LOW, Augmentation, LesionPainter, PainterConfig
+from ddmd.training.painting import CARVED_RIM, HIGH, LOW, Augmentation, LesionPainter, PainterConfig, carve
 
 STILL = Augmentation(
     flip=0, affine=0, contrast=0, bias=0, blur=0, coarse=0, noise=0, window=0
@@ -112,6 +112,23 @@ def test_an_empty_brain_is_left_as_it_is(head, seed):
     planes, mask = LesionPainter()(head[0], np.zeros_like(head[1]), 1.0, 5.0, np.random.default_rng(seed))
     assert np.array_equal(planes, head[0])
     assert not mask.any()
+
+
+def test_a_carved_lesion_is_the_donors_and_the_rest_is_the_hosts(head, rng):
+    planes, brain = head
+    donor = np.where(planes > LOW, planes + 1, LOW).astype(np.float32)
+    masks = np.zeros((3, 128, 160), bool)
+    masks[:2, 50:70, 60:90] = True  # it does not reach the last plane
+    out, share = carve(planes, brain, donor, masks, rng)
+    assert np.array_equal(out[:2, :, 50:70, 60:90], donor[:2, :, 50:70, 60:90])
+    assert np.array_equal(out[2], planes[2])
+    far = ndimage.distance_transform_edt(~masks[1]) >= CARVED_RIM[1]
+    assert np.array_equal(out[1][:, far], planes[1][:, far])
+    assert (share[masks[1]] == 1).all()
+    assert ((share > 0) & (share < 1)).any()
+    outside, _ = carve(planes, brain, donor, np.ones_like(masks), rng)
+    assert (outside[planes == LOW] == LOW).all()
+    assert np.array_equal(outside[1][:, ~brain], planes[1][:, ~brain])
 
 
 def test_augmentation_is_decided_by_the_generator_and_keeps_shapes(head, seed, rng):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from ddmd.training.pseudo_masks import DOUBTED, GROWTH, bodies, grown, trust
+from ddmd.training.pseudo_masks import DOUBTED, GROWTH, bodies, grown, thresholds, trust
 
 
 def disc(shape: tuple[int, int], centre: tuple[int, int], radius: float) -> np.ndarray:
@@ -51,11 +51,12 @@ def test_a_lesion_without_contrast_keeps_the_teachers_edge(scan):
 def test_bodies_only_on_positive_slices_and_where_something_is_probable(scan):
     _, lesion, _ = scan
     levels = np.array([0.4, 0.4, 0.1, 0.4, 0.0, 0.0, 0.1], np.float32)
-    large, small = bodies(
-        levels[:, None, None] * lesion, np.array([False, True, True, True, True, True, True])
-    )
-    assert large.any(axis=(1, 2)).tolist() == [False, True, True, True, False, False, False], (
-        "not on a negative slice; where it is faint between two others; not where it is faint alone"
+    probability = levels[:, None, None] * lesion
+    threshold = thresholds(probability, np.array([False, True, True, True, True, True, True]))
+    assert threshold.tolist() == [np.inf, pytest.approx(0.2), np.inf, pytest.approx(0.2), *[np.inf] * 3]
+    large, small = bodies(probability, threshold)
+    assert large.any(axis=(1, 2)).tolist() == [False, True, False, True, False, False, False], (
+        "not on a negative slice, nor where it is faint"
     )
     assert overlap(large[1], lesion) > 0.98, "half of the peak is the threshold where the peak is low"
     assert not small.any()
@@ -65,7 +66,7 @@ def test_bodies_much_smaller_than_the_largest_are_set_apart(scan):
     _, lesion, brain = scan
     speck = disc(brain.shape, (70, 40), 2)
     probability = np.stack([0.9 * (lesion | speck)] * 3).astype(np.float32)
-    large, small = bodies(probability, np.ones(3, bool))
+    large, small = bodies(probability, np.full(3, 0.45))
     assert (large & lesion).any()
     assert not (large & speck).any()
     assert (small & speck).any()
@@ -74,12 +75,12 @@ def test_bodies_much_smaller_than_the_largest_are_set_apart(scan):
 def test_trust_is_less_where_draws_disagree_and_where_the_masks_do(scan):
     _, lesion, _ = scan
     probability, sure = 0.8 * lesion.astype(np.float32), np.zeros(lesion.shape, np.float32)
-    weight = trust(lesion, probability, sure)
+    weight = trust(lesion, probability, sure, 0.4)
     assert weight.min() == weight.max() == 1.0
-    unsure = trust(lesion, probability, np.where(lesion, 0.3, 0.0))
+    unsure = trust(lesion, probability, np.where(lesion, 0.3, 0.0), 0.4)
     assert unsure[lesion].max() < 1.0
     assert unsure[~lesion].min() == 1.0
     moved = np.roll(lesion, 4, 0)
-    weight = trust(moved, probability, sure)
+    weight = trust(moved, probability, sure, 0.4)
     assert weight[moved != lesion].max() <= DOUBTED
     assert weight[moved == lesion].min() == 1.0

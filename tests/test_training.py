@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import shutil
 import subprocess
 import sys
 
@@ -13,12 +14,15 @@ from safetensors.torch import load_file
 
 from ddmd import weights
 from ddmd.autoencoder import AutoencoderConfig, AutoencoderEnsemble
-from ddmd.denoiser import DenoiserConfig
+from ddmd.data.datasets import Case
+from ddmd.denoiser import ConditionNet, Denoiser, DenoiserConfig
+from ddmd.diffusion import Schedule
 from ddmd.discrepancy import heterogeneous_loss, homogeneous_loss
 from ddmd.training import train
 from ddmd.training.config import AutoencoderStage, DataEntry, DenoiserStage, TrainConfig, read_config
 from ddmd.training.loop import DivergedError, Plan, Stage, learning_rate
-from ddmd.training.stages import soft_dice
+from ddmd.training.samples import Draw, Packed
+from ddmd.training.stages import DenoiserLosses, soft_dice
 from tests.volumes import write_slices
 
 pytest.importorskip("accelerate", reason="the extra ddmd[train] is not installed")
@@ -70,6 +74,31 @@ def test_the_systems_beside_train_and_detect(config, tmp_path, rng, system):
     probability = np.asarray(found.probability.dataobj)
     assert 0 <= probability.min() < probability.max() <= 1
     assert not np.asarray(found.uncertainty.dataobj).any()
+
+
+def test_a_run_begins_from_given_weights(config, tmp_path):
+    first = train(config, tmp_path / "first")
+    none = dataclasses.replace(config.autoencoder_stage, steps=0)
+    again = dataclasses.replace(config, start=str(first), autoencoder_stage=none)
+    stage = dataclasses.replace(config.denoiser_stage, steps=0, rounds=())
+    unchanged = train(dataclasses.replace(again, denoiser_stage=stage), tmp_path / "unchanged")
+    a, b, c = (load_file(p) for p in (first, unchanged, train(again, tmp_path / "more")))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    changed = {k.split(".")[0] for k in a if not torch.equal(a[k], c[k])}
+    assert changed == {"condition", "denoiser"}
+    assert (tmp_path / "more" / "pseudo_masks_1.npz").exists()
+    with pytest.raises(ValueError, match="mm is 2.0; with start = .* allowed is 1.0"):
+        train(dataclasses.replace(again, mm=2.0), tmp_path / "other")
+    with pytest.raises(ValueError, match="steps is 0 in AutoencoderStage; allowed is at least 1"):
+        dataclasses.replace(again, start=None)
+
+
+def test_a_run_whose_patients_changed_is_refused(config, tmp_path, rng):
+    train(config, tmp_path / "run", until="autoencoders_a")
+    shutil.rmtree(tmp_path / "set")
+    write_slices(tmp_path / "set", rng, 5, garbage_masks=True)
+    with pytest.raises(ValueError, match="its patients are not those of the data now"):
+        train(config, tmp_path / "run")
 
 
 def test_pixel_track_takes_labels_from_the_masks(tmp_path, rng):
@@ -184,6 +213,43 @@ def test_two_processes_learn_what_one_does(tmp_path):
     np.testing.assert_allclose(*found, rtol=1e-4)
 
 
+def test_carved_lesions_come_with_their_mask_and_its_weight(tmp_path, rng):
+    """Two heads of other sizes: the donor's lesion lands at the same place from the middle of the brain."""
+    packed = []
+    for name, at, level in (("donor", 30, 1.0), ("host", 40, 0.0)):
+        brain = np.zeros((3, 80, 80), bool)
+        brain[:, at - 20 : at + 20, at - 20 : at + 20] = True
+        image = np.where(brain, level, -2.0)[:, None].astype(np.float16)
+        case = Case(name, name, "set", {})
+        packed.append(Packed(case, image, brain, np.full(3, int(level), np.int8), offset=1, offset_mm=1.0))
+    mask = np.zeros((3, 80, 80), np.float16)
+    mask[:, 25:35, 25:35] = 1
+    packed[0].mask, packed[0].weight = mask, np.where(mask, 0.5, 1.0).astype(np.float16)
+    stage = DenoiserStage(normal=0.0, painted=0.0, over=0.0, masked=0.0, carved=1.0)
+    config = TrainConfig(data=(DataEntry("set"),), size=80, denoiser_stage=stage)
+    draw = Draw(packed, config, "lesions", {"set": 1.0}, 10)
+    draw.augment = lambda planes, maps, rng: (planes, maps)
+    for sample in (draw[i] for i in range(10)):
+        inside = sample["mask"][0].numpy() > 0
+        assert np.array_equal(inside, np.roll(mask[1] > 0, (10, 10), (0, 1)))
+        assert (sample["planes"][1].numpy()[inside] == 1).all()
+        assert sample["weight"][0].numpy()[inside] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("diffusion", [True, False])
+def test_every_trained_parameter_gets_a_gradient(diffusion):
+    """DistributedDataParallel waits for each that requires one."""
+    sizes = DenoiserConfig(widths=(8, 8, 8, 8), noise_width=8)
+    ensembles = [AutoencoderEnsemble(AutoencoderConfig(members=2, width=4, code=2)) for _ in range(2)]
+    losses = DenoiserLosses(
+        *ensembles, ConditionNet(sizes), Denoiser(sizes), Schedule(), DenoiserStage(), diffusion=diffusion
+    )
+    mask = (torch.rand(2, 1, 32, 32) > 0.5).float()
+    batch = {"planes": torch.randn(2, 3, 32, 32), "mask": mask, "weight": torch.ones_like(mask)}
+    sum(losses(batch, 0).values()).backward()
+    assert [n for n, p in losses.named_parameters() if p.requires_grad and p.grad is None] == []
+
+
 def test_shipped_configuration_reads_and_mistakes_are_named(tmp_path):
     from pathlib import Path
 
@@ -214,7 +280,9 @@ def test_losses_follow_their_formulas():
     mask[0, :, :2] = 1
     right = (mask * 2 - 1) * 20
     assert soft_dice(right, mask, torch.ones_like(mask)) == pytest.approx(0, abs=1e-3)
-    assert soft_dice(-right, mask, torch.ones_like(mask)) > 0.4
+    assert soft_dice(-right, mask, torch.ones_like(mask)) == pytest.approx(0.5 * (1 - 1 / 17), abs=1e-3), (
+        "half of the slices have a mask; all is wrong but for the 1 that keeps the quotient from 0 / 0"
+    )
 
 
 def test_members_never_mix():

@@ -386,8 +386,11 @@ def split_by_patient(
 
 
 def write_split(path: str | Path, split: Mapping[str, str]) -> None:
-    """Write patient -> part as JSON."""
-    Path(path).write_text(json.dumps(dict(split), indent=1, sort_keys=True))
+    """Write patient -> part as JSON, whole or not at all."""
+    path = Path(path)
+    temporary = path.with_name(f".partial-{path.name}")
+    temporary.write_text(json.dumps(dict(split), indent=1, sort_keys=True))
+    os.replace(temporary, path)
 
 
 def read_split(path: str | Path) -> dict[str, str]:

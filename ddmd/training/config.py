@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,10 +53,13 @@ class DenoiserStage:
     rounds : tuple of float
         Shares of the steps at which the network's own masks on positive slices are made anew
         (image-label track).
-    normal, painted, over, masked : float
-        Shares of a batch: normal slices as they are, lesions painted on normal slices, lesions
-        painted on positive slices beside what is there, and slices of B with their mask (pixel
+    normal, painted, carved, over, masked : float
+        Shares of a batch: normal slices as they are, lesions painted on normal slices, lesions of B's masks
+        put into normal slices, lesions painted on positive slices beside what is there, and slices of B with their mask (pixel
         track) or pseudo-mask (image track; from the first round on, the others' shares until then).
+    grown_until : float
+        Share of the steps up to which pseudo-masks are moved to the edge that the image shows. A young
+        teacher's masks gain by it; a trained one's own edges are better.
     hard_from : float
         Share of the steps from which lesions are also painted that are no brighter than their
         surroundings.
@@ -70,8 +74,10 @@ class DenoiserStage:
     rounds: tuple[float, ...] = (0.3, 0.5, 0.68, 0.84)
     normal: float = 0.12
     painted: float = 0.35
+    carved: float = 0.0
     over: float = 0.18
     masked: float = 0.35
+    grown_until: float = 0.5
     hard_from: float = 0.48
     use_inter: bool = True
     use_intra: bool = True
@@ -89,6 +95,11 @@ class TrainConfig:
     sampling is how the finished weights draw masks by default.
 
     precision is "float32", "bfloat16" (convolutions only), or what is faster on the device.
+
+    start is a weights file, or the name of a shipped system, from which all networks begin; a stage of
+    0 steps then leaves its networks as they are. The sizes must be that system's. Patients
+    that the earlier training saw must be in this one's training part: it is the same where data,
+    seed and shares are.
 
     system is "ddmd", or one of the systems beside it: "supervised", the condition network alone, and
     "anomaly", the auto-encoders of normal slices alone.
@@ -109,6 +120,7 @@ class TrainConfig:
     workers: int = 1
     checkpoint_minutes: float = 2.0
     precision: str = "auto"
+    start: str | None = None
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
     autoencoder_stage: AutoencoderStage = field(default_factory=AutoencoderStage)
@@ -124,6 +136,11 @@ class TrainConfig:
             raise ValueError(f"size is {self.size}; allowed are multiples of {MULTIPLE}")
         if not self.data:
             raise ValueError("data is empty; name at least one data set as [[data]]")
+        for stage in (self.autoencoder_stage, self.denoiser_stage):
+            if stage.steps < (0 if self.start else 1):
+                raise ValueError(
+                    f"steps is {stage.steps} in {type(stage).__name__}; allowed is at least 1, and 0 with `start`"
+                )
         for part in (self.autoencoder, self.denoiser):
             if part.sequences != len(self.sequences):
                 raise ValueError(
@@ -155,6 +172,16 @@ def read_config(path: str | Path) -> TrainConfig:
         raise ValueError(f"{path}: no such file; give the path of a training configuration") from None
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{path}: not TOML ({error})") from None
+    return _whole(values, str(path))
+
+
+def read_run(folder: str | Path) -> TrainConfig:
+    """The configuration that `train` wrote into a run's folder."""
+    path = Path(folder) / "config.json"
+    return _whole(json.loads(path.read_text()), str(path))
+
+
+def _whole(values: dict[str, Any], where: str) -> TrainConfig:
     parts = {
         "autoencoder": AutoencoderConfig,
         "denoiser": DenoiserConfig,
@@ -164,7 +191,7 @@ def read_config(path: str | Path) -> TrainConfig:
     }
     for key, kind in parts.items():
         if key in values:
-            values[key] = _build(kind, values[key], f"{path}, [{key}]")
-    values["data"] = [_build(DataEntry, entry, f"{path}, [[data]]") for entry in values.get("data", [])]
-    config: TrainConfig = _build(TrainConfig, values, str(path))
+            values[key] = _build(kind, values[key], f"{where}, [{key}]")
+    values["data"] = [_build(DataEntry, entry, f"{where}, [[data]]") for entry in values.get("data", [])]
+    config: TrainConfig = _build(TrainConfig, values, where)
     return config

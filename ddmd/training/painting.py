@@ -30,6 +30,7 @@ class PainterConfig:
     not_bright : chance that, where the painter is asked for hard lesions, one that is not small is no
         brighter than its surroundings: a bright rim around an interior like them, tissue whose texture
         is effaced, or dark.
+    broken_rim : chance that the rim of such a lesion is there on a part of its surface only.
     """
 
     kinds: tuple[float, float, float] = (0.45, 0.25, 0.3)
@@ -45,7 +46,8 @@ class PainterConfig:
     displacement: float = 5.0
     periventricular: float = 0.4
     edge: tuple[float, float] = (0.5, 3.5)
-    not_bright: float = 0.4
+    not_bright: float = 0.5
+    broken_rim: float = 0.6
 
 
 @dataclass(frozen=True)
@@ -59,12 +61,12 @@ class _Look:
 
     @classmethod
     def drawn(cls, rng: Generator) -> _Look:
-        kind = rng.choice(3, p=(0.45, 0.35, 0.2))
+        kind = rng.choice(3, p=(0.5, 0.35, 0.15))
         if kind == 0:  # ring
-            level, replaced = rng.uniform(-0.35, 0.15), rng.uniform(0.4, 1.0)
-            return cls(level, replaced, rng.uniform(0.25, 1.1), rng.uniform(2.0, 6.0))
+            level, replaced = rng.uniform(-0.5, 0.2), rng.uniform(0.5, 1.0)
+            return cls(level, replaced, rng.uniform(0.25, 1.1), rng.uniform(1.5, 5.0))
         if kind == 1:  # effaced
-            return cls(rng.uniform(0.05, 0.35), rng.uniform(0.75, 1.0))
+            return cls(rng.uniform(-0.05, 0.35), rng.uniform(0.75, 1.0))
         rim = rng.uniform(0.2, 0.8) if rng.random() < 0.5 else 0.0
         return cls(-rng.uniform(0.2, 1.2), rng.uniform(0.3, 0.9), rim)
 
@@ -223,7 +225,10 @@ class LesionPainter:
         if core:
             profile -= core * abs(level) * np.clip((deep / deepest - rng.uniform(0.3, 0.6)) * 4, 0, 1)
         if rim:
-            profile += rim * abs(level) * ((deep > 0) & (deep < rim_pixels))
+            there = ((deep > 0) & (deep < rim_pixels)).astype(np.float32)
+            if look is not None and rng.random() < c.broken_rim:
+                there *= np.clip(smooth_noise(size, 1.5 * max(deepest, 4.0), rng) + 0.3, 0, 1)
+            profile += rim * abs(level) * there
         for channel in range(planes.shape[1]):
             own = planes[len(alphas) // 2, channel][box]
             around = float(np.median(own[solid])) if solid.any() else float(own.mean())
@@ -249,6 +254,40 @@ class LesionPainter:
                 planes[p, channel] = ndimage.map_coordinates(planes[p, channel], at, order=1, mode="nearest")
 
 
+CARVED_RIM = (1.0, 8.0)  # pixels around a carved lesion over which its own surroundings fade out
+
+
+def carve(
+    planes: np.ndarray, brain: np.ndarray, donor: np.ndarray, masks: np.ndarray, rng: Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Put the lesions of one patient's slice, with a rim of what is around them, into another's.
+
+    As CarveMix does (Zhang et al., MICCAI 2021): at the same place, so that they lie where lesions do.
+
+    Parameters
+    ----------
+    planes, donor : (P, C, H, W) float32
+        Slices in the middle of their neighbours.
+    brain : (H, W) bool
+        Of the slice that is given the lesions.
+    masks : (P, H, W) bool
+        Lesions of the donor's planes.
+    rng : Generator
+
+    Returns
+    -------
+    planes : (P, C, H, W) float32
+    share : (H, W) float32 in [0, 1], how much of the middle plane is the donor's.
+    """
+    rim = rng.uniform(*CARVED_RIM)
+    away = np.stack(
+        [ndimage.distance_transform_edt(~m) if m.any() else np.full(m.shape, np.inf) for m in masks]
+    )
+    share = np.clip(1.0 - away / rim, 0.0, 1.0).astype(np.float32) * brain
+    tissue = (planes > LOW + AIR_MARGIN) & (donor > LOW + AIR_MARGIN)
+    return np.where(tissue, planes + share[:, None] * (donor - planes), planes), share[len(share) // 2]
+
+
 @dataclass(frozen=True)
 class Augmentation:
     """Geometry, contrast, bias field, resolution, noise and saturation, each with its chance.
@@ -257,9 +296,9 @@ class Augmentation:
     """
 
     flip: float = 0.5
-    affine: float = 0.5
-    rotation_degrees: float = 15.0
-    scale: float = 0.15
+    affine: float = 0.7
+    rotation_degrees: float = 20.0
+    scale: float = 0.2
     contrast: float = 0.7
     bias: float = 0.5
     blur: float = 0.25
@@ -281,7 +320,7 @@ class Augmentation:
             planes = self._contrast(planes, rng)
         if rng.random() < self.bias:
             field = smooth_noise(planes.shape[-2:], max(planes.shape[-2:]) / rng.uniform(1.5, 4), rng)
-            planes = (planes - LOW) * np.exp(rng.uniform(0, 0.2) * field) + LOW
+            planes = (planes - LOW) * np.exp(rng.uniform(0, 0.3) * field) + LOW
         if rng.random() < self.blur:
             sigma = rng.uniform(0.3, 1.2)
             planes = ndimage.gaussian_filter(planes, (0, 0, sigma, sigma), mode="nearest")

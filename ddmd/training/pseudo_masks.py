@@ -17,28 +17,35 @@ MIN_CONTRAST = 0.15  # half robust z-scores; fainter lesions keep the teacher's 
 DOUBTED = 0.5  # trust in pixels that are lesion by their intensity and not by the teacher, and the reverse
 
 
-def bodies(probability: np.ndarray, positive: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """What the teacher holds to be lesion on the positive slices of one examination.
-
-    A slice's threshold is the smaller of 0.5 and half its peak, and the mask is opened.
+def thresholds(probability: np.ndarray, positive: np.ndarray) -> np.ndarray:
+    """(Z,) the smaller of 0.5 and half a slice's peak; infinite where there is no lesion or no peak.
 
     Parameters
     ----------
-    probability : (Z, H, W) the teacher's mean.
+    probability : (Z, H, W) the teacher's mean, smoothed.
     positive : (Z,) bool
+    """
+    peak = probability.max(axis=(1, 2))
+    return np.where(positive & (peak >= MIN_PEAK), np.minimum(0.5, 0.5 * peak), np.inf)
+
+
+def bodies(probability: np.ndarray, threshold: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What the teacher holds to be lesion in one examination: what reaches the slice's threshold, opened.
+
+    Parameters
+    ----------
+    probability : (Z, H, W) the teacher's mean, smoothed.
+    threshold : (Z,)
 
     Returns
     -------
     large, small : (Z, H, W) bool
         Bodies of at least `SHARE` of the largest one's summed probability, and the others.
     """
-    smooth = ndimage.gaussian_filter(probability, (SMOOTHING, 0, 0))
-    peak = smooth.max(axis=(1, 2))
-    threshold = np.where(positive & (peak >= MIN_PEAK), np.minimum(0.5, 0.5 * peak), np.inf)
-    found = smooth >= threshold[:, None, None]
+    found = probability >= threshold[:, None, None]
     found = ndimage.binary_opening(found, ndimage.generate_binary_structure(2, 1)[None])
     parts, count = ndimage.label(found, np.ones((3, 3, 3)))
-    mass = ndimage.sum(smooth, parts, np.arange(1, count + 1))
+    mass = ndimage.sum(probability, parts, np.arange(1, count + 1))
     large = np.concatenate(([False], mass >= SHARE * mass.max(initial=0.0)))[parts]
     return large, found & ~large
 
@@ -76,19 +83,20 @@ def grown(mask: np.ndarray, image: np.ndarray, brain: np.ndarray) -> np.ndarray:
     return mask
 
 
-def trust(mask: np.ndarray, probability: np.ndarray, deviation: np.ndarray) -> np.ndarray:
+def trust(mask: np.ndarray, probability: np.ndarray, deviation: np.ndarray, threshold: float) -> np.ndarray:
     """How far to trust each pixel of a slice's pseudo-mask, (H, W) float32 in [0, 1].
 
     Pixels near the teacher's threshold, or on which its draws disagree, count less, and so do those
     where its mask and the grown one differ.
     """
-    threshold = max(min(0.5, 0.5 * float(probability.max())), 1e-3)
     margin = np.abs(probability - threshold) / threshold
     weight = np.clip(0.25 + 1.5 * margin, 0.0, 1.0) * np.clip(1.25 - 2.5 * deviation, 0.25, 1.0)
     return np.where(mask != (probability >= threshold), np.minimum(weight, DOUBTED), weight)
 
 
-def teach(losses: DenoiserLosses, packed: list[Packed], seed: int, batch: int = 16) -> dict[str, float]:
+def teach(
+    losses: DenoiserLosses, packed: list[Packed], seed: int, grow: bool = True, batch: int = 16
+) -> dict[str, float]:
     """Give every positive slice (image-level label 1) a pseudo-mask by what was learnt so far."""
     losses.eval()
     made, skipped, area = 0, 0, 0.0
@@ -103,15 +111,20 @@ def teach(losses: DenoiserLosses, packed: list[Packed], seed: int, batch: int = 
             zs = positive[first : first + batch]
             drawn = _draws(losses, item, zs, seed)
             mean[zs], deviation[zs] = drawn.mean(0) * item.brain[zs], drawn.std(0)
-        large, small = bodies(mean, item.label == 1)
+        smooth = ndimage.gaussian_filter(mean, (SMOOTHING, 0, 0))
+        threshold = thresholds(smooth, item.label == 1)
+        large, small = bodies(smooth, threshold)
         masks = np.zeros(item.brain.shape, np.float16)
         weights = np.ones(item.brain.shape, np.float16)
         for z in positive:
             if not large[z].any():
                 skipped += 1
                 continue
-            mask = grown(large[z], item.image[z, 0].astype(np.float32), item.brain[z])
-            masks[z], weights[z] = mask, np.where(small[z] & ~mask, 0.0, trust(mask, mean[z], deviation[z]))
+            mask = large[z]
+            if grow:
+                mask = grown(mask, item.image[z, 0].astype(np.float32), item.brain[z])
+            trusted = trust(mask, smooth[z], deviation[z], threshold[z])
+            masks[z], weights[z] = mask, np.where(small[z] & ~mask, 0.0, trusted)
             made += 1
             area += float(mask.sum())
         if masks.any():

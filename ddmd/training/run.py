@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ddmd.autoencoder import AutoencoderEnsemble
-from ddmd.data.datasets import Case, find_cases, split_by_patient
+from ddmd.data.datasets import Case, find_cases, read_split, split_by_patient, write_split
 from ddmd.denoiser import ConditionNet, Denoiser
 from ddmd.diffusion import Schedule
 from ddmd.training.config import TrainConfig, read_config
@@ -22,7 +22,7 @@ from ddmd.training.loop import Plan, Stage
 from ddmd.training.pseudo_masks import teach
 from ddmd.training.samples import Draw, Packed, keep, pack, restore
 from ddmd.training.stages import AutoencoderLosses, DenoiserLosses
-from ddmd.weights import pick_dtype
+from ddmd.weights import load, pick_dtype
 
 log = logging.getLogger("ddmd.training")
 LOG_EVERY = 50  # steps between TensorBoard points
@@ -86,7 +86,13 @@ def train(config: str | Path | TrainConfig, out: str | Path, until: str | None =
     accelerator = Accelerator()
     cases = cases_of(config)
     split = split_of(config, cases)
-    (out / "split.json").write_text(json.dumps(split, indent=1, sort_keys=True))
+    kept = out / "split.json"
+    if kept.exists() and read_split(kept) != split:
+        raise ValueError(
+            f"{kept}: its patients are not those of the data now; choose another folder, or undo that"
+        )
+    if accelerator.is_main_process:
+        write_split(kept, split)
     training = [case for case in cases if split[case.patient] == "train"]
     if config.labels == "image":  # nothing below can open a mask it does not know of
         training = [dataclasses.replace(case, masks=None) for case in training]
@@ -117,17 +123,39 @@ class _Run:
         }
         self.condition, self.denoiser = ConditionNet(config.denoiser), Denoiser(config.denoiser)
         self.schedule = Schedule()
+        if config.start is not None:
+            self._begin_from(config.start)
         self.writer: Any = None
         if accelerator.is_main_process:
             from torch.utils.tensorboard import SummaryWriter
 
             self.writer = SummaryWriter(str(out / "events"))
 
+    def _begin_from(self, start: str) -> None:
+        """Give every network that the system of `start` has its weights."""
+        system = load(start, precision="float32")
+        told = system.description
+        agreed = {
+            "sequences": (told.sequences, self.config.sequences),
+            "mm": (told.grid["mm"], self.config.mm),
+            "autoencoder": (system.autoencoders_a.config, self.config.autoencoder),
+            "denoiser": (system.condition.config, self.config.denoiser),
+        }
+        for name, (theirs, mine) in agreed.items():
+            if theirs != mine:
+                raise ValueError(f"{name} is {mine}; with start = {start!r} allowed is {theirs}")
+        networks = {
+            "autoencoders_a": self.autoencoders["a"], "autoencoders_b": self.autoencoders["b"],
+            "condition": self.condition, "denoiser": self.denoiser,
+        }  # fmt: skip
+        for name, module in system.parts().items():
+            networks[name].load_state_dict(module.state_dict())
+
     def stages(self) -> dict[str, Callable[[], None]]:
         """What is trained, in order; only what the system needs."""
         plan, system = self.config.denoiser_stage, self.config.system
         stages: dict[str, Callable[[], None]] = {}
-        if system == "anomaly" or plan.use_inter or plan.use_intra:
+        if self.config.autoencoder_stage.steps and (system == "anomaly" or plan.use_inter or plan.use_intra):
             stages["autoencoders_a"] = lambda: self._autoencoders("a")
         if system != "anomaly":
             if stages:
@@ -136,8 +164,8 @@ class _Run:
         return stages
 
     def _draw(self, kind: str, count: int) -> Draw:
-        weights = {entry.name or Path(entry.root).name: entry.weight for entry in self.config.data}
-        return Draw(self.packed, self.config, kind, weights, count)
+        shares = {entry.name or Path(entry.root).name: entry.weight for entry in self.config.data}
+        return Draw(self.packed, self.config, kind, shares, count)
 
     def _stage(self, name: str, losses: nn.Module, steps: int, batch: int, rate: float, ema: float) -> Stage:
         plan = Plan(
@@ -197,7 +225,8 @@ class _Run:
         current = {k: v.clone() for k, v in losses.state_dict().items()}
         losses.load_state_dict(stage.averaged())
         with stage.autocast():
-            told = teach(losses, self.packed, self.config.seed + number)
+            grow = stage.step <= self.config.denoiser_stage.grown_until * stage.plan.steps
+            told = teach(losses, self.packed, self.config.seed + number, grow)
         losses.load_state_dict(current)
         if self.accelerator.is_main_process:
             keep(self.packed, kept)

@@ -16,7 +16,7 @@ from ddmd import slices
 from ddmd.data.datasets import Case
 from ddmd.denoiser import DenoiserConfig
 from ddmd.training.config import TrainConfig
-from ddmd.training.painting import Augmentation, LesionPainter
+from ddmd.training.painting import Augmentation, LesionPainter, carve
 
 AIR = slices.BACKGROUND * slices.INTENSITY_SCALE
 NEAR_MM = 25.0  # normal slices this far from a positive one are half as likely to be painted on
@@ -39,6 +39,11 @@ class Packed:
     weight: np.ndarray | None = None  # (Z, H, W) float16: how far the mask is trusted
 
     @property
+    def key(self) -> str:
+        """What its masks are kept under."""
+        return f"{self.case.source} {self.case.name}"
+
+    @property
     def nearness(self) -> np.ndarray:
         """(Z,) how much anatomy a slice shares with those that have lesions: brain area, and closeness.
 
@@ -51,11 +56,14 @@ class Packed:
         apart = np.abs(np.arange(len(self.label))[:, None] - positive).min(axis=1)
         return area / (1.0 + (apart * self.offset_mm / self.offset / NEAR_MM) ** 2)
 
+    def around(self, z: int, context: int) -> list[int]:
+        """Slice z between its neighbours; those beyond the ends are the last ones."""
+        last = len(self.image) - 1
+        return [min(max(z + i * self.offset, 0), last) for i in range(-context, context + 1)]
+
     def planes(self, z: int, context: int) -> np.ndarray:
         """(P, C, H, W) float32: slice z between its neighbours."""
-        last = len(self.image) - 1
-        around = [min(max(z + i * self.offset, 0), last) for i in range(-context, context + 1)]
-        return self.image[around].astype(np.float32)
+        return self.image[self.around(z, context)].astype(np.float32)
 
 
 def with_mirror(planes: np.ndarray, seen: DenoiserConfig) -> np.ndarray:
@@ -90,9 +98,9 @@ def pack(cases: Sequence[Case], config: TrainConfig, read_masks: bool) -> list[P
 def keep(packed: Sequence[Packed], path: Path) -> None:
     """Write the masks and weights of all patients to one file, whole or not at all."""
     arrays: dict[str, np.ndarray] = {}
-    for i, item in enumerate(packed):
+    for item in packed:
         if item.mask is not None and item.weight is not None:
-            arrays |= {f"mask{i}": item.mask.astype(bool), f"weight{i}": item.weight}
+            arrays |= {f"mask {item.key}": item.mask.astype(bool), f"weight {item.key}": item.weight}
     temporary = path.with_suffix(".partial.npz")
     np.savez_compressed(temporary, **arrays)  # type: ignore[arg-type]
     os.replace(temporary, path)
@@ -101,28 +109,37 @@ def keep(packed: Sequence[Packed], path: Path) -> None:
 def restore(packed: Sequence[Packed], path: Path) -> None:
     """Give all patients the masks and weights that `keep` wrote."""
     with np.load(path) as arrays:
-        for i, item in enumerate(packed):
-            there = f"mask{i}" in arrays
-            item.mask = arrays[f"mask{i}"].astype(np.float16) if there else None
-            item.weight = arrays[f"weight{i}"] if there else None
+        for item in packed:
+            there = f"mask {item.key}" in arrays
+            item.mask = arrays[f"mask {item.key}"].astype(np.float16) if there else None
+            item.weight = arrays[f"weight {item.key}"] if there else None
 
 
-def _cropped(arrays: Sequence[np.ndarray], fills: Sequence[float], size: int, at: tuple[int, int]) -> list:
-    """Crop or pad the last two axes to size x size, the window starting at `at`."""
+def _cropped(
+    arrays: Sequence[np.ndarray], fills: Sequence[float], shape: tuple[int, ...], at: tuple[int, ...]
+) -> list[np.ndarray]:
+    """Crop or pad the last two axes to a shape, the window starting at `at`."""
     out = []
     for array, fill in zip(arrays, fills, strict=True):
         height, width = array.shape[-2:]
         top, left = at
-        window = np.full((*array.shape[:-2], size, size), fill, dtype=array.dtype)
-        y0, y1, x0, x1 = max(top, 0), min(top + size, height), max(left, 0), min(left + size, width)
+        window = np.full((*array.shape[:-2], *shape), fill, dtype=array.dtype)
+        y0, y1 = max(top, 0), min(top + shape[0], height)
+        x0, x1 = max(left, 0), min(left + shape[1], width)
         window[..., y0 - top : y1 - top, x0 - left : x1 - left] = array[..., y0:y1, x0:x1]
         out.append(window)
     return out
 
 
+def _centre(brain: np.ndarray) -> np.ndarray:
+    """The middle (2,) of the box around it."""
+    at = np.argwhere(brain if brain.any() else ~brain)
+    return (at.min(0) + at.max(0)) // 2
+
+
 def _start(length: int, size: int, rng: np.random.Generator) -> int:
     slack = length - size
-    return int(rng.integers(min(0, slack), max(0, slack) + 1)) if slack > 0 else slack // 2
+    return int(rng.integers(slack + 1)) if slack > 0 else slack // 2
 
 
 class Draw(Dataset):
@@ -184,16 +201,35 @@ class Draw(Dataset):
             item, z = self._pick(self.kind, rng)
             return self._finish(item, z, "as it is", 0, rng)
         stage_config, context = self.config.denoiser_stage, self.config.denoiser.context
-        kinds = {"as it is": "normal", "painted": "paintable", "painted over": "positive", "masked": "masked"}
-        shares = np.array([stage_config.normal, stage_config.painted, stage_config.over, stage_config.masked])
-        there = np.array([bool(self.choices[choice]) for choice in kinds.values()])
+        kinds = {"as it is": ("normal", stage_config.normal), "painted": ("paintable", stage_config.painted),
+                 "carved": ("paintable", stage_config.carved), "painted over": ("positive", stage_config.over),
+                 "masked": ("masked", stage_config.masked)}  # fmt: skip
+        shares = np.array([share for _, share in kinds.values()])
+        there = np.array([bool(self.choices[choice]) for choice, _ in kinds.values()])
+        there &= np.array([how != "carved" or bool(self.choices["masked"]) for how in kinds])
         if not there.any():
             raise ValueError("the training data has no labelled slice; check its image-level labels")
         shares = np.where(there, shares, 0.0)
         how = list(kinds)[rng.choice(len(kinds), p=shares / shares.sum())]
-        item, z = self._pick(kinds[how], rng)
+        item, z = self._pick(kinds[how][0], rng)
         hard = i >= stage_config.hard_from * stage_config.steps * stage_config.batch
         return self._finish(item, z, how, context, rng, hard)
+
+    def _carved(
+        self, planes: np.ndarray, brain: np.ndarray, context: int, rng: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """A normal slice with the lesions of another patient's, what is lesion then, and how sure that is."""
+        item, z = self._pick("masked", rng)
+        assert item.mask is not None  # what is picked by its mask has one
+        assert item.weight is not None
+        at = tuple(_centre(item.brain[z]) - _centre(brain))
+        donor, masks, sure = _cropped(
+            (item.planes(z, context), item.mask[item.around(z, context)] > 0.5, item.weight[z]),
+            (AIR, False, 1.0), brain.shape, at,
+        )  # fmt: skip
+        planes, share = carve(planes, brain, donor, masks, rng)
+        mask = (masks[context] & brain).astype(np.float32)
+        return planes, mask, np.where(share > 0, sure, 1.0).astype(np.float32)
 
     def _finish(
         self, item: Packed, z: int, how: str, context: int, rng: np.random.Generator, hard: bool = False
@@ -205,6 +241,8 @@ class Draw(Dataset):
             weight[:] = UNTOLD
         elif how in ("masked", "painted over") and item.mask is not None and item.weight is not None:
             mask, weight = item.mask[z].astype(np.float32), item.weight[z].astype(np.float32)
+        if how == "carved":
+            planes, mask, weight = self._carved(planes, brain, context, rng)
         if how.startswith("painted"):
             planes, painted = self.painter(planes, brain, self.config.mm, item.offset_mm, rng, hard)
             if how == "painted over" and painted.any():
@@ -220,7 +258,7 @@ class Draw(Dataset):
             planes = with_mirror(planes, self.config.denoiser)
         size = self.config.size
         at = (_start(brain.shape[0], size, rng), _start(brain.shape[1], size, rng))
-        planes, mask, weight = _cropped((planes, mask, weight), (AIR, 0.0, 1.0), size, at)
+        planes, mask, weight = _cropped((planes, mask, weight), (AIR, 0.0, 1.0), (size, size), at)
         planes, maps = self.augment(planes, np.stack((mask, weight)), rng)
         return {
             "planes": torch.from_numpy(np.ascontiguousarray(planes, dtype=np.float32)).flatten(0, 1),

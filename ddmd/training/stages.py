@@ -17,7 +17,7 @@ TEACHER_DRAWS = 2  # draws of x_T, each with and without left-right flip, that v
 
 
 class AutoencoderLosses(nn.Module):
-    """Reconstruction in the brain, L_homo and L_hetero of every member's codes."""
+    """Reconstruction of the whole crop, L_homo and L_hetero of every member's codes."""
 
     def __init__(self, ensemble: AutoencoderEnsemble, stage: AutoencoderStage, mixed: bool) -> None:
         super().__init__()
@@ -68,6 +68,9 @@ class DenoiserLosses(nn.Module):
         self.diffusion = diffusion
         self.frozen = (ensemble_a.eval(), ensemble_b.eval())  # a tuple: not parameters of this module
         self.condition, self.denoiser, self.stage = condition, denoiser, stage
+        if not diffusion:  # what gets no gradient is not waited for by other processes
+            denoiser.requires_grad_(False)
+            condition.to_features.requires_grad_(False)
         self.schedule, self.table = schedule, schedule.noising_table()
 
     def planes(self, image: Tensor) -> Tensor:
@@ -132,7 +135,7 @@ class DenoiserLosses(nn.Module):
 
 
 def soft_dice(logits: Tensor, mask: Tensor, weight: Tensor) -> Tensor:
-    """1 - soft Dice, a slice at a time, over the slices that have a mask."""
+    """1 - soft Dice, a slice at a time, summed over the slices that have a mask and divided by all there are."""
     p = logits.sigmoid() * weight
     target = mask * weight
     overlap = 2 * (p * target).sum((1, 2, 3)) + 1.0

@@ -14,24 +14,20 @@ import numpy as np
 
 from ddmd import weights
 from ddmd.detector import Detector
-from ddmd.evaluation import BINS, judge_case
-from ddmd.training.config import DataEntry, TrainConfig
+from ddmd.evaluation import THRESHOLDS, dices, judge_case
+from ddmd.training.config import read_run
 from ddmd.training.run import cases_of
 
 
 def choose(run: Path, path: Path) -> float:
-    """The threshold of highest pooled Dice on the run's validation patients that have masks."""
-    config = json.loads((run / "config.json").read_text())
-    entries = tuple(DataEntry(**entry) for entry in config["data"])
+    """The one of THRESHOLDS of highest pooled Dice on the run's validation patients that have masks."""
     split = json.loads((run / "split.json").read_text())
-    cases = cases_of(TrainConfig(data=entries, sequences=tuple(config["sequences"])))
-    chosen = [c for c in cases if split[c.patient] == "validation" and c.masks is not None]
+    chosen = [c for c in cases_of(read_run(run)) if split[c.patient] == "validation" and c.masks is not None]
     if not chosen:
         raise ValueError(f"{run}: no validation patient has a mask; the threshold stays as it is")
     detector = Detector.load(path)
-    patients = [judge_case(detector, case) for case in chosen]
-    counts = sum((p.probability for p in patients[1:]), patients[0].probability)
-    curve, threshold = counts.dice_curve(), float(np.clip(counts.best() / (BINS - 1), 0.01, 0.99))
+    curve = dices(np.sum([judge_case(detector, case).by_threshold for case in chosen], axis=0))
+    threshold = round(float(THRESHOLDS[curve.argmax()]), 3)
     description = dataclasses.replace(
         detector.description,
         threshold=threshold,

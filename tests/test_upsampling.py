@@ -1,0 +1,35 @@
+"""Convolutions of what is enlarged are those of the plain formulation: values, gradients, folded once or every time."""
+
+import pytest
+import torch
+from torch.nn import functional
+
+from ddmd.upsampling import UpConv2d, prepare
+
+
+def plain(conv: UpConv2d, coarse: torch.Tensor, fine: torch.Tensor | None) -> torch.Tensor:
+    x = functional.interpolate(coarse, scale_factor=2.0, mode="nearest")
+    x = x if fine is None else torch.cat((x, fine), 1)
+    return functional.conv2d(x, conv.weight, conv.bias, padding=conv.padding, groups=conv.groups)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [(6, 4, 5, 3, 1), (6, 0, 9, 3, 3), (1, 1, 1, 3, 1), (6, 4, 5, 1, 1)],
+    ids=["joined", "grouped", "one channel", "1x1"],
+)
+@pytest.mark.parametrize("height", [1, 2, 7])
+def test_it_is_the_plain_convolution(sizes, height):
+    coarse, fine, channels, kernel, groups = sizes
+    conv = UpConv2d(coarse, fine, channels, kernel, groups).double()
+    x = torch.randn(2, coarse, height, 5, dtype=torch.float64, requires_grad=True)
+    y = torch.randn(2, fine, 2 * height, 10, dtype=torch.float64, requires_grad=True) if fine else None
+    leaves = [conv.weight, conv.bias, x] + ([y] if fine else [])
+    ours, wanted = conv(x, y), plain(conv, x, y)
+    torch.testing.assert_close(ours, wanted)
+    for a, b in zip(*(torch.autograd.grad(o.square().sum(), leaves) for o in (ours, wanted)), strict=True):
+        torch.testing.assert_close(a, b)
+    before = set(conv.state_dict())
+    prepare(torch.nn.Sequential(conv))
+    torch.testing.assert_close(conv(x, y), wanted)
+    assert set(conv.state_dict()) == before == {"weight", "bias"}, "folded weights are not saved"
