@@ -27,7 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.rivals import autoencoders_one_by_one, compare, compared
 from benchmarks.timing import alternate, machine
 from ddmd import detector as detecting
-from ddmd import ensemble, ops, weights
+from ddmd import ensemble, ops, upsampling, weights
 from ddmd.autoencoder import AutoencoderConfig
 from ddmd.denoiser import DenoiserConfig
 from ddmd.detector import Detector, pick_device
@@ -200,6 +200,24 @@ def flops(detector: Detector, slices: Slices, config: SamplingConfig) -> int:
     return int(counter.get_total_flops())
 
 
+def folding(detector: Detector, slices: Slices) -> float:
+    """How many times longer auto-encoders and condition network take where no convolution is folded."""
+    system, seen = detector.system, detector.system.condition.config
+    planes = slices.planes(seen.context, seen.mirrored).to(system.device)
+
+    def run(devices: tuple[str, ...]) -> None:
+        kept, upsampling.FOLDED_ON = upsampling.FOLDED_ON, devices
+        try:
+            ensemble.condition_on(system, planes)
+        finally:
+            upsampling.FOLDED_ON = kept
+
+    kind = system.device.type
+    with torch.inference_mode():
+        seconds = alternate({"plain": lambda: run(()), "folded": lambda: run((kind,))}, kind, 7)
+    return seconds["plain"] / seconds["folded"]
+
+
 def scaling(detector: Detector, slices: Slices) -> dict[str, float]:
     """Seconds of `detect_slices` over S, N, slices, batch and threads, one changed at a time."""
     default = detector.configured()
@@ -248,6 +266,7 @@ def measured(detector: Detector, name: str, count: int, compiling: bool) -> dict
     ours = seconds.pop("ours")
     ratios = {rival: value / ours for rival, value in seconds.items()}
     ratios["auto-encoders, one slice and member at a time"] = autoencoders_one_by_one(detector.system, fewer)
+    ratios["auto-encoders and condition network, nothing folded"] = folding(detector, fewer)
     work, limits = flops(detector, fewer, compared(detector.configured())), peaks(device)
     best = max(limits[f"convolution, {kind}"] for kind in ("float32", "bfloat16"))
     return {

@@ -15,6 +15,7 @@ from ddmd.autoencoder import NormSiLU
 from ddmd.denoiser import Condition, predicted_sample
 from ddmd.sampling import SamplingConfig
 from ddmd.slices import Slices
+from ddmd.upsampling import UpConv2d
 from ddmd.weights import System
 
 TOLERANCE = 0.1  # sum of differences in probability over its sum, at which two loops still do the same work
@@ -37,15 +38,20 @@ class TorchNormSiLU(nn.Module):
         return y if residual is None else y + residual
 
 
-def with_torchs_ops(system: System, dtype: torch.dtype) -> System:
+def by_torch(part: nn.Module, folded: bool = False) -> nn.Module:
+    """A network whose modules of ours are replaced by torch's ops; `folded` leaves it our convolutions."""
+    for module in list(part.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, NormSiLU):
+                setattr(module, name, TorchNormSiLU(child))
+            elif isinstance(child, UpConv2d) and not folded:
+                child.forward = child.plain
+    return part.to(memory_format=torch.channels_last)
+
+
+def with_torchs_ops(system: System, dtype: torch.dtype, folded: bool = False) -> System:
     """The same weights in networks that call no op of ours."""
-    parts = {name: copy.deepcopy(part).to(dtype) for name, part in system.parts().items()}
-    for part in parts.values():
-        for module in list(part.modules()):
-            for name, child in module.named_children():
-                if isinstance(child, NormSiLU):
-                    setattr(module, name, TorchNormSiLU(child))
-        part.to(memory_format=torch.channels_last)
+    parts = {name: by_torch(copy.deepcopy(part).to(dtype), folded) for name, part in system.parts().items()}
     return dataclasses.replace(system, **parts)
 
 
@@ -155,15 +161,22 @@ def compare(
 
     for library in ("diffusers", "MONAI"):
         for dtype in (torch.float32, torch.bfloat16):
-            for how in ("condition at every step", "condition kept", "condition kept, compiled"):
+            for how in (
+                "condition at every step",
+                "condition kept",
+                "condition kept, our folded convolutions",
+                "condition kept, compiled",
+            ):
                 name = f"{library}, {str(dtype)[6:]}, {how}"
                 if "compiled" in how and (library == "MONAI" or not compiling):
                     continue
                 if how == "condition at every step" and dtype == torch.bfloat16:
                     continue
+                if "folded" in how and dtype == torch.float32:
+                    continue
                 try:
                     drive = _drive(library, system, config.steps)
-                    plain = with_torchs_ops(system, dtype)
+                    plain = with_torchs_ops(system, dtype, "folded" in how)
                     faster = torch.compile(plain.denoiser, dynamic=False) if "compiled" in how else None
 
                     def run(noise, plain=plain, drive=drive, how=how, dtype=dtype, faster=faster):
@@ -191,17 +204,12 @@ def compare(
 
 def one_member(system: System, number: int) -> nn.Module:
     """Auto-encoder `number` of ensemble A on its own, by torch's ops."""
-    whole = with_torchs_ops(system, system.dtype).autoencoders_a
+    whole = system.autoencoders_a
     members = whole.config.members
     alone = type(whole)(dataclasses.replace(whole.config, members=1))
     state = {key: value.chunk(members)[number] for key, value in whole.state_dict().items()}
     alone.load_state_dict(state)
-    alone = alone.to(system.device, system.dtype, memory_format=torch.channels_last).eval()
-    for module in list(alone.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, NormSiLU):
-                setattr(module, name, TorchNormSiLU(child))
-    return alone
+    return by_torch(alone.to(system.device, system.dtype).eval())
 
 
 def autoencoders_one_by_one(system: System, slices: Slices) -> float:

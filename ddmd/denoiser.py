@@ -57,6 +57,16 @@ def _groups(channels: int) -> int:
     return max(1, channels // 8)
 
 
+def _modulation(
+    time: nn.Linear | None, embedding: Tensor | None, rows: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """Scale and shift (rows, C) of the time embedding, (rows, E) or (1, E)."""
+    if time is None or embedding is None:
+        return None, None
+    scale, shift = time(embedding).expand(rows, -1).chunk(2, dim=1)
+    return scale, shift
+
+
 class Block(nn.Module):
     """Two convolutions, each followed by GroupNorm + SiLU; the skip is added by the second."""
 
@@ -70,10 +80,7 @@ class Block(nn.Module):
         self.time = nn.Linear(embedding, 2 * channels) if embedding else None
 
     def forward(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
-        scale, shift = None, None
-        if self.time is not None and embedding is not None:
-            scale, shift = self.time(embedding).chunk(2, dim=1)
-        h = self.first_norm(self.first(x), scale, shift)
+        h = self.first_norm(self.first(x), *_modulation(self.time, embedding, len(x)))
         residual = x if self.skip is None else self.skip(x)
         return self.second_norm(self.second(h), residual=residual)
 
@@ -91,10 +98,7 @@ class UpBlock(nn.Module):
         self.time = nn.Linear(embedding, 2 * channels) if embedding else None
 
     def forward(self, coarse: Tensor, fine: Tensor, embedding: Tensor | None = None) -> Tensor:
-        scale, shift = None, None
-        if self.time is not None and embedding is not None:
-            scale, shift = self.time(embedding).chunk(2, dim=1)
-        h = self.first_norm(self.first(coarse, fine), scale, shift)
+        h = self.first_norm(self.first(coarse, fine), *_modulation(self.time, embedding, len(fine)))
         return self.second_norm(self.second(h), residual=self.skip(coarse, fine))
 
 
@@ -179,7 +183,7 @@ class Denoiser(nn.Module):
         nn.init.zeros_(self.to_output.bias)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor, condition: Condition, t: Tensor) -> Tensor:
-        """Logits of x_0 = 1 (R, 1, H, W) for x_t (R, 1, H, W), a row of the condition each, t (R,)."""
+        """Logits of x_0 = 1 (R, 1, H, W) for x_t (R, 1, H, W), a row of the condition each, t (R,), or (1,) for all."""
         embedding = self.embed(time_embedding(t, self.embedding).to(condition.features.dtype))
         h = self.from_noise(functional.pixel_unshuffle(x, NOISE_PATCH)) + condition.features
         fine = self.down(h, embedding)

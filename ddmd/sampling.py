@@ -112,7 +112,7 @@ class Sampling:
         x = diffusion.pure_noise(condition.evidence.float(), at)
         x0 = torch.zeros_like(x) if self.config.sampler == "dpm++2m" else None
         for i in range(self.config.steps):
-            logits = self.denoiser(x.to(self.dtype), condition, self.times[i].expand(len(index)))
+            logits = self.denoiser(x.to(self.dtype), condition, self.times[i : i + 1])
             ops.denoise_step(
                 x, predicted_sample(logits), self.table, self.steps[i], self.seed, at.sample, index, x0
             )

@@ -1,4 +1,4 @@
-"""Lesions painted on slices that have none, and the augmentation that makes scanners look different.
+"""Lesions painted on slices that have none, or carved out of one patient's for another's.
 
 Both are transforms of numpy arrays, decided by the generator they are given.
 """
@@ -283,95 +283,6 @@ def carve(
     away = np.stack(
         [ndimage.distance_transform_edt(~m) if m.any() else np.full(m.shape, np.inf) for m in masks]
     )
-    share = np.clip(1.0 - away / rim, 0.0, 1.0).astype(np.float32) * brain
-    tissue = (planes > LOW + AIR_MARGIN) & (donor > LOW + AIR_MARGIN)
-    return np.where(tissue, planes + share[:, None] * (donor - planes), planes), share[len(share) // 2]
-
-
-@dataclass(frozen=True)
-class Augmentation:
-    """Geometry, contrast, bias field, resolution, noise and saturation, each with its chance.
-
-    Masks are moved with the planes and keep their meaning; intensities never change them.
-    """
-
-    flip: float = 0.5
-    affine: float = 0.7
-    rotation_degrees: float = 20.0
-    scale: float = 0.2
-    contrast: float = 0.7
-    bias: float = 0.5
-    blur: float = 0.25
-    coarse: float = 0.2
-    noise: float = 0.5
-    window: float = 0.1
-
-    def __call__(
-        self, planes: np.ndarray, masks: np.ndarray, rng: Generator
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Planes (P, C, H, W) and masks (M, H, W), both float32, moved alike; planes also altered."""
-        if rng.random() < self.flip:
-            planes, masks = planes[..., ::-1], masks[..., ::-1]
-        if rng.random() < self.affine:
-            planes, masks = self._move(planes, masks, rng)
-        planes = np.ascontiguousarray(planes, dtype=np.float32)
-        air = planes <= LOW + AIR_MARGIN
-        if rng.random() < self.contrast:
-            planes = self._contrast(planes, rng)
-        if rng.random() < self.bias:
-            field = smooth_noise(planes.shape[-2:], max(planes.shape[-2:]) / rng.uniform(1.5, 4), rng)
-            planes = (planes - LOW) * np.exp(rng.uniform(0, 0.3) * field) + LOW
-        if rng.random() < self.blur:
-            sigma = rng.uniform(0.3, 1.2)
-            planes = ndimage.gaussian_filter(planes, (0, 0, sigma, sigma), mode="nearest")
-        elif rng.random() < self.coarse:
-            planes = self._coarsen(planes, rng)
-        if rng.random() < self.noise:
-            planes = planes + rng.standard_normal(planes.shape, np.float32) * rng.uniform(0.01, 0.2)
-        if rng.random() < self.window:
-            planes = np.minimum(planes, np.quantile(planes[..., ::2, ::2], rng.uniform(0.97, 0.999)))
-        planes = np.where(air, LOW, planes)
-        return np.clip(planes, LOW, HIGH).astype(np.float32), np.ascontiguousarray(masks)
-
-    def _move(self, planes: np.ndarray, masks: np.ndarray, rng: Generator) -> tuple[np.ndarray, np.ndarray]:
-        import torch
-        from torch.nn import functional
-
-        angle = np.deg2rad(rng.uniform(-self.rotation_degrees, self.rotation_degrees))
-        h, w = planes.shape[-2:]
-        scale = np.exp(rng.uniform(-self.scale, self.scale, 2))
-        rotation = np.array([[np.cos(angle), -np.sin(angle) * h / w], [np.sin(angle) * w / h, np.cos(angle)]])
-        shift = rng.uniform(-0.06, 0.06, (2, 1))
-        theta = torch.from_numpy(np.hstack((rotation * scale[:, None], shift)).astype(np.float32))[None]
-        flat = np.concatenate((planes.reshape(-1, *planes.shape[-2:]) - LOW, masks))
-        grid = functional.affine_grid(theta, [1, len(flat), *flat.shape[1:]], align_corners=False)
-        moved = functional.grid_sample(
-            torch.from_numpy(flat)[None], grid, padding_mode="zeros", align_corners=False
-        )[0].numpy()
-        count = len(flat) - len(masks)
-        return (moved[:count] + LOW).reshape(planes.shape), moved[count:]
-
-    @staticmethod
-    def _contrast(planes: np.ndarray, rng: Generator) -> np.ndarray:
-        """A random monotone curve (gamma and three bends), then gain and offset."""
-        unit = np.clip((planes - LOW) / (HIGH - LOW), 0, 1)
-        gamma = np.exp(rng.normal(0, 0.25))
-        knots = np.linspace(0, 1, 5)
-        steps = rng.uniform(0.6, 1.4, 4)
-        values = np.concatenate(([0.0], np.cumsum(steps))) / steps.sum()
-        unit = np.interp(unit**gamma, knots, values).astype(np.float32)
-        tissue = unit * (HIGH - LOW) + LOW
-        pivot = float(np.median(tissue[unit > 0.05])) if (unit > 0.05).any() else 0.0
-        return (tissue - pivot) * rng.uniform(0.7, 1.35) + pivot * rng.uniform(0.3, 1.0) + rng.normal(0, 0.12)
-
-    @staticmethod
-    def _coarsen(planes: np.ndarray, rng: Generator) -> np.ndarray:
-        """Lose resolution along one or both axes and interpolate back."""
-        import torch
-        from torch.nn import functional
-
-        h, w = planes.shape[-2:]
-        factor = rng.uniform(1.3, 3.0)
-        size = (int(h / factor), w) if rng.random() < 0.4 else (int(h / factor), int(w / factor))
-        small = functional.interpolate(torch.from_numpy(planes), size, mode="bilinear", antialias=True)
-        return functional.interpolate(small, (h, w), mode="bilinear").numpy()
+    tissue = np.all((planes > LOW + AIR_MARGIN) & (donor > LOW + AIR_MARGIN), axis=1)
+    share = np.clip(1.0 - away / rim, 0.0, 1.0).astype(np.float32) * (tissue & brain)
+    return planes + share[:, None] * (donor - planes), share[len(share) // 2]

@@ -15,8 +15,9 @@ from torch.utils.data import Dataset
 from ddmd import slices
 from ddmd.data.datasets import Case
 from ddmd.denoiser import DenoiserConfig
+from ddmd.training.augmentation import Augmentation
 from ddmd.training.config import TrainConfig
-from ddmd.training.painting import Augmentation, LesionPainter, carve
+from ddmd.training.painting import LesionPainter, carve
 
 AIR = slices.BACKGROUND * slices.INTENSITY_SCALE
 NEAR_MM = 25.0  # normal slices this far from a positive one are half as likely to be painted on
@@ -228,7 +229,7 @@ class Draw(Dataset):
             (AIR, False, 1.0), brain.shape, at,
         )  # fmt: skip
         planes, share = carve(planes, brain, donor, masks, rng)
-        mask = (masks[context] & brain).astype(np.float32)
+        mask = (masks[context] & (share > 0)).astype(np.float32)
         return planes, mask, np.where(share > 0, sure, 1.0).astype(np.float32)
 
     def _finish(
