@@ -12,7 +12,7 @@ from torch.nn import functional
 from benchmarks.timing import Work, alternate
 from ddmd import diffusion, ensemble, ops
 from ddmd.autoencoder import NormSiLU
-from ddmd.denoiser import Condition, predicted_sample
+from ddmd.denoiser import Condition, from_patches, predicted_sample, to_patches
 from ddmd.sampling import SamplingConfig
 from ddmd.slices import Slices
 from ddmd.upsampling import UpConv2d
@@ -154,7 +154,7 @@ def compare(
     def ours_noise(part, first, sample):
         where = index[first : first + len(part)]
         at = diffusion.Coordinates(seed, torch.full_like(where, sample), where)
-        return diffusion.pure_noise(part[:, :1].float(), at).to(part.dtype)
+        return from_patches(diffusion.pure_noise(to_patches(part[:, :1].float()), at)).to(part.dtype)
 
     def own_noise(part, first, sample):
         return torch.randn_like(part[:, :1])

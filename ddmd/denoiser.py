@@ -152,6 +152,16 @@ class ConditionNet(nn.Module):
         return Condition(features, evidence)
 
 
+def to_patches(x: Tensor) -> Tensor:
+    """Pixels (R, 1, H, W) in 4x4 patches (R, H / 4, W / 4, 16), in memory as channels-last convolutions want them."""
+    return functional.pixel_unshuffle(x, NOISE_PATCH).permute(0, 2, 3, 1).contiguous()
+
+
+def from_patches(x: Tensor) -> Tensor:
+    """The pixels (R, 1, H, W) of patches (R, H / 4, W / 4, 16)."""
+    return functional.pixel_shuffle(x.permute(0, 3, 1, 2), NOISE_PATCH)
+
+
 def time_embedding(t: Tensor, size: int) -> Tensor:
     """Sinusoidal embedding (R, size) of the step t (R,), as in DDPM."""
     frequency = torch.exp(
@@ -184,12 +194,17 @@ class Denoiser(nn.Module):
 
     def forward(self, x: Tensor, condition: Condition, t: Tensor) -> Tensor:
         """Logits of x_0 = 1 (R, 1, H, W) for x_t (R, 1, H, W), a row of the condition each, t (R,), or (1,) for all."""
+        return from_patches(self.patches(to_patches(x), condition, t)) + condition.evidence
+
+    def patches(self, x: Tensor, condition: Condition, t: Tensor) -> Tensor:
+        """What is added to the evidence's patches, for the patches of x_t: both as `to_patches` gives them."""
         embedding = self.embed(time_embedding(t, self.embedding).to(condition.features.dtype))
-        h = self.from_noise(functional.pixel_unshuffle(x, NOISE_PATCH)) + condition.features
+        h = self.from_noise(x.permute(0, 3, 1, 2)) + condition.features
         fine = self.down(h, embedding)
         coarse = self.middle(functional.avg_pool2d(fine, 2), embedding)
         h = self.up(coarse, fine, embedding)
-        return functional.pixel_shuffle(self.to_output(h), NOISE_PATCH) + condition.evidence
+        y: Tensor = self.to_output(h)
+        return y.permute(0, 2, 3, 1)
 
 
 def predicted_sample(logits: Tensor) -> Tensor:

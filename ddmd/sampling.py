@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ddmd import diffusion, ops
-from ddmd.denoiser import Condition, predicted_sample
+from ddmd.denoiser import Condition, from_patches, predicted_sample, to_patches
 from ddmd.diffusion import Coordinates, Sampler
 from ddmd.weights import System
 
@@ -107,16 +107,21 @@ class Sampling:
         return replay
 
     def draw(self, condition: Condition, index: Tensor, sample: Tensor) -> Tensor:
-        """The loop itself, `sample` () int64. Never synchronises, so that a graph can hold it."""
+        """The loop itself, `sample` () int64. Never synchronises, so that a graph can hold it.
+
+        x_t is held in the patches that the denoiser works on, and the position of its noise is that in a
+        row of them: nothing is brought from pixels to patches and back at every step.
+        """
         at = Coordinates(self.seed, sample.expand(len(index)).contiguous(), index)
-        x = diffusion.pure_noise(condition.evidence.float(), at)
+        evidence = to_patches(condition.evidence)
+        x = diffusion.pure_noise(evidence.float(), at)
         x0 = torch.zeros_like(x) if self.config.sampler == "dpm++2m" else None
         for i in range(self.config.steps):
-            logits = self.denoiser(x.to(self.dtype), condition, self.times[i : i + 1])
+            logits = self.denoiser.patches(x.to(self.dtype), condition, self.times[i : i + 1]) + evidence
             ops.denoise_step(
                 x, predicted_sample(logits), self.table, self.steps[i], self.seed, at.sample, index, x0
             )
-        return ((x + 1.0) / 2.0).clamp_(0.0, 1.0)
+        return from_patches((x + 1.0) / 2.0).clamp_(0.0, 1.0)
 
     def _captured(self, condition: Condition, index: Tensor) -> _Captured:
         """The loop of this shape, captured the first time the shape is seen."""

@@ -8,7 +8,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from ddmd import diffusion, ensemble, ops
-from ddmd.denoiser import Condition, predicted_sample
+from ddmd.denoiser import Condition, from_patches, predicted_sample, to_patches
 from ddmd.diffusion import Coordinates
 from ddmd.sampling import GRAPHS, Sampling, SamplingConfig, sampling_of
 from ddmd.slices import SliceGrid, extract
@@ -41,14 +41,15 @@ def test_the_condition_once_is_the_plain_network(slices, sampler, eta):
     index = slices.index.repeat(config.samples)
     sample = torch.arange(config.samples).repeat_interleave(z)
     seed = torch.tensor(config.seed)
-    x = diffusion.pure_noise(torch.zeros(len(planes), 1, *planes.shape[2:]), Coordinates(seed, sample, index))
+    like = to_patches(torch.zeros(len(planes), 1, *planes.shape[2:]))
+    x = diffusion.pure_noise(like, Coordinates(seed, sample, index))
     x0 = torch.zeros_like(x) if sampler == "dpm++2m" else None
     table = system.schedule.sampler(config.steps, sampler, eta)
     for i, t in enumerate(system.schedule.timesteps(config.steps)):
         condition, _, _ = ensemble.condition_on(system, planes)
-        output = predicted_sample(system.denoiser(x, condition, t.expand(len(x))))
-        ops.denoise_step(x, output, table, torch.tensor(i), seed, sample, index, x0)
-    drawn = ((x + 1) / 2).clamp(0, 1).unflatten(0, (config.samples, z))
+        output = predicted_sample(system.denoiser(from_patches(x), condition, t.expand(len(x))))
+        ops.denoise_step(x, to_patches(output), table, torch.tensor(i), seed, sample, index, x0)
+    drawn = ((from_patches(x) + 1) / 2).clamp(0, 1).unflatten(0, (config.samples, z))
     maps = ensemble.detect_slices(system, slices, config)
     assert torch.allclose(maps.probability, drawn.mean(0), atol=1e-4)
     assert torch.allclose(maps.uncertainty, drawn.var(0), atol=1e-4)
