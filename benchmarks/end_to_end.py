@@ -27,12 +27,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.rivals import autoencoders_one_by_one, compare, compared
 from benchmarks.timing import alternate, machine
 from ddmd import detector as detecting
-from ddmd import ensemble, ops, upsampling, weights
+from ddmd import ensemble, ops, weights
 from ddmd.autoencoder import AutoencoderConfig
 from ddmd.denoiser import DenoiserConfig
 from ddmd.detector import Detector, pick_device
 from ddmd.sampling import Sampling, SamplingConfig
 from ddmd.slices import SliceGrid, Slices, extract
+from ddmd.upsampling import UpConv2d
 from ddmd.volume import Volume
 
 SHAPE = (240, 240, 155)
@@ -141,7 +142,7 @@ def split_in_parts(detector: Detector, path: Path, folder: Path) -> dict[str, fl
         if system.device.type == "cuda":
             loop.enter_context(parts.returned(Sampling, "bind", "denoiser and update"))
         else:
-            loop.enter_context(parts.inside(system.denoiser, "forward", "denoiser"))
+            loop.enter_context(parts.inside(system.denoiser, "patches", "denoiser"))
             loop.enter_context(parts.inside(ops, "denoise_step", "update"))
         before = dict(parts.seconds)
         with (
@@ -206,11 +207,11 @@ def folding(detector: Detector, slices: Slices) -> float:
     planes = slices.planes(seen.context, seen.mirrored).to(system.device)
 
     def run(devices: tuple[str, ...]) -> None:
-        kept, upsampling.FOLDED_ON = upsampling.FOLDED_ON, devices
+        kept, UpConv2d.folded_on = UpConv2d.folded_on, devices
         try:
             ensemble.condition_on(system, planes)
         finally:
-            upsampling.FOLDED_ON = kept
+            UpConv2d.folded_on = kept
 
     kind = system.device.type
     with torch.inference_mode():

@@ -45,7 +45,7 @@ def by_torch(part: nn.Module, folded: bool = False) -> nn.Module:
             if isinstance(child, NormSiLU):
                 setattr(module, name, TorchNormSiLU(child))
             elif isinstance(child, UpConv2d) and not folded:
-                child.forward = child.plain
+                child.folded_on = ()
     return part.to(memory_format=torch.channels_last)
 
 

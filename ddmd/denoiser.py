@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ddmd.autoencoder import NormSiLU
-from ddmd.upsampling import UpConv2d
+from ddmd.upsampling import UpConv2d, joined
 
 IMAGE_PATCH = 2  # the U-Net works on 2x2 patches of the slice
 NOISE_PATCH = 4  # the denoiser on 4x4 patches of x_t
@@ -86,7 +86,7 @@ class Block(nn.Module):
 
 
 class UpBlock(nn.Module):
-    """`Block` of a coarse image, enlarged twofold, beside a fine one, neither enlarged nor joined for it."""
+    """`Block` of a coarse image, enlarged twofold, beside a fine one; where it pays, neither enlarged nor joined."""
 
     def __init__(self, coarse: int, fine: int, channels: int, embedding: int = 0) -> None:
         super().__init__()
@@ -98,8 +98,13 @@ class UpBlock(nn.Module):
         self.time = nn.Linear(embedding, 2 * channels) if embedding else None
 
     def forward(self, coarse: Tensor, fine: Tensor, embedding: Tensor | None = None) -> Tensor:
-        h = self.first_norm(self.first(coarse, fine), *_modulation(self.time, embedding, len(fine)))
-        return self.second_norm(self.second(h), residual=self.skip(coarse, fine))
+        if self.first.folds(fine):
+            h, residual = self.first(coarse, fine), self.skip(coarse, fine)
+        else:
+            x = joined(coarse, fine)
+            h, residual = self.first.of_joined(x), self.skip.of_joined(x)
+        h = self.first_norm(h, *_modulation(self.time, embedding, len(fine)))
+        return self.second_norm(self.second(h), residual=residual)
 
 
 @dataclass(frozen=True)

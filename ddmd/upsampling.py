@@ -6,9 +6,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-# Devices on which folding was measured to be faster (`python -m benchmarks.end_to_end`): 1.5x the plain
-# convolution's speed on a CPU, in float32 and bfloat16. On others the plain formulation is computed.
-FOLDED_ON = ("cpu",)
+
+def joined(coarse: Tensor, fine: Tensor | None) -> Tensor:
+    """What is enlarged twofold by repetition, and what need not be, as one image."""
+    enlarged = functional.interpolate(coarse, scale_factor=2.0, mode="nearest")
+    return enlarged if fine is None else torch.cat((enlarged, fine), 1)
 
 
 def folded(weight: Tensor) -> Tensor:
@@ -34,7 +36,7 @@ def folded(weight: Tensor) -> Tensor:
 class UpConv2d(nn.Conv2d):
     """A convolution of what is enlarged twofold by repetition, beside what need not be.
 
-    The parameters are those of the plain convolution of `cat(interpolate(coarse), fine)`. They are folded at
+    The parameters are those of the plain convolution of `joined(coarse, fine)`. They are folded at
     every call, or by `prepare` once and for all.
 
     Parameters
@@ -46,6 +48,9 @@ class UpConv2d(nn.Conv2d):
     groups : int
         Only without `fine`, of 3x3 convolutions.
     """
+
+    # Where it was measured to be faster (`python -m benchmarks.end_to_end`); elsewhere the plain one is computed.
+    folded_on: tuple[str, ...] = ("cpu",)
 
     def __init__(
         self, coarse: int, fine: int, channels: int, kernel: int = 3, groups: int = 1, bias: bool = True
@@ -68,10 +73,18 @@ class UpConv2d(nn.Conv2d):
         with torch.no_grad():
             self.for_coarse, self.for_fine = self._folded()
 
+    def folds(self, x: Tensor) -> bool:
+        """Whether it is folded for a tensor on this device."""
+        return x.device.type in self.folded_on
+
+    def of_joined(self, x: Tensor) -> Tensor:
+        """The plain convolution of `joined(coarse, fine)`."""
+        return super().forward(x)
+
     def forward(self, coarse: Tensor, fine: Tensor | None = None) -> Tensor:  # type: ignore[override]
         """(Z, coarse, H, W) and (Z, fine, 2 H, 2 W) -> (Z, channels, 2 H, 2 W)."""
-        if coarse.device.type not in FOLDED_ON:
-            return self.plain(coarse, fine)
+        if not self.folds(coarse):
+            return self.of_joined(joined(coarse, fine))
         mine, other = self._folded() if self.for_coarse is None else (self.for_coarse, self.for_fine)
         if self.kernel_size[0] == 3:
             y = functional.conv_transpose2d(coarse, mine, self.bias, stride=2, padding=1, groups=self.groups)
@@ -79,12 +92,6 @@ class UpConv2d(nn.Conv2d):
             y = functional.conv2d(coarse, mine, self.bias)
             y = functional.interpolate(y, scale_factor=2.0, mode="nearest")
         return y if fine is None else y.add_(functional.conv2d(fine, other, padding=self.padding))
-
-    def plain(self, coarse: Tensor, fine: Tensor | None = None) -> Tensor:
-        """The same as it is usually written: enlarge, join, convolve."""
-        x = functional.interpolate(coarse, scale_factor=2.0, mode="nearest")
-        x = x if fine is None else torch.cat((x, fine), 1)
-        return super().forward(x)
 
 
 def prepare(module: nn.Module) -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from ddmd.upsampling import UpConv2d, prepare
+from ddmd.upsampling import UpConv2d, joined, prepare
 
 
 @pytest.mark.parametrize(
@@ -19,15 +19,17 @@ def test_it_is_the_plain_convolution(sizes, height):
     x = torch.randn(2, coarse, height, 5, dtype=torch.float64, requires_grad=True)
     y = torch.randn(2, fine, 2 * height, 10, dtype=torch.float64, requires_grad=True) if fine else None
     enlarged = x.repeat_interleave(2, 2).repeat_interleave(2, 3)
-    joined = torch.cat((enlarged, y), 1) if fine else enlarged
-    by_hand = functional.conv2d(joined, conv.weight, conv.bias, padding=kernel // 2, groups=groups)
-    torch.testing.assert_close(conv.plain(x, y), by_hand)
+    whole = torch.cat((enlarged, y), 1) if fine else enlarged
+    by_hand = functional.conv2d(whole, conv.weight, conv.bias, padding=kernel // 2, groups=groups)
+    torch.testing.assert_close(conv.of_joined(joined(x, y)), by_hand)
     leaves = [conv.weight, conv.bias, x] + ([y] if fine else [])
-    ours, wanted = conv(x, y), conv.plain(x, y)
+    ours, wanted = conv(x, y), conv.of_joined(joined(x, y))
     torch.testing.assert_close(ours, wanted)
     for a, b in zip(*(torch.autograd.grad(o.square().sum(), leaves) for o in (ours, wanted)), strict=True):
         torch.testing.assert_close(a, b)
     before = set(conv.state_dict())
     prepare(torch.nn.Sequential(conv))
     torch.testing.assert_close(conv(x, y), wanted)
+    conv.folded_on = ()
+    assert torch.equal(conv(x, y), wanted)
     assert set(conv.state_dict()) == before == {"weight", "bias"}, "folded weights are not saved"
