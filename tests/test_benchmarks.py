@@ -108,8 +108,8 @@ def test_the_ablation_changes_one_part_at_a_time_and_shares_what_is_the_same(tmp
     assert ablation.measure("whole", replace(whole, seed=1), tmp_path / "whole") == [row], "trained again"
 
 
-def test_monai_and_diffusers_find_what_we_find(rng):
-    """From the same x_T, their loops on the same networks give our probabilities."""
+def test_monai_and_diffusers_find_what_we_find(rng, monkeypatch):
+    """From the same x_T, their loops on the same networks give our probabilities, or are not reported."""
     pytest.importorskip("diffusers", reason="diffusers is not installed")
     pytest.importorskip("monai", reason="MONAI is not installed")
     from benchmarks import rivals
@@ -117,7 +117,14 @@ def test_monai_and_diffusers_find_what_we_find(rng):
     system = tiny_system()
     values, affine = head(rng, (40, 48, 6))
     slices = extract(Volume.from_array({"flair": values}, affine), ("flair",), SliceGrid(4.0, 16))
-    seconds, missing = rivals.compare(system, slices, SamplingConfig(samples=2, steps=4), False, 1)
+    for name in ("QUICK_ROUNDS", "SLOW_ROUNDS"):
+        monkeypatch.setattr(rivals, name, 1)
+    config = SamplingConfig(samples=2, steps=4)
+    seconds, missing = rivals.compare(system, slices, config, False)
     assert missing == {}
     assert {name.split(",")[0] for name in seconds} >= {"ours", "diffusers", "MONAI"}
     assert rivals.autoencoders_one_by_one(system, slices) > 0
+    monkeypatch.setattr(rivals, "_drive", lambda *_: lambda network, x: torch.full_like(x, -1.0))
+    seconds, missing = rivals.compare(system, slices, config, False)
+    assert all("off ours by 1.000 of their sum" in why for why in missing.values())
+    assert {name.split(",")[0] for name in missing} == {"diffusers", "MONAI"}

@@ -209,8 +209,7 @@ class _Run:
                 self._teach(losses, stage, number)
             if not stage.finished:
                 stage.run(self._draw("lesions", plan.steps * plan.batch), edge, self._logger("denoiser"))
-            with stage.autocast():
-                self._show(losses, stage.step)
+            self._show(losses, stage)
         losses.load_state_dict(stage.averaged())
 
     def _teach(self, losses: DenoiserLosses, stage: Stage, number: int) -> None:
@@ -232,7 +231,7 @@ class _Run:
             keep(self.packed, kept)
         log.info("round %d of pseudo-masks at step %d: %s", number, stage.step, told)
 
-    def _show(self, losses: DenoiserLosses, step: int) -> None:
+    def _show(self, losses: DenoiserLosses, stage: Stage) -> None:
         """A few samples with their mask and the network's one-step draw, for TensorBoard."""
         if self.writer is None:
             return
@@ -240,8 +239,9 @@ class _Run:
         batch = [draw[i] for i in range(8)]
         image, mask = (torch.stack([b[k] for b in batch]) for k in ("planes", "mask"))
         losses.eval()
-        drawn = losses.draw(image, self.config.seed).mean(0)
+        with stage.autocast():
+            drawn = losses.draw(image, self.config.seed).mean(0)
         losses.train()
         middle = self.config.denoiser.context * self.config.denoiser.sequences
         shown = torch.cat(((image[:, middle : middle + 1] + 2) / 5, mask, drawn), 3).clamp(0, 1)
-        self.writer.add_images("denoiser/image, mask, draw", shown, step)
+        self.writer.add_images("denoiser/image, mask, draw", shown, stage.step)
