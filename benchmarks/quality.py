@@ -22,7 +22,8 @@ from ddmd import weights
 from ddmd.data.datasets import find_cases, read_split
 from ddmd.detector import Detector
 from ddmd.ensemble import detect_slices
-from ddmd.evaluation import judge, summarise
+from ddmd.evaluation import summarise
+from ddmd.metrics import judge
 from ddmd.sampling import SamplingConfig
 
 STEPS = (1, 2, 3, 5, 10, 20)

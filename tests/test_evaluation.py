@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from ddmd.detection import Rule
-from ddmd.evaluation import THRESHOLDS, Counts, EvaluationError, dices, evaluate, judge, summarise
+from ddmd.evaluation import EvaluationError, evaluate, summarise
+from ddmd.metrics import THRESHOLDS, Counts, dices, judge
 from ddmd.volume import Volume
 from tests.volumes import head, tiny_system, write
 

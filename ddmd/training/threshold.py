@@ -14,7 +14,8 @@ import numpy as np
 
 from ddmd import weights
 from ddmd.detector import Detector
-from ddmd.evaluation import THRESHOLDS, dices, judge_case
+from ddmd.evaluation import judge_case
+from ddmd.metrics import THRESHOLDS, dices
 from ddmd.training.config import read_run
 from ddmd.training.run import cases_of
 
