@@ -6,7 +6,7 @@ import platform
 import pytest
 import torch
 
-from benchmarks import table, timing
+from benchmarks import cards, table, timing
 from ddmd.sampling import SamplingConfig
 from ddmd.slices import SliceGrid, extract
 from ddmd.volume import Volume
@@ -128,3 +128,11 @@ def test_monai_and_diffusers_find_what_we_find(rng, monkeypatch):
     seconds, missing = rivals.compare(system, slices, config, False)
     assert all("off ours by 1.000 of their sum" in why for why in missing.values())
     assert {name.split(",")[0] for name in missing} == {"diffusers", "MONAI"}
+
+
+@pytest.mark.parametrize("card", sorted(cards.CARDS.glob("*.md")), ids=lambda path: path.stem)
+def test_figures_of_a_model_card_are_those_of_the_last_evaluation(card):
+    text = card.read_text()
+    assert cards.filled(text, card.stem) == text
+    figures = cards.newest(card.stem, "lgg")["pooled"]
+    assert f"| Dice | {figures['dice']:.3f} |" in text
