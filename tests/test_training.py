@@ -19,10 +19,12 @@ from ddmd.denoiser import ConditionNet, Denoiser, DenoiserConfig
 from ddmd.diffusion import Schedule
 from ddmd.discrepancy import heterogeneous_loss, homogeneous_loss
 from ddmd.training import train
+from ddmd.training.average import average
 from ddmd.training.config import AutoencoderStage, DataEntry, DenoiserStage, TrainConfig, read_config
 from ddmd.training.loop import DivergedError, Plan, Stage, learning_rate
 from ddmd.training.samples import Draw, Packed
 from ddmd.training.stages import DenoiserLosses, soft_dice
+from ddmd.weights import WeightsError
 from tests.volumes import write_slices
 
 pytest.importorskip("accelerate", reason="the extra ddmd[train] is not installed")
@@ -91,6 +93,28 @@ def test_a_run_begins_from_given_weights(config, tmp_path):
         train(dataclasses.replace(again, mm=2.0), tmp_path / "other")
     with pytest.raises(ValueError, match="steps is 0 in AutoencoderStage; allowed is at least 1"):
         dataclasses.replace(again, start=None)
+
+
+def test_the_mean_of_two_systems_lies_between_them(tmp_path):
+    first, second = (weights.load("ddmd-light", precision="float32") for _ in range(2))
+    for value in second.condition.state_dict().values():
+        value.add_(1.0)
+    paths = [tmp_path / name for name in ("first", "second", "mean")]
+    for system, path in zip((first, second), paths, strict=False):
+        weights.save(system, path, torch.float32)
+    command = [sys.executable, "-m", "ddmd.training.average", *paths[:2], "--share", "0.25", "-o", paths[2]]
+    subprocess.run(command, check=True)
+    mean = weights.load(paths[2], precision="float32")
+    for part, added in (("condition", 0.25), ("autoencoders_b", 0.0)):
+        held = mean.parts()[part].state_dict()
+        for key, value in first.parts()[part].state_dict().items():
+            torch.testing.assert_close(held[key], value + added, rtol=1e-3, atol=1e-3)
+    assert (mean.description.threshold, mean.description.threshold_chosen) == (0.5, "one half")
+    with pytest.raises(ValueError, match="share is 1.5; allowed are 0 to 1"):
+        average(first, second, 1.5)
+    other = dataclasses.replace(first.description, discrepancy_scale=1.0)
+    with pytest.raises(WeightsError, match="discrepancy_scale is 4.0 in the first and 1.0 in the second"):
+        average(first, dataclasses.replace(second, description=other), 0.5)
 
 
 def test_a_run_whose_patients_changed_is_refused(config, tmp_path, rng):
