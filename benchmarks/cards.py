@@ -1,12 +1,13 @@
-"""Write the tables of the model cards from the newest results: `python -m benchmarks.cards`.
+"""Write the tables of the model cards and README's from the newest results: `python -m benchmarks.cards`.
 
-What stands between `<!-- NAME -->` and `<!-- end -->` in a card is made here; the rest is prose.
+What stands between `<!-- NAME -->` and `<!-- end -->` is made here; the rest is prose.
 """
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,9 @@ from benchmarks.table import RESULTS
 from ddmd import weights
 
 CARDS = Path(weights.__file__).with_name("embedded")
+README = Path(__file__).parents[1] / "README.md"
+SHIPPED = ("ddmd-light", "ddmd-pixel")
+KNOWN_AS = {"brainix-unregistered": "brainix, a source training never saw, skull on"}
 FIGURES = {
     "dice": "Dice",
     "dice_bearing": "Dice, slices with lesion only",
@@ -36,20 +40,30 @@ FIGURES = {
 }
 
 
-def newest(name: str, data: str) -> dict[str, Any] | None:
-    """The last evaluation of some weights on some data."""
-    paths = sorted(RESULTS.glob(f"evaluation-{name}-{data}-????-??-??.json"))
-    return json.loads(paths[-1].read_text()) if paths else None
+def newest(name: str) -> dict[str, dict[str, Any]]:
+    """data set -> the last evaluation of some weights on it; of lgg and volumes at least."""
+    paths = {
+        data: sorted(RESULTS.glob(f"evaluation-{name}-{data}-????-??-??.json"))
+        for data in ("lgg", "volumes", "unseen")
+    }
+    for data in ("lgg", "volumes"):
+        if not paths[data]:
+            raise ValueError(f"no evaluation of {name} on {data} is kept; make it by benchmarks.evaluations")
+    return {data: json.loads(found[-1].read_text()) for data, found in paths.items() if found}
+
+
+def number(value: float | None) -> str:
+    """A figure, or nothing where there is none."""
+    return "" if value is None else f"{value:.3f}"
 
 
 def figures(found: dict[str, Any]) -> str:
     """Every figure, pooled and as a mean over patients, as Markdown."""
     lines = ["| figure | pooled | mean over patients [95 %] |", "|---|---|---|"]
     for key, label in FIGURES.items():
-        pooled = f"{found['pooled'][key]:.3f}" if key in found["pooled"] else ""
-        spread = (
-            "{:.3f} [{:.3f}, {:.3f}]".format(*found["intervals"][key]) if key in found["intervals"] else ""
-        )
+        pooled = number(found["pooled"].get(key))
+        interval = found["intervals"].get(key, (None,))
+        spread = "" if None in interval else "{:.3f} [{:.3f}, {:.3f}]".format(*interval)
         lines.append(f"| {label} | {pooled} | {spread} |")
     return "\n".join(lines)
 
@@ -63,7 +77,7 @@ def volumes(*found: dict[str, Any]) -> str:
     for row in sorted((row for one in found for row in one["patients"]), key=lambda row: row["patient"]):
         lines.append(
             f"| {row['patient']} | {row['lesion_ml']:.1f} | {row['found_ml']:.1f} | {row['dice']:.3f} | "
-            f"{row['dice_oracle']:.3f} | {row['baseline_dice_oracle']:.3f} |"
+            f"{row['dice_oracle']:.3f} | {number(row['baseline_dice_oracle'])} |"
         )
     empty = [f"{row['patient']}: {row['found_ml']:.1f} ml" for one in found for row in one["without_mask"]]
     pooled = found[0]["pooled"]
@@ -75,26 +89,76 @@ def volumes(*found: dict[str, Any]) -> str:
     ])  # fmt: skip
 
 
-def filled(card: str, name: str) -> str:
-    """The card of these weights with its tables made anew."""
-    found = {data: newest(name, data) for data in ("lgg", "volumes", "unseen")}
-    there = [one for data in ("volumes", "unseen") if (one := found[data])]
-    made = {"volumes": volumes(*there)} | ({"lgg": figures(found["lgg"])} if found["lgg"] else {})
-    for block, text in made.items():
-        card, count = re.subn(
+def overview() -> str:
+    """Dice of both systems beside the single threshold, and millilitres where there is nothing, as Markdown."""
+    found = [newest(name) for name in SHIPPED]
+    lines = [
+        f"| | one threshold on smoothed FLAIR, oracle | {' | '.join(SHIPPED)} |",
+        "|---" * (2 + len(SHIPPED)) + "|",
+    ]
+    pooled = [one["lgg"]["pooled"] for one in found]
+    label = f"TCGA-LGG slices, {len(found[0]['lgg']['patients'])} patients, pooled"
+    lines.append(row_of(label, pooled[0]["baseline_dice_oracle"], pooled, "dice"))
+    volume = [
+        {
+            row["patient"]: row
+            for data in ("volumes", "unseen")
+            if data in one
+            for row in one[data]["patients"]
+        }
+        for one in found
+    ]
+    for name in sorted(volume[0], key=lambda name: (name in KNOWN_AS, name)):
+        rows = [one[name] for one in volume]
+        lines.append(row_of(KNOWN_AS.get(name, name), rows[0]["baseline_dice_oracle"], rows, "dice"))
+    for row in found[0]["volumes"]["without_mask"]:
+        same = [
+            other for one in found for other in one["volumes"]["without_mask"]
+            if other["patient"] == row["patient"]
+        ]  # fmt: skip
+        lines.append(row_of(f"{row['patient']}, ml flagged where there is nothing", None, same, "found_ml"))
+    return "\n".join(lines)
+
+
+def row_of(label: str, baseline: float | None, rows: Sequence[dict[str, Any]], key: str) -> str:
+    """One line of the overview."""
+    return f"| {label} | {number(baseline)} | {' | '.join(number(row[key]) for row in rows)} |"
+
+
+def filled(text: str, blocks: Mapping[str, str]) -> str:
+    """A text with what stands in these blocks made anew.
+
+    Raises
+    ------
+    ValueError
+        If a block is not there, or more than once.
+    """
+    for block, made in blocks.items():
+        text, count = re.subn(
             rf"(<!-- {block} -->\n).*?(\n<!-- end -->)",
-            lambda m, text=text: m[1] + text + m[2],
-            card,
+            lambda m, made=made: m[1] + made + m[2],
+            text,
             flags=re.S,
         )
         if count != 1:
-            raise ValueError(f"the card of {name} has {count} blocks {block!r}; allowed is 1")
-    return card
+            raise ValueError(f"block {block!r} is there {count} times; allowed is 1")
+    return text
+
+
+def texts() -> dict[Path, str]:
+    """Every text with tables -> what it should be."""
+    made = {README: filled(README.read_text(), {"dice": overview()})}
+    for name in SHIPPED:
+        found, path = newest(name), CARDS / f"{name}.md"
+        there = [found[data] for data in ("volumes", "unseen") if data in found]
+        blocks = {"lgg": figures(found["lgg"]), "volumes": volumes(*there)}
+        made[path] = filled(path.read_text(), blocks)
+    return made
 
 
 def main() -> None:
-    for path in sorted(CARDS.glob("*.md")):
-        path.write_text(filled(path.read_text(), path.stem))
+    for path, text in texts().items():
+        path.write_text(text)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Evaluate weights and keep the figures: `python -m benchmarks.evaluations DATA [--patients split.json] [--weights W]`.
 
 What `ddmd evaluate` does, written as benchmarks/results/evaluation-WEIGHTS-DATA-DATE.json, from which
-`python -m benchmarks.table` makes the tables of the model card. Volumes without a mask are detected too: how much
+`python -m benchmarks.cards` makes the tables of the model cards. Volumes without a mask are detected too: how much
 is found in each is all that can be said of them.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,7 @@ def main() -> None:
     trained_on = {k: v for k, v in split.items() if v != "test"}
     result = {
         "machine": machine(), "date": str(datetime.date.today()), "weights": report.how["weights"],
+        "weights_sha256": hashlib.sha256(weights.find(options.weights).read_bytes()).hexdigest(),
         "threshold": report.how["threshold"], "sampling": report.how["sampling"], "pooled": report.pooled,
         "intervals": report.intervals, "patients": [{k: row[k] for k in SHOWN} for row in report.patients],
         "without_mask": without_mask(options.data, options.weights, trained_on),

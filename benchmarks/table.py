@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 RESULTS = Path(__file__).with_name("results")
-FEW = 12  # patients that are listed one by one
 
 
 def ops_table(path: Path) -> str:
@@ -64,33 +63,16 @@ def rows_table(path: Path) -> str:
     return "\n".join(lines)
 
 
-def evaluation_table(path: Path) -> str:
-    """Figures of an evaluation, and its patients where they are few, as Markdown."""
-    found = json.loads(path.read_text())
-
-    def show(value: float | str | None) -> str:
-        return "" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
-
-    lines = [f"### {path.stem}", "", "| figure | pooled | mean over patients [95 %] |", "|---|---|---|"]
-    for name in dict.fromkeys((*found["pooled"], *found["intervals"])):
-        mean, low, high = found["intervals"].get(name, (None, None, None))
-        spread = "" if mean is None else f"{mean:.3f} [{low:.3f}, {high:.3f}]"
-        lines.append(f"| {name.replace('_', ' ')} | {show(found['pooled'].get(name))} | {spread} |")
-    rows = found["patients"]
-    if len(rows) <= FEW:
-        lines += ["", f"| {' | '.join(n.replace('_', ' ') for n in rows[0])} |", "|---" * len(rows[0]) + "|"]
-        lines += [f"| {' | '.join(show(v) for v in row.values())} |" for row in rows]
-    lines += [f"\n{row['patient']}: {row['found_ml']:.1f} ml found, no mask" for row in found["without_mask"]]
-    return "\n".join(lines)
-
-
 def main(arguments: Sequence[str] = ()) -> None:
-    """Print a table for every results file of a folder, benchmarks/results by default."""
-    kinds = {
-        "volume": volume_table, "quality": rows_table, "ablation": rows_table, "evaluation": evaluation_table,
-    }  # fmt: skip
+    """Print a table for every results file of a folder, benchmarks/results by default.
+
+    Evaluations are not among them: `benchmarks.cards` writes those where they are read.
+    """
+    kinds = {"volume": volume_table, "quality": rows_table, "ablation": rows_table}
     for path in sorted(Path(arguments[0] if arguments else RESULTS).glob("*.json")):
-        print(kinds.get(path.stem.split("-")[0], ops_table)(path), end="\n\n")
+        kind = path.stem.split("-")[0]
+        if kind != "evaluation":
+            print(kinds.get(kind, ops_table)(path), end="\n\n")
 
 
 if __name__ == "__main__":

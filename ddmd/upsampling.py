@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -51,6 +53,8 @@ class UpConv2d(nn.Conv2d):
 
     # Where it was measured to be faster (`python -m benchmarks.end_to_end`); elsewhere the plain one is computed.
     folded_on: tuple[str, ...] = ("cpu",)
+    for_coarse: Tensor | None
+    for_fine: Tensor | None
 
     def __init__(
         self, coarse: int, fine: int, channels: int, kernel: int = 3, groups: int = 1, bias: bool = True
@@ -59,6 +63,10 @@ class UpConv2d(nn.Conv2d):
         self.coarse, self.fine = coarse, fine
         self.register_buffer("for_coarse", None, persistent=False)
         self.register_buffer("for_fine", None, persistent=False)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.for_coarse = self.for_fine = None  # they were of other weights
 
     def _folded(self) -> tuple[Tensor, Tensor]:
         first = self.coarse // self.groups
@@ -85,7 +93,9 @@ class UpConv2d(nn.Conv2d):
         """(Z, coarse, H, W) and (Z, fine, 2 H, 2 W) -> (Z, channels, 2 H, 2 W)."""
         if not self.folds(coarse):
             return self.of_joined(joined(coarse, fine))
-        mine, other = self._folded() if self.for_coarse is None else (self.for_coarse, self.for_fine)
+        mine, other = self.for_coarse, self.for_fine
+        if mine is None or other is None:
+            mine, other = self._folded()
         if self.kernel_size[0] == 3:
             y = functional.conv_transpose2d(coarse, mine, self.bias, stride=2, padding=1, groups=self.groups)
         else:

@@ -24,6 +24,7 @@ from ddmd.training.config import AutoencoderStage, DataEntry, DenoiserStage, Tra
 from ddmd.training.loop import DivergedError, Plan, Stage, learning_rate
 from ddmd.training.samples import Draw, Packed
 from ddmd.training.stages import DenoiserLosses, soft_dice
+from ddmd.training.threshold import choose
 from ddmd.weights import WeightsError
 from tests.volumes import write_slices
 
@@ -89,10 +90,55 @@ def test_a_run_begins_from_given_weights(config, tmp_path):
     changed = {k.split(".")[0] for k in a if not torch.equal(a[k], c[k])}
     assert changed == {"condition", "denoiser"}
     assert (tmp_path / "more" / "pseudo_masks_1.npz").exists()
+    first.rename(tmp_path / "moved.safetensors")  # a run goes on without the file that it began from
+    c = load_file(train(again, tmp_path / "more"))
+    assert {k.split(".")[0] for k in a if not torch.equal(a[k], c[k])} == changed
+    again = dataclasses.replace(again, start=str(tmp_path / "moved.safetensors"))
     with pytest.raises(ValueError, match="mm is 2.0; with start = .* allowed is 1.0"):
         train(dataclasses.replace(again, mm=2.0), tmp_path / "other")
     with pytest.raises(ValueError, match="steps is 0 in AutoencoderStage; allowed is at least 1"):
         dataclasses.replace(again, start=None)
+
+
+def test_what_a_run_cannot_begin_from_is_refused_before_anything_is_written(config, tmp_path):
+    with pytest.raises(WeightsError, match="no such weights"):
+        train(dataclasses.replace(config, start="nowhere.safetensors"), tmp_path / "run")
+    anomaly = train(dataclasses.replace(config, system="anomaly"), tmp_path / "anomaly")
+    none = dataclasses.replace(config.autoencoder_stage, steps=0)
+    again = dataclasses.replace(config, start=str(anomaly), autoencoder_stage=none)
+    with pytest.raises(ValueError, match="has no autoencoders_b"):
+        train(again, tmp_path / "run")
+    assert not list((tmp_path / "run").iterdir())
+    with pytest.raises(
+        ValueError, match="until is 'autoencoders'; allowed are .* autoencoders_a, .* denoiser"
+    ):
+        train(config, tmp_path / "other", until="autoencoders")
+
+
+def test_choosing_a_threshold_changes_nothing_else(config, tmp_path):
+    data = (DataEntry(str(write_slices(tmp_path / "masked", np.random.default_rng(1), 4))),)
+    config = dataclasses.replace(config, data=data, validation=0.25, test=0.25)
+    path = train(config, tmp_path / "run")
+    before = load_file(path)
+    threshold = choose(tmp_path / "run", path)
+    after, told = load_file(path), weights.describe(path)
+    assert all(torch.equal(before[k], after[k]) for k in before | after)
+    assert told.threshold == threshold
+    assert told.threshold_chosen.endswith("on 1 validation patients")
+    with pytest.raises(ValueError, match="give the split.json of a run"):
+        choose(tmp_path / "nowhere", path)
+
+
+def test_shares_that_no_slice_can_fill_are_refused(config, rng):
+    only = dataclasses.replace(
+        config.denoiser_stage, normal=0.0, painted=0.0, over=0.0, masked=0.7, carved=0.3
+    )
+    case = Case("a", "a", "set", {})
+    image = rng.normal(size=(1, 1, 16, 16)).astype(np.float16)
+    packed = [Packed(case, image, np.ones((1, 16, 16), bool), np.array([0]), 1, 1.0)]
+    draw = Draw(packed, dataclasses.replace(config, denoiser_stage=only, size=16), "lesions", {"set": 1.0}, 4)
+    with pytest.raises(ValueError, match="no slice is there for any share"):
+        draw[0]
 
 
 def test_the_mean_of_two_systems_lies_between_them(tmp_path):
@@ -110,10 +156,14 @@ def test_the_mean_of_two_systems_lies_between_them(tmp_path):
         for key, value in first.parts()[part].state_dict().items():
             torch.testing.assert_close(held[key], value + added, rtol=1e-3, atol=1e-3)
     assert (mean.description.threshold, mean.description.threshold_chosen) == (0.5, "one half")
+    assert mean.description.training["share"] == 0.25
     with pytest.raises(ValueError, match="share is 1.5; allowed are 0 to 1"):
         average(first, second, 1.5)
     other = dataclasses.replace(first.description, discrepancy_scale=1.0)
     with pytest.raises(WeightsError, match="discrepancy_scale is 4.0 in the first and 1.0 in the second"):
+        average(first, dataclasses.replace(second, description=other), 0.5)
+    other = dataclasses.replace(first.description, training={"labels": "pixel"})
+    with pytest.raises(WeightsError, match="labels is image in the first and pixel in the second"):
         average(first, dataclasses.replace(second, description=other), 0.5)
 
 

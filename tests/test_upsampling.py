@@ -30,6 +30,9 @@ def test_it_is_the_plain_convolution(sizes, height):
     before = set(conv.state_dict())
     prepare(torch.nn.Sequential(conv))
     torch.testing.assert_close(conv(x, y), wanted)
+    conv.load_state_dict({key: 2 * value for key, value in conv.state_dict().items()})
+    torch.testing.assert_close(conv(x, y), 2 * wanted, msg="folded weights of others than those it has now")
+    conv.load_state_dict({key: value / 2 for key, value in conv.state_dict().items()})
     conv.folded_on = ()
     assert torch.equal(conv(x, y), wanted)
     assert set(conv.state_dict()) == before == {"weight", "bias"}, "folded weights are not saved"

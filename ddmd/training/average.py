@@ -16,12 +16,18 @@ import torch
 from ddmd import weights
 from ddmd.weights import System, WeightsError
 
+AGREED = (
+    "system", "sequences", "grid", "schedule", "autoencoder", "denoiser", "discrepancy_scale",
+    "use_inter", "use_intra",
+)  # fmt: skip
+
 
 @torch.no_grad()
 def average(first: System, second: System, share: float) -> System:
     """A new system, float32: (1 - share) of the first's weights and `share` of the second's.
 
-    The threshold of neither holds for the mean, which has one half until one is chosen.
+    It is described as the second is, which was trained on from the first, and says what it is a mean of. The
+    threshold of neither holds for the mean, which has one half until one is chosen.
 
     Parameters
     ----------
@@ -33,20 +39,20 @@ def average(first: System, second: System, share: float) -> System:
     ValueError
         If the share is not between 0 and 1.
     WeightsError
-        If the two differ in kind, in their networks or in what these are given.
+        If the two differ in kind, labels or licence, in their networks or in what these are given.
     """
     if not 0.0 <= share <= 1.0:
         raise ValueError(f"share is {share}; allowed are 0 to 1")
-    for name in (
-        "system", "sequences", "grid", "schedule", "autoencoder", "denoiser",
-        "discrepancy_scale", "use_inter", "use_intra",
-    ):  # fmt: skip
-        mine, other = getattr(first.description, name), getattr(second.description, name)
-        if mine != other:
-            raise WeightsError(
-                f"{name} is {mine} in the first and {other} in the second; means need the same"
-            )
-    mean = weights.build(dataclasses.replace(first.description, threshold=0.5, threshold_chosen="one half"))
+    mine, other = first.description, second.description
+    agreed = {name: (getattr(mine, name), getattr(other, name)) for name in AGREED}
+    agreed |= {name: (mine.training.get(name), other.training.get(name)) for name in ("labels", "licence")}
+    for name, (one, two) in agreed.items():
+        if one != two:
+            raise WeightsError(f"{name} is {one} in the first and {two} in the second; means need the same")
+    training = other.training | {"mean_with": mine.training, "share": share}
+    mean = weights.build(
+        dataclasses.replace(other, threshold=0.5, threshold_chosen="one half", training=training)
+    )
     for part, module in mean.parts().items():
         others = second.parts()[part].state_dict()
         module.load_state_dict(
@@ -63,7 +69,10 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, required=True)
     options = parser.parse_args()
     first, second = (weights.load(path, precision="float32") for path in (options.first, options.second))
-    weights.save(average(first, second, options.share), options.output)
+    try:
+        weights.save(average(first, second, options.share), options.output)
+    except ValueError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

@@ -55,8 +55,9 @@ class DenoiserStage:
         (image-label track).
     normal, painted, carved, over, masked : float
         Shares of a batch: normal slices as they are, lesions painted on normal slices, lesions of B's masks
-        put into normal slices, lesions painted on positive slices beside what is there, and slices of B with their mask (pixel
-        track) or pseudo-mask (image track; from the first round on, the others' shares until then).
+        put into normal slices, lesions painted on positive slices beside what is there, and slices of B with
+        their mask (pixel track) or pseudo-mask (image track; from the first round on, the others' shares
+        until then).
     grown_until : float
         Share of the steps up to which pseudo-masks are moved to the edge that the image shows. A young
         teacher's masks gain by it; a trained one's own edges are better.
@@ -96,8 +97,8 @@ class TrainConfig:
 
     precision is "float32", "bfloat16" (convolutions only), or what is faster on the device.
 
-    start is a weights file, or the name of a shipped system, from which all networks begin; a stage of
-    0 steps then leaves its networks as they are. The sizes must be that system's. Patients
+    start is a weights file, or the name of a shipped system, from which all networks that it has begin; a
+    stage of 0 steps then leaves its networks as they are. The sizes must be that system's. Patients
     that the earlier training saw must be in this one's training part: it is the same where data,
     seed and shares are.
 
@@ -176,9 +177,13 @@ def read_config(path: str | Path) -> TrainConfig:
 
 
 def read_run(folder: str | Path) -> TrainConfig:
-    """The configuration that `train` wrote into a run's folder."""
+    """The configuration that `train` wrote into a run's folder; ValueError where there is none."""
     path = Path(folder) / "config.json"
-    return _whole(json.loads(path.read_text()), str(path))
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: not readable ({error}); give the folder of a run") from None
+    return _whole(values, str(path))
 
 
 def _whole(values: dict[str, Any], where: str) -> TrainConfig:

@@ -37,6 +37,7 @@ def export(run: _Run, split: dict[str, str]) -> Path:
             "licence": config.licence,
             "patients": sum(part == "train" for part in split.values()),
             "seed": config.seed,
+            "start": config.start,
         },
     )
     system = weights.System(

@@ -22,7 +22,8 @@ from ddmd.training.loop import Plan, Stage
 from ddmd.training.pseudo_masks import teach
 from ddmd.training.samples import Draw, Packed, keep, pack, restore
 from ddmd.training.stages import AutoencoderLosses, DenoiserLosses
-from ddmd.weights import load, pick_dtype
+from ddmd.training.start import start_of
+from ddmd.weights import System, pick_dtype
 
 log = logging.getLogger("ddmd.training")
 LOG_EVERY = 50  # steps between TensorBoard points
@@ -64,12 +65,13 @@ def train(config: str | Path | TrainConfig, out: str | Path, until: str | None =
 
     Returns
     -------
-    Path of the weights.
+    Path of the weights, or of the folder where `until` is not the last stage.
 
     Raises
     ------
     ValueError
-        If the configuration or the data is not usable, or the folder holds another run.
+        If the configuration, the system it begins from or the data is not usable, or the folder holds another
+        run.
     DivergedError
         If the loss stops being a number.
     """
@@ -82,6 +84,7 @@ def train(config: str | Path | TrainConfig, out: str | Path, until: str | None =
     written = out / "config.json"
     if written.exists() and json.loads(written.read_text()) != json.loads(described):
         raise ValueError(f"{out} holds a run of another configuration; choose another folder")
+    start = start_of(config, out)
     written.write_text(described)
     accelerator = Accelerator()
     cases = cases_of(config)
@@ -98,12 +101,15 @@ def train(config: str | Path | TrainConfig, out: str | Path, until: str | None =
         training = [dataclasses.replace(case, masks=None) for case in training]
     log.info("reading %d cases", len(training))
     packed = pack(training, config, read_masks=config.labels == "pixel")
-    run = _Run(config, out, accelerator, packed)
-    for name, stage in run.stages().items():
+    run = _Run(config, out, accelerator, packed, start)
+    stages = run.stages()
+    if until is not None and until not in stages:
+        raise ValueError(f"until is {until!r}; allowed are the stages of this run: {', '.join(stages)}")
+    for name, stage in stages.items():
         stage()
         if name == until:
             break
-    if until is not None and until != list(run.stages())[-1]:
+    if until is not None and until != list(stages)[-1]:
         return out
     from ddmd.training.export import export
 
@@ -113,7 +119,9 @@ def train(config: str | Path | TrainConfig, out: str | Path, until: str | None =
 class _Run:
     """The networks of one run and the stages that train them, in order."""
 
-    def __init__(self, config: TrainConfig, out: Path, accelerator: Any, packed: list[Packed]) -> None:
+    def __init__(
+        self, config: TrainConfig, out: Path, accelerator: Any, packed: list[Packed], start: System | None
+    ) -> None:
         self.config, self.out, self.accelerator, self.packed = config, out, accelerator, packed
         self.dtype = pick_dtype(config.precision, accelerator.device)
         torch.manual_seed(config.seed)
@@ -123,33 +131,21 @@ class _Run:
         }
         self.condition, self.denoiser = ConditionNet(config.denoiser), Denoiser(config.denoiser)
         self.schedule = Schedule()
-        if config.start is not None:
-            self._begin_from(config.start)
+        if start is not None:
+            for name, module in start.parts().items():
+                self.networks()[name].load_state_dict(module.state_dict())
         self.writer: Any = None
         if accelerator.is_main_process:
             from torch.utils.tensorboard import SummaryWriter
 
             self.writer = SummaryWriter(str(out / "events"))
 
-    def _begin_from(self, start: str) -> None:
-        """Give every network that the system of `start` has its weights."""
-        system = load(start, precision="float32")
-        told = system.description
-        agreed = {
-            "sequences": (told.sequences, self.config.sequences),
-            "mm": (told.grid["mm"], self.config.mm),
-            "autoencoder": (system.autoencoders_a.config, self.config.autoencoder),
-            "denoiser": (system.condition.config, self.config.denoiser),
-        }
-        for name, (theirs, mine) in agreed.items():
-            if theirs != mine:
-                raise ValueError(f"{name} is {mine}; with start = {start!r} allowed is {theirs}")
-        networks = {
+    def networks(self) -> dict[str, nn.Module]:
+        """All networks by the name of `ddmd.weights.PARTS`."""
+        return {
             "autoencoders_a": self.autoencoders["a"], "autoencoders_b": self.autoencoders["b"],
             "condition": self.condition, "denoiser": self.denoiser,
         }  # fmt: skip
-        for name, module in system.parts().items():
-            networks[name].load_state_dict(module.state_dict())
 
     def stages(self) -> dict[str, Callable[[], None]]:
         """What is trained, in order; only what the system needs."""
@@ -191,24 +187,24 @@ class _Run:
         data = self._draw("normal" if which == "a" else "mixed", plan.steps * plan.batch)
         if not stage.finished:
             stage.run(data, plan.steps, self._logger(name))
-        self.autoencoders[which].requires_grad_(False)
 
     def _denoiser(self) -> None:
         plan, config = self.config.denoiser_stage, self.config
+        for ensemble in self.autoencoders.values():  # which no stage of this run need have moved
+            ensemble.to(self.accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+            ensemble.requires_grad_(False)
         losses = DenoiserLosses(
             self.autoencoders["a"], self.autoencoders["b"], self.condition, self.denoiser, self.schedule, plan,
             diffusion=config.system == "ddmd",
         )  # fmt: skip
         stage = self._stage("denoiser", losses, plan.steps, plan.batch, plan.learning_rate, plan.ema)
         rounds = [round(share * plan.steps) for share in plan.rounds] if config.labels == "image" else []
-        edges = [*rounds, plan.steps]
-        for number, edge in enumerate(edges):
-            if stage.step >= edge and edge != plan.steps:
+        for number, edge in enumerate([*rounds, plan.steps]):
+            if stage.step >= edge:
                 continue
             if number and config.labels == "image":
                 self._teach(losses, stage, number)
-            if not stage.finished:
-                stage.run(self._draw("lesions", plan.steps * plan.batch), edge, self._logger("denoiser"))
+            stage.run(self._draw("lesions", plan.steps * plan.batch), edge, self._logger("denoiser"))
             self._show(losses, stage)
         losses.load_state_dict(stage.averaged())
 

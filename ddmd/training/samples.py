@@ -208,9 +208,12 @@ class Draw(Dataset):
         shares = np.array([share for _, share in kinds.values()])
         there = np.array([bool(self.choices[choice]) for choice, _ in kinds.values()])
         there &= np.array([how != "carved" or bool(self.choices["masked"]) for how in kinds])
-        if not there.any():
-            raise ValueError("the training data has no labelled slice; check its image-level labels")
         shares = np.where(there, shares, 0.0)
+        if not shares.any():
+            raise ValueError(
+                "no slice is there for any share of a batch above 0; check the image-level labels and the shares: "
+                "before the first round of pseudo-masks there are no masked and no carved slices"
+            )
         how = list(kinds)[rng.choice(len(kinds), p=shares / shares.sum())]
         item, z = self._pick(kinds[how][0], rng)
         hard = i >= stage_config.hard_from * stage_config.steps * stage_config.batch
@@ -219,7 +222,7 @@ class Draw(Dataset):
     def _carved(
         self, planes: np.ndarray, brain: np.ndarray, context: int, rng: np.random.Generator
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """A normal slice with the lesions of another patient's, what is lesion then, and how sure that is."""
+        """A normal slice with the lesions of another slice, what is lesion then, and how sure that is."""
         item, z = self._pick("masked", rng)
         assert item.mask is not None  # what is picked by its mask has one
         assert item.weight is not None

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 from pathlib import Path
 
 import numpy as np
 
 from ddmd import weights
+from ddmd.data.datasets import read_split
 from ddmd.detector import Detector
 from ddmd.evaluation import judge_case
 from ddmd.metrics import THRESHOLDS, dices
@@ -21,9 +21,18 @@ from ddmd.training.run import cases_of
 
 
 def choose(run: Path, path: Path) -> float:
-    """The one of THRESHOLDS of highest pooled Dice on the run's validation patients that have masks."""
-    split = json.loads((run / "split.json").read_text())
-    chosen = [c for c in cases_of(read_run(run)) if split[c.patient] == "validation" and c.masks is not None]
+    """The one of THRESHOLDS of highest pooled Dice on the run's validation patients that have masks.
+
+    Nothing in the weights file changes but what it says of its threshold.
+
+    Raises
+    ------
+    ValueError
+        If the folder holds no run, or no validation patient of it has a mask.
+    """
+    split = read_split(run / "split.json")
+    cases = cases_of(read_run(run))
+    chosen = [c for c in cases if split.get(c.patient) == "validation" and c.masks is not None]
     if not chosen:
         raise ValueError(f"{run}: no validation patient has a mask; the threshold stays as it is")
     detector = Detector.load(path)
@@ -34,7 +43,8 @@ def choose(run: Path, path: Path) -> float:
         threshold=threshold,
         threshold_chosen=f"highest pooled Dice ({curve.max():.3f}) on {len(chosen)} validation patients",
     )
-    weights.save(dataclasses.replace(weights.load(path), description=description), path)
+    system = weights.load(path, precision="float32")  # float16 in the file: read and written without rounding
+    weights.save(dataclasses.replace(system, description=description), path)
     return threshold
 
 
@@ -43,7 +53,10 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("weights", type=Path)
     options = parser.parse_args()
-    print(f"threshold {choose(options.run, options.weights):.3f}")
+    try:
+        print(f"threshold {choose(options.run, options.weights):.3f}")
+    except ValueError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":
