@@ -68,8 +68,8 @@ def main() -> None:
     parser.add_argument("--share", type=float, default=0.5, help="of the second")
     parser.add_argument("-o", "--output", type=Path, required=True)
     options = parser.parse_args()
-    first, second = (weights.load(path, precision="float32") for path in (options.first, options.second))
     try:
+        first, second = (weights.load(path, precision="float32") for path in (options.first, options.second))
         weights.save(average(first, second, options.share), options.output)
     except ValueError as error:
         parser.error(str(error))

@@ -97,7 +97,7 @@ class TrainConfig:
 
     precision is "float32", "bfloat16" (convolutions only), or what is faster on the device.
 
-    start is a weights file, or the name of a shipped system, from which all networks that it has begin; a
+    start is a weights file, or the name of a shipped system, from which every network begins that it has; a
     stage of 0 steps then leaves its networks as they are. The sizes must be that system's. Patients
     that the earlier training saw must be in this one's training part: it is the same where data,
     seed and shares are.
