@@ -49,5 +49,8 @@ def bias_field(z: np.ndarray, brain: np.ndarray) -> np.ndarray:
         rest = values - terms @ coefficients[orders]
         spread = 1.4826 * np.median(np.abs(rest[kept] - np.median(rest[kept])))
         kept = (rest < BRIGHT * spread) & (rest > -DARK * spread)
-    field: np.ndarray = legendre.leggrid3d(axes[0], axes[1], axes[2], coefficients)
-    return (field if field[brain].std() > FAINT else np.zeros_like(field)).astype(np.float32)
+    if (terms @ coefficients[orders]).std() <= FAINT:
+        return np.zeros(brain.shape, np.float32)
+    along = [legendre.legvander(axis, DEGREE).astype(np.float32) for axis in axes]
+    field: np.ndarray = np.einsum("xi,yj,zk,ijk->xyz", *along, coefficients.astype(np.float32), optimize=True)
+    return field

@@ -69,11 +69,13 @@ class Rule:
 def components(probability: np.ndarray, voxel_ml: float, rule: Rule) -> np.ndarray:
     """The components (26 neighbours) that are lesion by the rule, numbered from 1: (X, Y, Z) int, 0 elsewhere."""
     parts, count = ndimage.label(probability >= rule.threshold, np.ones((3, 3, 3)))
-    numbers = np.arange(1, count + 1)
-    large = np.bincount(parts.ravel(), minlength=count + 1)[1:] * voxel_ml >= rule.min_ml
-    sure = np.asarray(ndimage.maximum(probability, parts, numbers)) >= rule.min_peak
-    kept: np.ndarray = np.concatenate(([0], numbers * (large & sure)))[parts]
-    return kept
+    size = np.bincount(parts.ravel(), minlength=count + 1)
+    peak, found = np.zeros(count + 1, probability.dtype), parts > 0
+    np.maximum.at(peak, parts[found], probability[found])
+    kept = (size * voxel_ml >= rule.min_ml) & (peak >= rule.min_peak)
+    kept[0] = False
+    numbered: np.ndarray = np.where(kept, np.arange(count + 1), 0)[parts]
+    return numbered
 
 
 def find_lesions(
@@ -108,8 +110,10 @@ def find_lesions(
 def image_score(probability: np.ndarray, voxel_ml: float) -> float:
     """Mean probability of the SCORE_ML most probable tissue: near 1 where there is a sure lesion."""
     count = min(max(1, round(SCORE_ML / voxel_ml)), probability.size)
-    flat = probability.ravel()
-    return float(np.partition(flat, flat.size - count)[-count:].mean())
+    some = probability[probability > 0]  # far fewer than all
+    if some.size > count:
+        some = np.partition(some, some.size - count)[-count:]
+    return float(some.sum(dtype=np.float64)) / count
 
 
 def _plain(name: str) -> str:

@@ -8,7 +8,7 @@ import pytest
 from scipy import ndimage
 
 from ddmd.training.augmentation import Augmentation
-from ddmd.training.painting import CARVED_RIM, HIGH, LOW, LesionPainter, PainterConfig, carve
+from ddmd.training.painting import AIR_MARGIN, CARVED_RIM, HIGH, LOW, LesionPainter, PainterConfig, carve
 
 STILL = Augmentation(
     **{field.name: 0.0 for field in dataclasses.fields(Augmentation)}
@@ -84,8 +84,9 @@ def test_neighbouring_planes_share_a_large_lesion_and_lose_a_small_one(head, see
         ratios = []
         for i in range(30):
             planes, mask = paint(head, seed + i, PainterConfig(kinds=kinds, displacement=0.0, dark=0.0))
-            change = np.abs(planes - head[0]).mean(1)[:, mask].mean(1)
-            ratios.append(change[[0, 2]].mean() / change[1])
+            if mask.any():
+                change = np.abs(planes - head[0]).mean(1)[:, mask].mean(1)
+                ratios.append(change[[0, 2]].mean() / change[1])
         return np.median(ratios)
 
     assert shared((1.0, 0.0, 0.0)) > 0.6
@@ -186,8 +187,32 @@ def test_intensity_changes_leave_masks_and_air_alone(head, rng, part):
     assert changed == 10
 
 
+def test_contrast_changes_keep_lesions_visible_and_the_tissues_median(rng):
+    """As any volume is normalised: what a scanner does is not to hide a lesion, nor to move all of the tissue."""
+    y, x = np.mgrid[:144, :144]
+    brain = ((y - 72) / 60) ** 2 + ((x - 72) / 50) ** 2 < 1
+    texture = ndimage.gaussian_filter(rng.normal(size=brain.shape), 3)
+    away = np.hypot(y - 70, x - 90)
+    lesion, ring = away < 14, (away > 16) & (away < 22)
+    image = np.where(brain, 0.5 * texture / texture.std(), LOW)
+    planes = (image + 0.6 * lesion)[None, None].astype(np.float32)
+    inside, outside = planes[0, 0][lesion], planes[0, 0][ring]
+    augment = replace(STILL, contrast=0.7, bias=0.6)
+    factors, medians = [], []
+    for seed in range(200):
+        out, _ = augment(planes, lesion[None].astype(np.float32), np.random.default_rng(seed))
+        gained = np.median(out[0, 0][lesion]) - np.median(out[0, 0][ring])
+        factors.append(gained / (np.median(inside) - np.median(outside)))
+        medians.append(np.median(out[0, 0][brain]) - np.median(planes[0, 0][brain]))
+        assert (out[0, 0][brain] > LOW + AIR_MARGIN).all(), "dark tissue became air"
+    low, high = np.quantile(factors, (0.05, 0.95))
+    assert 0.4 < low < 0.9, "lesions fade, but not away"
+    assert 1.1 < high < 2.5
+    assert 0.05 < np.std(medians) < 0.3
+
+
 def test_hard_lesions_are_no_brighter_than_their_surroundings_and_the_others_as_ever():
-    config = PainterConfig(kinds=(0.6, 0.4, 0.0), not_bright=1.0)
+    config = PainterConfig(kinds=(0.6, 0.4, 0.0), contrast=(0.3, 2.4), not_bright=1.0)
     rng = np.random.default_rng(4)
     planes = rng.normal(0, 0.2, (3, 1, 96, 96)).astype(np.float32)
     brain = np.ones((96, 96), bool)
@@ -208,6 +233,17 @@ def test_hard_lesions_are_no_brighter_than_their_surroundings_and_the_others_as_
     plain = LesionPainter(PainterConfig())(planes, brain, 1.0, 5.0, np.random.default_rng(1))
     drawn = never(planes, brain, 1.0, 5.0, np.random.default_rng(1), False)
     assert np.array_equal(plain[0], drawn[0])
+
+
+def test_small_lesions_stand_out_more():
+    planes, brain = np.zeros((3, 1, 128, 128), np.float32), np.ones((128, 128), bool)
+    for kinds, factor in (((1.0, 0.0, 0.0), 1.0), ((0.0, 0.0, 1.0), 3.0)):
+        config = PainterConfig(
+            kinds=kinds, contrast=(0.5, 0.5), small_contrast=3.0, texture=0.0, core=0.0, rim=0.0, dark=0.0
+        )
+        found = [LesionPainter(config)(planes, brain, 1.0, 5.0, np.random.default_rng(i)) for i in range(20)]
+        brightest = [painted[1].max() for painted, mask in found if mask.any()]
+        assert 0.8 * factor * 0.5 < np.median(brightest) < 1.25 * factor * 0.5
 
 
 def test_small_lesions_can_keep_to_the_ventricles():

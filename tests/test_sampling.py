@@ -193,8 +193,9 @@ def test_training_and_detection_see_the_same_planes(slices):
     from ddmd.training.samples import Packed, with_mirror
 
     system = tiny_system()
+    brain = slices.brain[:, 0].numpy()
     item = Packed(
-        case=Case("p", "p", "s", {}), image=slices.image.numpy(), brain=slices.brain[:, 0].numpy(),
+        case=Case("p", "p", "s", {}), image=slices.image.numpy(), brain=brain, head=brain,
         label=np.zeros(len(slices), np.int8), offset=slices.offset, offset_mm=1.0,
     )  # fmt: skip
     seen = system.condition.config

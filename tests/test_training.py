@@ -135,7 +135,8 @@ def test_shares_that_no_slice_can_fill_are_refused(config, rng):
     )
     case = Case("a", "a", "set", {})
     image = rng.normal(size=(1, 1, 16, 16)).astype(np.float16)
-    packed = [Packed(case, image, np.ones((1, 16, 16), bool), np.array([0]), 1, 1.0)]
+    brain = np.ones((1, 16, 16), bool)
+    packed = [Packed(case, image, brain, brain, np.array([0]), 1, 1.0)]
     draw = Draw(packed, dataclasses.replace(config, denoiser_stage=only, size=16), "lesions", {"set": 1.0}, 4)
     with pytest.raises(ValueError, match="no slice is there for any share"):
         draw[0]
@@ -295,7 +296,8 @@ def test_carved_lesions_come_with_their_mask_and_its_weight(tmp_path, rng):
         brain[:, at - 20 : at + 20, at - 20 : at + 20] = True
         image = np.where(brain, level, -2.0)[:, None].astype(np.float16)
         case = Case(name, name, "set", {})
-        packed.append(Packed(case, image, brain, np.full(3, int(level), np.int8), offset=1, offset_mm=1.0))
+        label = np.full(3, int(level), np.int8)
+        packed.append(Packed(case, image, brain, brain, label, offset=1, offset_mm=1.0))
     mask = np.zeros((3, 80, 80), np.float16)
     mask[:, 25:35, 25:35] = 1
     packed[0].mask, packed[0].weight = mask, np.where(mask, 0.5, 1.0).astype(np.float16)

@@ -20,7 +20,8 @@ class Augmentation:
     `monai.transforms` (the extra ddmd[train]), decided by the generator that a call is given.
 
     flip, affine, warp : left-right, rotation with scale, shear and shift, and a grid distorted.
-    contrast : a random monotone curve, with gain and offset.
+    contrast : a random monotone curve; then, what normalisation would take back of it taken back, a gain about
+        the tissue's median and an offset.
     bias, blur, coarse, ringing, noise, window : a smooth field, lost sharpness, lost resolution, Gibbs
         ringing, white noise, and the brightest tissue saturated.
     """
@@ -51,15 +52,29 @@ class Augmentation:
         ])  # fmt: skip
 
     @cached_property
-    def _intensity(self) -> Any:
+    def _curve(self) -> Any:
+        from monai import transforms as T
+
+        return T.OneOf([
+            T.RandHistogramShift(num_control_points=(8, 14), prob=self.contrast),
+            T.RandAdjustContrast(gamma=(0.65, 1.5), prob=self.contrast),
+        ])  # fmt: skip
+
+    @cached_property
+    def _gain(self) -> Any:
         from monai import transforms as T
 
         return T.Compose([
-            T.RandHistogramShift(num_control_points=(4, 7), prob=self.contrast),
-            T.RandAdjustContrast(gamma=(0.65, 1.5), prob=self.contrast),
-            T.RandScaleIntensity(factors=(-0.25, 0.3), prob=self.contrast),
-            T.RandShiftIntensity(offsets=0.3, prob=self.contrast),
-            T.RandBiasField(degree=3, coeff_range=(-0.15, 0.15), prob=self.bias),
+            T.RandScaleIntensity(factors=(-0.25, 0.35), prob=self.contrast),
+            T.RandShiftIntensity(offsets=0.25, prob=self.contrast),
+        ])  # fmt: skip
+
+    @cached_property
+    def _acquisition(self) -> Any:
+        from monai import transforms as T
+
+        return T.Compose([
+            T.RandBiasField(degree=3, coeff_range=(-0.1, 0.1), prob=self.bias),
             T.RandGaussianSmooth(sigma_x=(0.3, 1.2), sigma_y=(0.3, 1.2), prob=self.blur),
             T.RandSimulateLowResolution(
                 downsample_mode="area", upsample_mode="bilinear", zoom_range=(0.35, 0.8), align_corners=False,
@@ -76,9 +91,22 @@ class Augmentation:
         seed = int(rng.integers(2**32))
         flat = planes.reshape(-1, *planes.shape[-2:]) - LOW  # air is 0, as in an image
         moved = self._geometry.set_random_state(seed)({"planes": flat, "masks": masks})
-        image, air = moved["planes"], np.asarray(moved["planes"]) <= AIR_MARGIN
-        image = np.asarray(self._intensity.set_random_state(seed + 1)(image))
+        image, air = np.asarray(moved["planes"]), np.asarray(moved["planes"]) <= AIR_MARGIN
+        if not air.all():
+            image = self._contrast(image, ~air, seed)
+        image = np.asarray(self._acquisition.set_random_state(seed + 3)(image))
         if rng.random() < self.window:
             image = np.minimum(image, np.quantile(image[..., ::2, ::2], rng.uniform(0.97, 0.999)))
-        image = np.clip(np.where(air, 0.0, image) + LOW, LOW, HIGH).astype(np.float32)
+        image = np.where(air, 0.0, np.maximum(image, 2 * AIR_MARGIN))  # dark tissue is not air
+        image = np.clip(image + LOW, LOW, HIGH).astype(np.float32)
         return image.reshape(planes.shape), np.ascontiguousarray(moved["masks"], dtype=np.float32)
+
+    def _contrast(self, image: np.ndarray, tissue: np.ndarray, seed: int) -> np.ndarray:
+        """Median and interquartile range of the curve's result are what they were, as of any normalised volume."""
+        quartiles = (0.25, 0.5, 0.75)
+        low, median, high = np.quantile(image[tissue][::4], quartiles)
+        curved = np.asarray(self._curve.set_random_state(seed + 1)(image))
+        new_low, new_median, new_high = np.quantile(curved[tissue][::4], quartiles)
+        spread = (high - low) / (new_high - new_low) if new_high - new_low > AIR_MARGIN else 1.0
+        centred = (curved - new_median) * spread
+        return np.asarray(self._gain.set_random_state(seed + 2)(centred)) + median

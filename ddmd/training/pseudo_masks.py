@@ -105,24 +105,24 @@ def teach(
         positive = np.flatnonzero(item.label == 1)
         if not len(positive):
             continue
-        mean = np.zeros(item.brain.shape, np.float32)
-        deviation = np.zeros(item.brain.shape, np.float32)
+        mean = np.zeros(item.head.shape, np.float32)
+        deviation = np.zeros(item.head.shape, np.float32)
         for first in range(0, len(positive), batch):
             zs = positive[first : first + batch]
             drawn = _draws(losses, item, zs, seed)
-            mean[zs], deviation[zs] = drawn.mean(0) * item.brain[zs], drawn.std(0)
+            mean[zs], deviation[zs] = drawn.mean(0) * item.head[zs], drawn.std(0)
         smooth = ndimage.gaussian_filter(mean, (SMOOTHING, 0, 0))
         threshold = thresholds(smooth, item.label == 1)
         large, small = bodies(smooth, threshold)
-        masks = np.zeros(item.brain.shape, np.float16)
-        weights = np.ones(item.brain.shape, np.float16)
+        masks = np.zeros(item.head.shape, np.float16)
+        weights = np.ones(item.head.shape, np.float16)
         for z in positive:
             if not large[z].any():
                 skipped += 1
                 continue
             mask = large[z]
             if grow:
-                mask = grown(mask, item.image[z, 0].astype(np.float32), item.brain[z])
+                mask = grown(mask, item.image[z, 0].astype(np.float32), item.head[z])
             trusted = trust(mask, smooth[z], deviation[z], threshold[z])
             masks[z], weights[z] = mask, np.where(small[z] & ~mask, 0.0, trusted)
             made += 1

@@ -17,6 +17,7 @@ from ddmd.data.datasets import Case
 from ddmd.denoiser import DenoiserConfig
 from ddmd.training.augmentation import Augmentation
 from ddmd.training.config import TrainConfig
+from ddmd.training.extraction import brain_within
 from ddmd.training.painting import LesionPainter, carve
 
 AIR = slices.BACKGROUND * slices.INTENSITY_SCALE
@@ -32,7 +33,8 @@ class Packed:
 
     case: Case
     image: np.ndarray  # (Z, C, H, W) float16
-    brain: np.ndarray  # (Z, H, W) bool
+    brain: np.ndarray  # (Z, H, W) bool: where lesions may be painted
+    head: np.ndarray  # (Z, H, W) bool: what is not air; nothing else where the skull was taken away
     label: np.ndarray  # (Z,) int8: 1 has a lesion, 0 has none, -1 not known
     offset: int
     offset_mm: float
@@ -80,10 +82,12 @@ def pack(cases: Sequence[Case], config: TrainConfig, read_masks: bool) -> list[P
     for case in cases:
         volume = case.volume(config.sequences)
         cut = slices.extract(volume, config.sequences, grid)
+        image, head = cut.image.numpy(), cut.brain[:, 0].numpy()
         item = Packed(
             case=case,
-            image=cut.image.numpy().astype(np.float16),
-            brain=cut.brain[:, 0].numpy(),
+            image=image.astype(np.float16),
+            brain=brain_within(image[:, 0], head, grid.mm),
+            head=head,
             label=case.labels()[cut.index.numpy()],
             offset=cut.offset,
             offset_mm=cut.offset * volume.spacing[2],
@@ -253,8 +257,9 @@ class Draw(Dataset):
                 around = ndimage.binary_dilation(painted, iterations=RIM) & (mask == 0)
                 weight[around] = np.maximum(weight[around], 0.3)
             mask, weight = np.maximum(mask, painted), np.where(painted, 1.0, weight).astype(np.float32)
-        if self.kind == "lesions" and rng.random() < STRIPPED:
-            kept = ndimage.distance_transform_edt(brain) - ndimage.distance_transform_edt(~brain)
+        if self.kind == "lesions" and rng.random() < STRIPPED and brain.any():
+            inner = brain | (mask > 0)  # bright lesions at the surface are not in the brain that was found
+            kept = ndimage.distance_transform_edt(inner) - ndimage.distance_transform_edt(~inner)
             kept = kept > rng.uniform(-3.0, 4.0)
             planes = np.where(kept, planes, np.float32(AIR))
             mask = mask * kept
