@@ -31,9 +31,9 @@ from ddmd import ensemble, ops, weights
 from ddmd.autoencoder import AutoencoderConfig
 from ddmd.denoiser import DenoiserConfig
 from ddmd.detector import Detector, pick_device
+from ddmd.folding import FoldedConv2d
 from ddmd.sampling import Sampling, SamplingConfig
 from ddmd.slices import SliceGrid, Slices, extract
-from ddmd.upsampling import UpConv2d
 from ddmd.volume import Volume
 
 SHAPE = (240, 240, 155)
@@ -194,11 +194,11 @@ def peaks(device: str) -> dict[str, float]:
 @contextmanager
 def folded_on(*devices: str) -> Iterator[None]:
     """Convolutions are folded on these devices, and on no other."""
-    kept, UpConv2d.folded_on = UpConv2d.folded_on, devices
+    kept, FoldedConv2d.folded_on = FoldedConv2d.folded_on, devices
     try:
         yield
     finally:
-        UpConv2d.folded_on = kept
+        FoldedConv2d.folded_on = kept
 
 
 def flops(detector: Detector, slices: Slices, config: SamplingConfig) -> int:
@@ -206,7 +206,7 @@ def flops(detector: Detector, slices: Slices, config: SamplingConfig) -> int:
     replayed graph hides them, but folded as on the detector's device."""
     system = detector.system
     parts = {name: copy.deepcopy(part).cpu() for name, part in system.parts().items()}
-    folded = ("cpu",) if system.device.type in UpConv2d.folded_on else ()
+    folded = ("cpu",) if system.device.type in FoldedConv2d.folded_on else ()
     with FlopCounterMode(display=False) as counter, folded_on(*folded):
         ensemble.detect_slices(dataclasses.replace(system, **parts), slices, config)
     return int(counter.get_total_flops())

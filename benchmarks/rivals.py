@@ -13,9 +13,9 @@ from benchmarks.timing import Work, alternate
 from ddmd import diffusion, ensemble, ops
 from ddmd.autoencoder import NormSiLU
 from ddmd.denoiser import Condition, from_patches, predicted_sample, to_patches
+from ddmd.folding import FoldedConv2d
 from ddmd.sampling import SamplingConfig
 from ddmd.slices import Slices
-from ddmd.upsampling import UpConv2d
 from ddmd.weights import System
 
 QUICK_ROUNDS, SLOW_ROUNDS = 9, 3
@@ -45,7 +45,7 @@ def by_torch(part: nn.Module, folded: bool = False) -> nn.Module:
         for name, child in module.named_children():
             if isinstance(child, NormSiLU):
                 setattr(module, name, TorchNormSiLU(child))
-            elif isinstance(child, UpConv2d) and not folded:
+            elif isinstance(child, FoldedConv2d) and not folded:
                 child.folded_on = ()
     return part.to(memory_format=torch.channels_last)
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ddmd import ops
-from ddmd.upsampling import UpConv2d
+from ddmd.folding import UpConv2d
 
 PATCH = 4  # pixels of a patch's side: the convolutions start on patches
 STRIDE = 4 * PATCH  # pixels of a code's side

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ddmd.autoencoder import NormSiLU
-from ddmd.upsampling import UpConv2d, joined
+from ddmd.folding import PatchConv2d, UpConv2d, joined
 
 IMAGE_PATCH = 2  # the U-Net works on 2x2 patches of the slice
 NOISE_PATCH = 4  # the denoiser on 4x4 patches of x_t
@@ -57,14 +57,16 @@ def _groups(channels: int) -> int:
     return max(1, channels // 8)
 
 
-def _modulation(
-    time: nn.Linear | None, embedding: Tensor | None, rows: int
-) -> tuple[Tensor | None, Tensor | None]:
-    """Scale and shift (rows, C) of the time embedding, (rows, E) or (1, E)."""
-    if time is None or embedding is None:
-        return None, None
-    scale, shift = time(embedding).expand(rows, -1).chunk(2, dim=1)
-    return scale, shift
+Modulation = tuple[Tensor, Tensor]  # what t makes of a block: scale and shift, (R, C) each, or (1, C) for all
+
+
+def _expanded(modulation: Modulation | None, rows: int) -> tuple[Tensor | None, Tensor | None]:
+    """Scale and shift of every row."""
+    return (
+        (None, None)
+        if modulation is None
+        else (modulation[0].expand(rows, -1), modulation[1].expand(rows, -1))
+    )
 
 
 class Block(nn.Module):
@@ -79,8 +81,8 @@ class Block(nn.Module):
         self.skip = nn.Conv2d(channels_in, channels, 1) if channels_in != channels else None
         self.time = nn.Linear(embedding, 2 * channels) if embedding else None
 
-    def forward(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
-        h = self.first_norm(self.first(x), *_modulation(self.time, embedding, len(x)))
+    def forward(self, x: Tensor, modulation: Modulation | None = None) -> Tensor:
+        h = self.first_norm(self.first(x), *_expanded(modulation, len(x)))
         residual = x if self.skip is None else self.skip(x)
         return self.second_norm(self.second(h), residual=residual)
 
@@ -97,13 +99,13 @@ class UpBlock(nn.Module):
         self.skip = UpConv2d(coarse, fine, channels, kernel=1)
         self.time = nn.Linear(embedding, 2 * channels) if embedding else None
 
-    def forward(self, coarse: Tensor, fine: Tensor, embedding: Tensor | None = None) -> Tensor:
+    def forward(self, coarse: Tensor, fine: Tensor, modulation: Modulation | None = None) -> Tensor:
         if self.first.folds(fine):
             h, residual = self.first(coarse, fine), self.skip(coarse, fine)
         else:
             x = joined(coarse, fine)
             h, residual = self.first.of_joined(x), self.skip.of_joined(x)
-        h = self.first_norm(h, *_modulation(self.time, embedding, len(fine)))
+        h = self.first_norm(h, *_expanded(modulation, len(fine)))
         return self.second_norm(self.second(h), residual=residual)
 
 
@@ -125,16 +127,17 @@ class ConditionNet(nn.Module):
         super().__init__()
         self.config = config
         w = config.widths
-        self.stem = nn.Conv2d(config.inputs * IMAGE_PATCH**2, w[0], 3, padding=1)
+        self.stem = PatchConv2d([(config.inputs, IMAGE_PATCH)], w[0])
         self.down = nn.ModuleList(Block(w[max(i - 1, 0)], w[i]) for i in range(len(w)))
         self.up = nn.ModuleList(UpBlock(w[i + 1], w[i], w[i]) for i in reversed(range(len(w) - 1)))
         self.to_evidence = nn.Conv2d(w[0], IMAGE_PATCH**2, 3, padding=1)
         nn.init.constant_(self.to_evidence.bias, -4.0)  # type: ignore[arg-type]  # lesions are rare
-        self.to_features = nn.Conv2d(w[0] * 4 + w[1] + NOISE_PATCH**2, config.noise_width, 3, padding=1)
+        seen = [(w[0], NOISE_PATCH // IMAGE_PATCH), (w[1], 1), (1, NOISE_PATCH)]
+        self.to_features = PatchConv2d(seen, config.noise_width)
 
     def forward(self, planes: Tensor) -> Condition:
         """Planes (Z, inputs, H, W) of `DenoiserConfig.inputs` -> Condition."""
-        h = self.stem(functional.pixel_unshuffle(planes, IMAGE_PATCH))
+        h = self.stem(planes)
         skips: list[Tensor] = []
         for i, block in enumerate(self.down):
             h = block(functional.avg_pool2d(h, 2) if i else h)
@@ -144,16 +147,7 @@ class ConditionNet(nn.Module):
         for block in self.up:
             quarter, h = h, block(h, skips.pop())
         evidence = functional.pixel_shuffle(self.to_evidence(h), IMAGE_PATCH)
-        features = self.to_features(
-            torch.cat(
-                (
-                    functional.pixel_unshuffle(h, NOISE_PATCH // IMAGE_PATCH),
-                    quarter,
-                    functional.pixel_unshuffle(evidence.detach().clamp(-8, 8) / 4, NOISE_PATCH),
-                ),
-                1,
-            )
-        )
+        features = self.to_features(h, quarter, evidence.detach().clamp(-8, 8) / 4)
         return Condition(features, evidence)
 
 
@@ -199,19 +193,25 @@ class Denoiser(nn.Module):
 
     def forward(self, x: Tensor, condition: Condition, t: Tensor) -> Tensor:
         """Logits of x_0 = 1 (R, 1, H, W) for x_t (R, 1, H, W), a row of the condition each, t (R,), or (1,) for all."""
-        return from_patches(self.patches(to_patches(x), condition, t)) + condition.evidence
+        return from_patches(self.patches(to_patches(x), condition, self.modulations(t))) + condition.evidence
 
-    def patches(self, x: Tensor, condition: Condition, t: Tensor) -> Tensor:
+    def modulations(self, t: Tensor) -> tuple[Modulation, ...]:
+        """What t (R,) makes of every block: the same for all samples, so that a loop needs it once a step."""
+        embedding = self.embed(time_embedding(t, self.embedding).to(self.from_noise.weight.dtype))
+        blocks = (self.down, self.middle, self.up)
+        return tuple(block.time(embedding).chunk(2, dim=1) for block in blocks if block.time is not None)
+
+    def patches(self, x: Tensor, condition: Condition, modulations: tuple[Modulation, ...]) -> Tensor:
         """What is added to the evidence's patches, for the patches of x_t: both as `to_patches` gives them."""
-        embedding = self.embed(time_embedding(t, self.embedding).to(condition.features.dtype))
+        down, middle, up = modulations
         h = self.from_noise(x.permute(0, 3, 1, 2)) + condition.features
-        fine = self.down(h, embedding)
-        coarse = self.middle(functional.avg_pool2d(fine, 2), embedding)
-        h = self.up(coarse, fine, embedding)
+        fine = self.down(h, down)
+        coarse = self.middle(functional.avg_pool2d(fine, 2), middle)
+        h = self.up(coarse, fine, up)
         y: Tensor = self.to_output(h)
         return y.permute(0, 2, 3, 1)
 
 
 def predicted_sample(logits: Tensor) -> Tensor:
-    """x_0 in [-1, 1] from the denoiser's logits: 2 sigmoid(logits) - 1."""
-    return torch.tanh(0.5 * logits)
+    """x_0 in [-1, 1] from the denoiser's logits: 2 sigmoid(logits) - 1, which is tanh(logits / 2)."""
+    return torch.sigmoid(logits) * 2 - 1

@@ -14,6 +14,7 @@ from ddmd.registry import OPS, SCHEMAS, backend, serving
 __all__ = ["COLUMNS", "OPS", "SCHEMAS", "backend", "serving", *OPS]
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+SERVED = (*FLOATS, torch.float64)
 
 # --------------------------------------------------------------------------- argument checks
 
@@ -31,23 +32,21 @@ def _check_float(op: str, **tensors: Tensor | None) -> None:
             continue
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{op}: {name} is {type(tensor).__name__}; allowed is a torch.Tensor")
-        if tensor.dtype not in (*FLOATS, torch.float64):
+        if tensor.dtype not in SERVED:
             raise TypeError(
                 f"{op}: {name} has dtype {tensor.dtype}; allowed are float32, bfloat16 and float16 "
                 "(and float64, served by the reference)"
             )
         device = device or tensor.device
-        _require(
-            tensor.device == device,
-            f"{op}: {name} is on {tensor.device}; allowed is {device}, where the first tensor is",
-        )
+        if tensor.device != device:
+            raise ValueError(
+                f"{op}: {name} is on {tensor.device}; allowed is {device}, where the first tensor is"
+            )
 
 
 def _check_shape(op: str, name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
-    _require(
-        tuple(tensor.shape) == tuple(shape),
-        f"{op}: {name} has shape {tuple(tensor.shape)}; allowed is {tuple(shape)}",
-    )
+    if tensor.shape != shape:  # messages are not written before they are needed: checks are run at every call
+        raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}; allowed is {tuple(shape)}")
 
 
 def _check_inference(op: str, **tensors: Tensor | None) -> None:
@@ -410,26 +409,24 @@ def group_norm_silu(
     _check_float(
         "group_norm_silu", x=x, weight=weight, bias=bias, scale=scale, shift=shift, residual=residual
     )
-    _require(x.ndim >= 2, f"group_norm_silu: x has shape {tuple(x.shape)}; allowed is (N, C, ...)")
+    if x.ndim < 2:
+        raise ValueError(f"group_norm_silu: x has shape {tuple(x.shape)}; allowed is (N, C, ...)")
     n, channels = x.shape[:2]
-    _require(
-        num_groups >= 1 and channels % num_groups == 0,
-        f"group_norm_silu: num_groups is {num_groups}; allowed is a divisor of the {channels} channels",
-    )
+    if num_groups < 1 or channels % num_groups:
+        raise ValueError(
+            f"group_norm_silu: num_groups is {num_groups}; allowed is a divisor of the {channels} channels"
+        )
     for name, tensor, shape in (
         ("weight", weight, (channels,)),
         ("bias", bias, (channels,)),
         ("scale", scale, (n, channels)),
         ("shift", shift, (n, channels)),
-        ("residual", residual, tuple(x.shape)),
+        ("residual", residual, x.shape),
     ):
         if tensor is not None:
             _check_shape("group_norm_silu", name, tensor, shape)
-    _require(
-        residual is None or residual.dtype == x.dtype,
-        f"group_norm_silu: residual has dtype {residual.dtype if residual is not None else None}; "
-        f"allowed is x's {x.dtype}",
-    )
+    if residual is not None and residual.dtype != x.dtype:
+        raise ValueError(f"group_norm_silu: residual has dtype {residual.dtype}; allowed is x's {x.dtype}")
     if x.numel() == 0:
         return x.clone()
     return torch.ops.ddmd.group_norm_silu(x, num_groups, weight, bias, scale, shift, residual, eps)[0]

@@ -74,14 +74,15 @@ class _Captured:
 
 
 class Sampling:
-    """One configuration of one system: its table, time steps and seed on the device, and captured loops."""
+    """One configuration of one system: its table, what its time steps make of the blocks, its seed, and captured loops."""
 
     def __init__(self, system: System, config: SamplingConfig) -> None:
         self.denoiser, self.dtype, self.config, device = system.denoiser, system.dtype, config, system.device
         schedule = system.schedule
         kind = cast(Sampler, config.sampler)
         self.table = schedule.sampler(config.steps, kind, config.eta, stop=config.stop).to(device)
-        self.times = schedule.timesteps(config.steps, config.stop).to(device)
+        times = schedule.timesteps(config.steps, config.stop).to(device)
+        self.modulations = [self.denoiser.modulations(t) for t in times.split(1)]
         self.steps = torch.arange(config.steps, device=device)
         self.seed = torch.tensor(config.seed, device=device)
         self.captured: dict[tuple[torch.Size, torch.Size], _Captured] = {}
@@ -117,7 +118,7 @@ class Sampling:
         x = diffusion.pure_noise(evidence.float(), at)
         x0 = torch.zeros_like(x) if self.config.sampler == "dpm++2m" else None
         for i in range(self.config.steps):
-            logits = self.denoiser.patches(x.to(self.dtype), condition, self.times[i : i + 1]) + evidence
+            logits = self.denoiser.patches(x.to(self.dtype), condition, self.modulations[i]) + evidence
             ops.denoise_step(
                 x, predicted_sample(logits), self.table, self.steps[i], self.seed, at.sample, index, x0
             )

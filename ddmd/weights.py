@@ -14,10 +14,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from ddmd.autoencoder import AutoencoderConfig, AutoencoderEnsemble
+from ddmd.autoencoder import AutoencoderConfig, AutoencoderEnsemble, NormSiLU
 from ddmd.denoiser import ConditionNet, Denoiser, DenoiserConfig
 from ddmd.diffusion import Schedule
-from ddmd.upsampling import prepare
+from ddmd.folding import prepare
 
 FORMAT = 1
 PARTS = {  # of each kind of system, the networks it consists of
@@ -253,4 +253,7 @@ def load(
         module.eval().requires_grad_(False)
         prepare(module)
         module.to(device, dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        for norm in module.modules():
+            if isinstance(norm, NormSiLU):
+                norm.float()  # what the op computes in: not converted at every call
     return system

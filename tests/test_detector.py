@@ -288,8 +288,13 @@ def test_saved_weights_load_as_they_were(tmp_path, volume):
     system = tiny_system()
     weights.save(system, tmp_path / "tiny.safetensors", torch.float32)
     loaded = Detector.load(tmp_path / "tiny.safetensors", "cpu", "float32")
+    for name, part in system.parts().items():
+        assert all(
+            torch.equal(v, loaded.system.parts()[name].state_dict()[k]) for k, v in part.state_dict().items()
+        )
     one, other = _detect(Detector(system), volume), _detect(loaded, volume)
-    assert np.array_equal(_data(one.probability), _data(other.probability))
+    difference = np.abs(_data(one.probability) - _data(other.probability)).max()
+    assert difference < 1e-5, "more than another layout of the weights rounds"
 
 
 def test_weights_that_cannot_be_used_are_refused(tmp_path):

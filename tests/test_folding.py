@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from ddmd.upsampling import UpConv2d, joined, prepare
+from ddmd.folding import PatchConv2d, UpConv2d, joined, prepare
 
 
 @pytest.mark.parametrize(
@@ -36,3 +36,23 @@ def test_it_is_the_plain_convolution(sizes, height):
     conv.folded_on = ()
     assert torch.equal(conv(x, y), wanted)
     assert set(conv.state_dict()) == before == {"weight", "bias"}, "folded weights are not saved"
+
+
+@pytest.mark.parametrize("inputs", [[(3, 2)], [(5, 2), (4, 1), (1, 4)], [(1, 1), (2, 3)]], ids=str)
+def test_a_convolution_of_patches_is_the_plain_one(inputs):
+    conv = PatchConv2d(inputs, 7).double()
+    images = [torch.randn(2, c, 6 * p, 5 * p, dtype=torch.float64, requires_grad=True) for c, p in inputs]
+    patches = torch.cat(
+        [functional.pixel_unshuffle(x, p) for x, (_, p) in zip(images, inputs, strict=True)], 1
+    )
+    by_hand = functional.conv2d(patches, conv.weight, conv.bias, padding=1)
+    leaves = [conv.weight, conv.bias, *images]
+    ours = conv(*images)
+    torch.testing.assert_close(ours, by_hand)
+    for a, b in zip(*(torch.autograd.grad(o.square().sum(), leaves) for o in (ours, by_hand)), strict=True):
+        torch.testing.assert_close(a, b)
+    prepare(torch.nn.Sequential(conv))
+    torch.testing.assert_close(conv(*images), by_hand)
+    conv.folded_on = ()
+    torch.testing.assert_close(conv(*images), by_hand)
+    assert set(conv.state_dict()) == {"weight", "bias"}
