@@ -110,7 +110,7 @@ def find_lesions(
 def image_score(probability: np.ndarray, voxel_ml: float) -> float:
     """Mean probability of the SCORE_ML most probable tissue: near 1 where there is a sure lesion."""
     count = min(max(1, round(SCORE_ML / voxel_ml)), probability.size)
-    some = probability[probability > 0]  # far fewer than all
+    some = probability[~(probability <= 0)]  # far fewer than all; NaN stays, and makes the score NaN
     if some.size > count:
         some = np.partition(some, some.size - count)[-count:]
     return float(some.sum(dtype=np.float64)) / count

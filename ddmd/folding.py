@@ -38,14 +38,15 @@ class FoldedConv2d(nn.Conv2d):
     def kernels(self) -> tuple[Tensor, ...]:
         """The kernels that were prepared, or those of the weights as they are now."""
         held = tuple(getattr(self, name) for name in self.names)
-        if held[0] is not None:
-            return held
+        return self._laid_out() if held[0] is None else held
+
+    def _laid_out(self) -> tuple[Tensor, ...]:
         return tuple(kernel.contiguous(memory_format=torch.channels_last) for kernel in self.fold())
 
     def prepare(self) -> None:
         """Fold the weights for good: they are not to change any more."""
         with torch.no_grad():
-            for name, kernel in zip(self.names, self.kernels(), strict=True):
+            for name, kernel in zip(self.names, self._laid_out(), strict=True):
                 setattr(self, name, kernel)
 
     def folds(self, x: Tensor) -> bool:
@@ -153,7 +154,7 @@ class PatchConv2d(FoldedConv2d):
         )
 
     def forward(self, *images: Tensor) -> Tensor:
-        """(Z, c, p H, p W) of each input -> (Z, channels, H, W)."""
+        """(Z, c, p H, p W) of each input -> (Z, channels, H, W), H and W the same of all."""
         if not self.folds(images[0]):
             patches = [
                 functional.pixel_unshuffle(x, p) for x, (_, p) in zip(images, self.inputs, strict=True)

@@ -74,7 +74,10 @@ class _Captured:
 
 
 class Sampling:
-    """One configuration of one system: its table, what its time steps make of the blocks, its seed, and captured loops."""
+    """One configuration of one system: its table, what its time steps make of the blocks, its seed, and captured loops.
+
+    The system's weights are not to change while it is in use.
+    """
 
     def __init__(self, system: System, config: SamplingConfig) -> None:
         self.denoiser, self.dtype, self.config, device = system.denoiser, system.dtype, config, system.device
@@ -82,7 +85,8 @@ class Sampling:
         kind = cast(Sampler, config.sampler)
         self.table = schedule.sampler(config.steps, kind, config.eta, stop=config.stop).to(device)
         times = schedule.timesteps(config.steps, config.stop).to(device)
-        self.modulations = [self.denoiser.modulations(t) for t in times.split(1)]
+        drawing = "denoiser" in system.parts()  # a baseline has one map, and its denoiser may be anywhere
+        self.modulations = [self.denoiser.modulations(t) for t in times.split(1)] if drawing else []
         self.steps = torch.arange(config.steps, device=device)
         self.seed = torch.tensor(config.seed, device=device)
         self.captured: dict[tuple[torch.Size, torch.Size], _Captured] = {}

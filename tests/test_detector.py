@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ddmd import ensemble, weights
-from ddmd.detection import OutputError, Rule, find_lesions
+from ddmd.detection import SCORE_ML, OutputError, Rule, find_lesions, image_score
 from ddmd.detector import Detector
 from ddmd.diffusion import Schedule
 from ddmd.ensemble import Maps
@@ -282,6 +282,21 @@ def test_the_picture_is_a_png_of_some_size(detector, volume, tmp_path):
     picture = imread(_detect(detector, volume).overlay(tmp_path / "a" / "b.png"))
     assert picture.shape[0] > 300
     assert picture[..., 0].std() > 0.05
+
+
+def test_the_score_is_the_mean_of_the_most_probable_tissue():
+    probability = np.zeros((20, 20, 20), np.float32)
+    probability[:2, 0, 0] = 0.5, 1.0
+    count = round(SCORE_ML * 1000)
+    assert image_score(probability, 0.001) == pytest.approx(1.5 / count), (
+        "what is not probable at all counts, too"
+    )
+    probability[5:15] = np.linspace(0.1, 0.9, 4000, dtype=np.float32).reshape(10, 20, 20)
+    assert image_score(probability, 0.001) == pytest.approx(
+        np.sort(probability, None)[-count:].mean(), rel=1e-5
+    )
+    probability[0, 0, 0] = np.nan
+    assert np.isnan(image_score(probability, 0.001)), "a network that broke is not sure that there is nothing"
 
 
 def test_saved_weights_load_as_they_were(tmp_path, volume):

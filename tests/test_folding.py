@@ -1,4 +1,4 @@
-"""Convolutions of what is enlarged are those of the plain formulation: values, gradients, folded once or every time."""
+"""Folded convolutions are those of the plain formulation: values, gradients, folded once or every time."""
 
 import pytest
 import torch
@@ -53,6 +53,13 @@ def test_a_convolution_of_patches_is_the_plain_one(inputs):
         torch.testing.assert_close(a, b)
     prepare(torch.nn.Sequential(conv))
     torch.testing.assert_close(conv(*images), by_hand)
+    with torch.no_grad():
+        conv.weight.mul_(2)
+        conv.bias.mul_(2)
+    prepare(conv)
+    torch.testing.assert_close(
+        conv(*images), 2 * by_hand, msg="prepared anew, of the weights as they are now"
+    )
     conv.folded_on = ()
-    torch.testing.assert_close(conv(*images), by_hand)
+    torch.testing.assert_close(conv(*images), 2 * by_hand)
     assert set(conv.state_dict()) == {"weight", "bias"}

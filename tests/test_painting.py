@@ -95,7 +95,7 @@ def test_neighbouring_planes_share_a_large_lesion_and_lose_a_small_one(head, see
 
 @pytest.mark.parametrize(("dark", "sign"), [(0.0, 1), (1.0, -1)])
 def test_lesions_are_brighter_unless_dark_ones_are_asked_for(head, seed, dark, sign):
-    config = PainterConfig(dark=dark, core=0.0, texture=0.0)
+    config = PainterConfig(dark=dark, contrast=(0.3, 2.4), core=0.0, texture=0.0)
     for i in range(20):
         planes, mask = paint(head, seed + i, config)
         assert sign * (planes[1][:, mask].mean() - head[0][1][:, mask].mean()) > 0.1
@@ -194,8 +194,9 @@ def test_contrast_changes_keep_lesions_visible_and_the_tissues_median(rng):
     texture = ndimage.gaussian_filter(rng.normal(size=brain.shape), 3)
     away = np.hypot(y - 70, x - 90)
     lesion, ring = away < 14, (away > 16) & (away < 22)
-    image = np.where(brain, 0.5 * texture / texture.std(), LOW)
-    planes = (image + 0.6 * lesion)[None, None].astype(np.float32)
+    texture *= 0.5 / texture.std()
+    texture[lesion] += np.median(texture[ring]) - np.median(texture[lesion])
+    planes = np.where(brain, texture + 0.6 * lesion, LOW)[None, None].astype(np.float32)
     inside, outside = planes[0, 0][lesion], planes[0, 0][ring]
     augment = replace(STILL, contrast=0.7, bias=0.6)
     factors, medians = [], []

@@ -96,6 +96,14 @@ def test_the_loop_asks_nothing_of_the_device(sampler, eta, dtype):
     assert watch.seen == []
 
 
+@pytest.mark.parametrize("kind", ["supervised", "anomaly"])
+def test_a_baseline_asks_nothing_of_networks_that_it_has_not(kind):
+    """They are left where they were built; a sampling is made of every system."""
+    system = tiny_system()
+    named = replace(system, description=replace(system.description, system=kind))
+    Sampling(to_device(named, "meta", torch.float32), SamplingConfig())
+
+
 def test_the_check_above_notices_a_loop_that_waits(monkeypatch):
     sampling, *args = on_meta(torch.float32, steps=1)
     plain = diffusion.pure_noise

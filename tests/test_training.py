@@ -6,12 +6,14 @@ import logging
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
+import ddmd.training
 from ddmd import weights
 from ddmd.autoencoder import AutoencoderConfig, AutoencoderEnsemble
 from ddmd.data.datasets import Case
@@ -326,13 +328,18 @@ def test_every_trained_parameter_gets_a_gradient(diffusion):
     assert [n for n, p in losses.named_parameters() if p.requires_grad and p.grad is None] == []
 
 
-def test_shipped_configuration_reads_and_mistakes_are_named(tmp_path):
-    from pathlib import Path
+@pytest.mark.parametrize(
+    "path", sorted(Path(ddmd.training.__file__).parent.glob("*.toml")), ids=lambda p: p.stem
+)
+def test_shipped_configurations_read_and_hold_the_same_patients_out(path):
+    config = read_config(path)
+    assert config.labels == ("image" if path.stem.startswith(("light", "anomaly")) else "pixel")
+    left_out = {"brats2013-pat0005", "brats2013-pat0006", "ms-patient26", "healthy-kirby113"}
+    assert left_out <= set(config.holdout)
+    assert (config.seed, config.validation, config.test) == (0, 0.1, 0.2), "the split of the runs before"
 
-    import ddmd.training
 
-    config = read_config(Path(ddmd.training.__file__).with_name("light.toml"))
-    assert config.labels == "image"
+def test_mistakes_in_a_configuration_are_named(tmp_path):
     for text, message in (
         ("labels = 'voxel'\n[[data]]\nroot='x'", "labels is 'voxel'; allowed are"), ("seed = 1", "data is empty"),
         ("speed = 3\n[[data]]\nroot='x'", "speed not known; allowed are"), ("= 3", "not TOML"),

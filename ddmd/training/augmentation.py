@@ -11,6 +11,8 @@ from numpy.random import Generator
 
 from ddmd.training.painting import AIR_MARGIN, HIGH, LOW
 
+MOST_SPREAD = 3.0  # a curve that left less of the tissue's range than a third of it is not wholly undone
+
 
 @dataclass(frozen=True)
 class Augmentation:
@@ -104,9 +106,11 @@ class Augmentation:
     def _contrast(self, image: np.ndarray, tissue: np.ndarray, seed: int) -> np.ndarray:
         """Median and interquartile range of the curve's result are what they were, as of any normalised volume."""
         quartiles = (0.25, 0.5, 0.75)
-        low, median, high = np.quantile(image[tissue][::4], quartiles)
+        low, median, high = np.quantile(image[tissue][::4], quartiles).astype(np.float32)
         curved = np.asarray(self._curve.set_random_state(seed + 1)(image))
-        new_low, new_median, new_high = np.quantile(curved[tissue][::4], quartiles)
-        spread = (high - low) / (new_high - new_low) if new_high - new_low > AIR_MARGIN else 1.0
+        new_low, new_median, new_high = np.quantile(curved[tissue][::4], quartiles).astype(np.float32)
+        spread = (
+            min((high - low) / (new_high - new_low), MOST_SPREAD) if new_high - new_low > AIR_MARGIN else 1.0
+        )
         centred = (curved - new_median) * spread
         return np.asarray(self._gain.set_random_state(seed + 2)(centred)) + median

@@ -245,7 +245,9 @@ class LesionPainter:
     ) -> None:
         """Mass effect: tissue around the centre moves outwards, most at the lesion's edge."""
         h, w = planes.shape[-2:]
-        shift = rng.uniform(0.0, self.config.displacement) / spacing_mm
+        shift = min(
+            rng.uniform(0.0, self.config.displacement) / spacing_mm, 0.5 * radius
+        )  # tissue is not folded over
         y, x = np.mgrid[0:h, 0:w].astype(np.float32)
         dy, dx = y - centre[0], x - centre[1]
         distance = np.sqrt(dy * dy + dx * dx) + 1e-3
