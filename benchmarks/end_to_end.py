@@ -37,6 +37,7 @@ from ddmd.slices import SliceGrid, Slices, extract
 from ddmd.volume import Volume
 
 SHAPE = (240, 240, 155)
+MORE_STEPS = 5  # N at which rivals are compared beside the default's
 RESULTS = Path(__file__).with_name("results")
 
 
@@ -243,7 +244,7 @@ def scaling(detector: Detector, slices: Slices) -> dict[str, float]:
     measure(everything, default, slices)
     for samples in (1, 2 * default.samples):
         measure(f"S = {samples}", changed(samples=samples), slices)
-    for steps in (1, 2 * default.steps):
+    for steps in sorted({1, MORE_STEPS, 2 * MORE_STEPS} - {default.steps}):
         measure(f"N = {steps}", changed(steps=steps), slices)
     for count in (len(slices) // 4, len(slices) // 2):
         measure(f"{count} slices", default, some(slices, count))
@@ -271,19 +272,24 @@ def measured(detector: Detector, name: str, count: int, compiling: bool) -> dict
         peak_memory["device"] = torch.cuda.max_memory_allocated(detector.system.device) / 2**20
     slices = extract(volume, detector.description.sequences, SliceGrid(**detector.description.grid))
     fewer = some(slices, count)
-    seconds, missing = compare(detector.system, fewer, detector.configured(), compiling)
-    ours = seconds.pop("ours")
-    ratios = {rival: value / ours for rival, value in seconds.items()}
+    default, spent = detector.configured(), {}
+    ratios, missing = {}, {}
+    for steps in sorted({default.steps, MORE_STEPS}):
+        seconds, why = compare(detector.system, fewer, dataclasses.replace(default, steps=steps), compiling)
+        spent[steps] = seconds.pop("ours")
+        ratios |= {f"{rival}, N = {steps}": value / spent[steps] for rival, value in seconds.items()}
+        missing |= {f"{rival}, N = {steps}": reason for rival, reason in why.items()}
+    ours = spent[default.steps]
     ratios["auto-encoders, one slice and member at a time"] = autoencoders_one_by_one(detector.system, fewer)
     ratios["auto-encoders and condition network, nothing folded"] = folding(detector, fewer)
-    work, limits = flops(detector, fewer, compared(detector.configured())), peaks(device)
+    work, limits = flops(detector, fewer, compared(default)), peaks(device)
     with folded_on():
-        plain = flops(detector, fewer, compared(detector.configured()))
+        plain = flops(detector, fewer, compared(default))
     best = max(limits[f"convolution, {kind}"] for kind in ("float32", "bfloat16"))
     return {
         "machine": machine(), "date": str(datetime.date.today()), "device": device, "shape": SHAPE,
         "torch": torch.__version__, "threads": torch.get_num_threads(), "weights": name,
-        "sampling": dataclasses.asdict(detector.configured()), "parts": parts, "peak_MiB": peak_memory,
+        "sampling": dataclasses.asdict(default), "parts": parts, "peak_MiB": peak_memory,
         "slices_compared": len(fewer), "ours_seconds": ours, "rivals": ratios, "missing": missing,
         "flops": work, "flops_per_second": work / ours, "peaks": limits,
         "share_of_convolution_peak": work / ours / best,

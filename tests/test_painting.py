@@ -95,7 +95,7 @@ def test_neighbouring_planes_share_a_large_lesion_and_lose_a_small_one(head, see
 
 @pytest.mark.parametrize(("dark", "sign"), [(0.0, 1), (1.0, -1)])
 def test_lesions_are_brighter_unless_dark_ones_are_asked_for(head, seed, dark, sign):
-    config = PainterConfig(dark=dark, contrast=(0.3, 2.4), core=0.0, texture=0.0)
+    config = PainterConfig(dark=dark, core=0.0, texture=0.0)
     for i in range(20):
         planes, mask = paint(head, seed + i, config)
         assert sign * (planes[1][:, mask].mean() - head[0][1][:, mask].mean()) > 0.1
@@ -213,7 +213,7 @@ def test_contrast_changes_keep_lesions_visible_and_the_tissues_median(rng):
 
 
 def test_hard_lesions_are_no_brighter_than_their_surroundings_and_the_others_as_ever():
-    config = PainterConfig(kinds=(0.6, 0.4, 0.0), contrast=(0.3, 2.4), not_bright=1.0)
+    config = PainterConfig(kinds=(0.6, 0.4, 0.0), not_bright=1.0)
     rng = np.random.default_rng(4)
     planes = rng.normal(0, 0.2, (3, 1, 96, 96)).astype(np.float32)
     brain = np.ones((96, 96), bool)
@@ -234,17 +234,6 @@ def test_hard_lesions_are_no_brighter_than_their_surroundings_and_the_others_as_
     plain = LesionPainter(PainterConfig())(planes, brain, 1.0, 5.0, np.random.default_rng(1))
     drawn = never(planes, brain, 1.0, 5.0, np.random.default_rng(1), False)
     assert np.array_equal(plain[0], drawn[0])
-
-
-def test_small_lesions_stand_out_more():
-    planes, brain = np.zeros((3, 1, 128, 128), np.float32), np.ones((128, 128), bool)
-    for kinds, factor in (((1.0, 0.0, 0.0), 1.0), ((0.0, 0.0, 1.0), 3.0)):
-        config = PainterConfig(
-            kinds=kinds, contrast=(0.5, 0.5), small_contrast=3.0, texture=0.0, core=0.0, rim=0.0, dark=0.0
-        )
-        found = [LesionPainter(config)(planes, brain, 1.0, 5.0, np.random.default_rng(i)) for i in range(20)]
-        brightest = [painted[1].max() for painted, mask in found if mask.any()]
-        assert 0.8 * factor * 0.5 < np.median(brightest) < 1.25 * factor * 0.5
 
 
 def test_small_lesions_can_keep_to_the_ventricles():

@@ -127,6 +127,9 @@ def test_choosing_a_threshold_changes_nothing_else(config, tmp_path):
     assert all(torch.equal(before[k], after[k]) for k in before | after)
     assert told.threshold == threshold
     assert told.threshold_chosen.endswith("on 1 validation patients")
+    assert told.sampling == dataclasses.asdict(config.sampling)
+    choose(tmp_path / "run", path, steps=2)
+    assert weights.describe(path).sampling == told.sampling | {"steps": 2}
     with pytest.raises(ValueError, match="give the split.json of a run"):
         choose(tmp_path / "nowhere", path)
 

@@ -22,7 +22,6 @@ class PainterConfig:
 
     kinds : chances of one large lesion (glioma), a few of middling size, many small ones (multiple
     sclerosis, white-matter disease).
-    small_contrast : how much more small ones stand out; nobody sees a small faint one.
     dark : chance that a lesion is darker than its surroundings.
     core, rim : chances of a darker core and of a brighter rim in a lesion that is not small.
     displacement : largest shift, in mm, by which a large lesion pushes the tissue around it.
@@ -35,17 +34,16 @@ class PainterConfig:
     """
 
     kinds: tuple[float, float, float] = (0.45, 0.25, 0.3)
-    large_mm: tuple[float, float] = (10.0, 42.0)
+    large_mm: tuple[float, float] = (10.0, 34.0)
     middling_mm: tuple[float, float] = (4.5, 11.0)
     small_mm: tuple[float, float] = (1.6, 5.0)
-    contrast: tuple[float, float] = (0.15, 2.2)
-    small_contrast: float = 1.6
+    contrast: tuple[float, float] = (0.3, 2.4)
     replaced: tuple[float, float] = (0.2, 1.0)
     texture: float = 0.25
     dark: float = 0.05
     core: float = 0.35
     rim: float = 0.15
-    displacement: float = 8.0
+    displacement: float = 5.0
     periventricular: float = 0.4
     edge: tuple[float, float] = (0.5, 3.5)
     not_bright: float = 0.5
@@ -128,7 +126,7 @@ class LesionPainter:
         kind = rng.choice(3, p=c.kinds)
         low, high = (c.large_mm, c.middling_mm, c.small_mm)[kind]
         count = (1, int(rng.integers(1, 4)), int(rng.integers(1, 16)))[kind]
-        contrast = float(np.exp(rng.uniform(*np.log(c.contrast)))) * (c.small_contrast if kind == 2 else 1.0)
+        contrast = float(np.exp(rng.uniform(*np.log(c.contrast))))
         sign = -1.0 if rng.random() < c.dark else 1.0
         look = _Look.drawn(rng) if hard and kind < 2 and rng.random() < c.not_bright else None
         if kind == 2 and rng.random() < c.periventricular:

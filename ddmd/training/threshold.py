@@ -1,6 +1,7 @@
 """The threshold that weights ship with: chosen on validation patients, never on test ones.
 
-`python -m ddmd.training.threshold RUN WEIGHTS` writes it into the weights file.
+`python -m ddmd.training.threshold RUN WEIGHTS [--steps N]` writes it into the weights file, and with it the N that it
+is for.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ from ddmd.training.config import read_run
 from ddmd.training.run import cases_of
 
 
-def choose(run: Path, path: Path) -> float:
+def choose(run: Path, path: Path, steps: int | None = None) -> float:
     """The one of THRESHOLDS of highest pooled Dice on the run's validation patients that have masks.
 
-    Nothing in the weights file changes but what it says of its threshold.
+    Nothing in the weights file changes but what it says of its threshold, and of its N where `steps` is given.
 
     Raises
     ------
@@ -36,10 +37,14 @@ def choose(run: Path, path: Path) -> float:
     if not chosen:
         raise ValueError(f"{run}: no validation patient has a mask; the threshold stays as it is")
     detector = Detector.load(path)
-    curve = dices(np.sum([judge_case(detector, case).by_threshold for case in chosen], axis=0))
+    sampling = detector.configured(steps=steps)
+    curve = dices(
+        np.sum([judge_case(detector, case, sampling=sampling).by_threshold for case in chosen], axis=0)
+    )
     threshold = round(float(THRESHOLDS[curve.argmax()]), 3)
     description = dataclasses.replace(
         detector.description,
+        sampling=detector.description.sampling | {"steps": sampling.steps},
         threshold=threshold,
         threshold_chosen=f"highest pooled Dice ({curve.max():.3f}) on {len(chosen)} validation patients",
     )
@@ -52,9 +57,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path)
     parser.add_argument("weights", type=Path)
+    parser.add_argument("--steps", type=int, help="N; by default what the weights say")
     options = parser.parse_args()
     try:
-        print(f"threshold {choose(options.run, options.weights):.3f}")
+        print(f"threshold {choose(options.run, options.weights, options.steps):.3f}")
     except ValueError as error:
         parser.error(str(error))
 
