@@ -6,6 +6,7 @@ call, or by `prepare` once and for all.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 
-class FoldedConv2d(nn.Conv2d):
+class FoldedConv2d(nn.Conv2d, ABC):
     """A convolution with the parameters of a plain one, computed by `kernels` where that is faster."""
 
     # Where it was measured to be faster (`python -m benchmarks.end_to_end`); elsewhere the plain one is computed.
@@ -31,9 +32,9 @@ class FoldedConv2d(nn.Conv2d):
         for name in self.names:  # they were of other weights
             setattr(self, name, None)
 
+    @abstractmethod
     def fold(self) -> tuple[Tensor, ...]:
         """The kernels, one for each input."""
-        raise NotImplementedError
 
     def kernels(self) -> tuple[Tensor, ...]:
         """The kernels that were prepared, or those of the weights as they are now."""
