@@ -50,11 +50,13 @@ def test_painting_keeps_shape_type_range_and_its_input(head, seed):
 
 
 def test_lesions_lie_inside_the_brain_and_leave_air_alone(head, seed):
+    painted = 0
     for i in range(40):
         planes, mask = paint(head, seed + i, PainterConfig(displacement=0.0))
-        assert mask.any()
+        painted += mask.any()
         assert not (mask & ~head[1]).any()
         assert (planes[head[0] == LOW] == LOW).all()
+    assert painted >= 30
 
 
 def test_the_mask_is_where_the_middle_plane_changed(head, seed):
@@ -62,8 +64,10 @@ def test_the_mask_is_where_the_middle_plane_changed(head, seed):
     for i in range(40):
         planes, mask = paint(head, seed + i, PainterConfig(displacement=0.0))
         change = np.abs(planes[1] - head[0][1]).mean(0)
-        inside.append((change[mask] > 0.05).mean())
-        outside.append(change[~mask & head[1]].mean() / change[mask].mean())
+        if mask.any():
+            inside.append((change[mask] > 0.05).mean())
+            outside.append(change[~mask & head[1]].mean() / change[mask].mean())
+    assert len(inside) >= 30
     assert np.median(inside) > 0.95, inside
     assert np.median(outside) < 0.1, outside
 
@@ -72,10 +76,8 @@ def test_what_is_far_from_every_lesion_is_unchanged(head, seed):
     for i in range(10):
         config = PainterConfig(kinds=(0.0, 0.0, 1.0))
         planes, mask = paint(head, seed + i, config)
-        ys, xs = np.nonzero(mask)
-        y, x = np.mgrid[:128, :160]
-        far = np.ones(mask.shape, bool)
-        far[np.hypot(y[..., None] - ys, x[..., None] - xs).min(-1) < 15] = False
+        # now and then all lesions of a slice are too small to be painted, and all of it is far
+        far = ndimage.distance_transform_edt(~mask) >= 15 if mask.any() else np.ones(mask.shape, bool)
         assert np.array_equal(planes[1][:, far], head[0][1][:, far])
 
 
@@ -95,10 +97,13 @@ def test_neighbouring_planes_share_a_large_lesion_and_lose_a_small_one(head, see
 
 @pytest.mark.parametrize(("dark", "sign"), [(0.0, 1), (1.0, -1)])
 def test_lesions_are_brighter_unless_dark_ones_are_asked_for(head, seed, dark, sign):
-    config = PainterConfig(dark=dark, core=0.0, texture=0.0)
+    config, changes = PainterConfig(dark=dark, core=0.0, texture=0.0), []
     for i in range(20):
         planes, mask = paint(head, seed + i, config)
-        assert sign * (planes[1][:, mask].mean() - head[0][1][:, mask].mean()) > 0.1
+        if mask.any():
+            changes.append(sign * (planes[1][:, mask].mean() - head[0][1][:, mask].mean()))
+    assert len(changes) >= 15
+    assert min(changes) > 0.1
 
 
 def test_sizes_are_in_millimetres(head, seed):
