@@ -69,44 +69,54 @@ def _expanded(modulation: Modulation | None, rows: int) -> tuple[Tensor | None, 
     )
 
 
-class Block(nn.Module):
-    """Two convolutions, each followed by GroupNorm + SiLU; the skip is added by the second."""
+class _Residual(nn.Module):
+    """Two convolutions, each followed by GroupNorm + SiLU; what passes them by is added by the second.
 
-    def __init__(self, channels_in: int, channels: int, embedding: int = 0) -> None:
+    modulation: what t makes of the first norm.
+    """
+
+    def __init__(self, first: nn.Module, skip: nn.Module | None, channels: int, embedding: int) -> None:
         super().__init__()
-        self.first = nn.Conv2d(channels_in, channels, 3, padding=1, bias=False)
+        self.first, self.skip = first, skip
         self.first_norm = NormSiLU(channels, _groups(channels))
         self.second = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
         self.second_norm = NormSiLU(channels, _groups(channels))
-        self.skip = nn.Conv2d(channels_in, channels, 1) if channels_in != channels else None
         self.time = nn.Linear(embedding, 2 * channels) if embedding else None
 
-    def forward(self, x: Tensor, modulation: Modulation | None = None) -> Tensor:
-        h = self.first_norm(self.first(x), *_expanded(modulation, len(x)))
-        residual = x if self.skip is None else self.skip(x)
+    def _rest(self, h: Tensor, residual: Tensor, modulation: Modulation | None) -> Tensor:
+        """What follows the first convolution."""
+        h = self.first_norm(h, *_expanded(modulation, len(h)))
         return self.second_norm(self.second(h), residual=residual)
 
 
-class UpBlock(nn.Module):
-    """`Block` of a coarse image, enlarged twofold, beside a fine one; where it pays, neither enlarged nor joined."""
+class Block(_Residual):
+    """The two convolutions of one image."""
+
+    def __init__(self, channels_in: int, channels: int, embedding: int = 0) -> None:
+        first = nn.Conv2d(channels_in, channels, 3, padding=1, bias=False)
+        skip = nn.Conv2d(channels_in, channels, 1) if channels_in != channels else None
+        super().__init__(first, skip, channels, embedding)
+
+    def forward(self, x: Tensor, modulation: Modulation | None = None) -> Tensor:
+        h = self.first(x)
+        return self._rest(h, x if self.skip is None else self.skip(x), modulation)
+
+
+class UpBlock(_Residual):
+    """Those of a coarse image, enlarged twofold, beside a fine one; where it pays, neither enlarged nor joined."""
+
+    first: UpConv2d
+    skip: UpConv2d
 
     def __init__(self, coarse: int, fine: int, channels: int, embedding: int = 0) -> None:
-        super().__init__()
-        self.first = UpConv2d(coarse, fine, channels, bias=False)
-        self.first_norm = NormSiLU(channels, _groups(channels))
-        self.second = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        self.second_norm = NormSiLU(channels, _groups(channels))
-        self.skip = UpConv2d(coarse, fine, channels, kernel=1)
-        self.time = nn.Linear(embedding, 2 * channels) if embedding else None
+        first, skip = UpConv2d(coarse, fine, channels, bias=False), UpConv2d(coarse, fine, channels, kernel=1)
+        super().__init__(first, skip, channels, embedding)
 
     def forward(self, coarse: Tensor, fine: Tensor, modulation: Modulation | None = None) -> Tensor:
         if self.first.folds(fine):
-            h, residual = self.first(coarse, fine), self.skip(coarse, fine)
-        else:
-            x = joined(coarse, fine)
-            h, residual = self.first.of_joined(x), self.skip.of_joined(x)
-        h = self.first_norm(h, *_expanded(modulation, len(fine)))
-        return self.second_norm(self.second(h), residual=residual)
+            return self._rest(self.first(coarse, fine), self.skip(coarse, fine), modulation)
+        x = joined(coarse, fine)
+        return self._rest(self.first.of_joined(x), self.skip.of_joined(x), modulation)
 
 
 @dataclass(frozen=True)
