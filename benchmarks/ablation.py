@@ -44,6 +44,8 @@ def variants(config: TrainConfig) -> dict[str, TrainConfig]:
         "without L_hetero": encoders(heterogeneous=0.0),
         "without X and Y": denoiser(use_inter=False, use_intra=False),
         "without pseudo-masks": denoiser(rounds=(), masked=0.0),
+        "without bags": denoiser(bag=0.0),
+        "without doubt": denoiser(doubt=False),
         f"{'without' if config.denoiser.mirrored else 'with'} the mirror image": seen,
         "without diffusion": replace(config, system="supervised"),
         "anomaly detection": replace(config, system="anomaly"),

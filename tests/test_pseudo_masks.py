@@ -3,7 +3,18 @@
 import numpy as np
 import pytest
 
-from ddmd.training.pseudo_masks import DOUBTED, GROWTH, bodies, grown, thresholds, trust
+from ddmd.training.pseudo_masks import (
+    BESIDE,
+    DOUBTED,
+    ELSEWHERE,
+    GROWTH,
+    SURE,
+    bodies,
+    doubt,
+    grown,
+    thresholds,
+    trust,
+)
 
 
 def disc(shape: tuple[int, int], centre: tuple[int, int], radius: float) -> np.ndarray:
@@ -84,3 +95,22 @@ def test_trust_is_less_where_draws_disagree_and_where_the_masks_do(scan):
     weight = trust(moved, probability, sure, 0.4)
     assert weight[moved != lesion].max() <= DOUBTED
     assert weight[moved == lesion].min() == 1.0
+
+
+def test_doubt_falls_as_what_was_found_is_surer(scan):
+    found = scan[1][None]
+    levels = (0.3, SURE[0], sum(SURE) / 2, SURE[1], 1.0)
+    doubts = [doubt(level * found.astype(np.float64), found) for level in levels]
+    assert doubts == pytest.approx([1, 1, 0.5, 0, 0])
+    assert doubt(np.ones(found.shape), np.zeros_like(found)) == 1.0, "nothing was found"
+
+
+def test_a_doubtful_mask_says_nothing_of_what_is_far_from_it(scan):
+    _, lesion, _ = scan
+    probability, sure = 0.8 * lesion.astype(np.float32), np.zeros(lesion.shape, np.float32)
+    far = ~disc(lesion.shape, (40, 52), 12 + BESIDE + 1)
+    near = disc(lesion.shape, (40, 52), 12 + BESIDE / 2)  # BESIDE counts steps along the axes
+    for doubtful, left in ((0.0, 1.0), (0.5, (1 + ELSEWHERE) / 2), (1.0, ELSEWHERE)):
+        weight = trust(lesion, probability, sure, 0.4, doubtful)
+        assert weight[near].min() == 1.0
+        assert weight[far] == pytest.approx(left)

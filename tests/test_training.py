@@ -17,15 +17,15 @@ import ddmd.training
 from ddmd import weights
 from ddmd.autoencoder import AutoencoderConfig, AutoencoderEnsemble
 from ddmd.data.datasets import Case
-from ddmd.denoiser import ConditionNet, Denoiser, DenoiserConfig
+from ddmd.denoiser import Condition, ConditionNet, Denoiser, DenoiserConfig
 from ddmd.diffusion import Schedule
 from ddmd.discrepancy import heterogeneous_loss, homogeneous_loss
 from ddmd.training import train
 from ddmd.training.average import average
 from ddmd.training.config import AutoencoderStage, DataEntry, DenoiserStage, TrainConfig, read_config
 from ddmd.training.loop import DivergedError, Plan, Stage, learning_rate
-from ddmd.training.samples import Draw, Packed
-from ddmd.training.stages import DenoiserLosses, soft_dice
+from ddmd.training.samples import UNTOLD, Draw, Packed
+from ddmd.training.stages import BAG, DenoiserLosses, soft_dice
 from ddmd.training.threshold import choose
 from ddmd.weights import WeightsError
 from tests.volumes import write_slices
@@ -315,6 +315,51 @@ def test_carved_lesions_come_with_their_mask_and_its_weight(tmp_path, rng):
         assert np.array_equal(inside, np.roll(mask[1] > 0, (10, 10), (0, 1)))
         assert (sample["planes"][1].numpy()[inside] == 1).all()
         assert sample["weight"][0].numpy()[inside] == pytest.approx(0.5)
+
+
+def test_a_positive_slice_is_a_bag_once_there_are_pseudo_masks(config, rng):
+    """Also one without a mask of its own, of which nothing but that is known."""
+    image = rng.normal(size=(2, 1, 16, 16)).astype(np.float16)
+    brain = np.ones((2, 16, 16), bool)
+    only = dataclasses.replace(config.denoiser_stage, normal=0.1, painted=0.0, over=0.0, masked=0.9)
+    config = dataclasses.replace(config, denoiser_stage=only, size=16)
+    packed = [
+        Packed(Case(name, name, "set", {}), image, brain, brain, np.array([0, 1]), 1, 1.0) for name in "ab"
+    ]
+
+    def drawn() -> list[dict[str, torch.Tensor]]:
+        draw = Draw(packed, config, "lesions", {"set": 1.0}, 40)
+        draw.augment = lambda planes, maps, rng: (planes, maps)
+        return [draw[i] for i in range(40)]
+
+    assert not any(sample["bag"] for sample in drawn()), "before the first round"
+    packed[0].mask = np.zeros((2, 16, 16), np.float16)
+    packed[0].mask[1, 4:8, 4:8] = 1
+    packed[0].weight = np.ones((2, 16, 16), np.float16)
+    bags = [sample for sample in drawn() if sample["bag"]]
+    assert all(sample["label"] == 1 for sample in bags)
+    assert {round(float(sample["weight"].min()), 6) for sample in bags} == {1.0, UNTOLD}
+
+
+def test_a_bag_wants_a_lesion_somewhere():
+    """Of the slice's most probable pixels alone, and only where it is a bag."""
+    sizes = DenoiserConfig(widths=(8, 8, 8, 8), noise_width=8)
+    ensembles = [AutoencoderEnsemble(AutoencoderConfig(members=2, width=4, code=2)) for _ in range(2)]
+    losses = DenoiserLosses(*ensembles, ConditionNet(sizes), Denoiser(sizes), Schedule(), DenoiserStage())
+    evidence = torch.full((2, 1, 32, 32), -9.0)
+    evidence[:, :, :6, : BAG // 6] = 2.0
+    losses.condition.forward = lambda planes: Condition(torch.zeros(2, 8, 8, 8), evidence)
+    zeros = torch.zeros(2, 1, 32, 32)
+    batch = {
+        "planes": torch.randn(2, 3, 32, 32),
+        "mask": zeros,
+        "weight": zeros,
+        "bag": torch.tensor([1.0, 0.0]),
+    }
+    told = losses(batch, 0)
+    assert float(told["bag"]) == pytest.approx(DenoiserStage().bag * np.log1p(np.exp(-2.0)) / 2, rel=1e-5)
+    del batch["bag"]
+    assert "bag" not in losses(batch, 0)
 
 
 @pytest.mark.parametrize("diffusion", [True, False])

@@ -47,7 +47,7 @@ class Augmentation:
         return T.Compose([
             T.RandFlipd(keys, spatial_axis=1, prob=self.flip),
             T.RandAffined(
-                keys, rotate_range=0.35, shear_range=0.1, translate_range=12.0, scale_range=0.2,
+                keys, rotate_range=0.35, shear_range=0.1, translate_range=12.0, scale_range=0.35,
                 padding_mode="zeros", prob=self.affine,
             ),
             T.RandGridDistortiond(keys, num_cells=4, distort_limit=0.15, padding_mode="zeros", prob=self.warp),

@@ -56,8 +56,13 @@ class DenoiserStage:
     normal, painted, carved, over, masked : float
         Shares of a batch: normal slices as they are, lesions painted on normal slices, lesions of B's masks
         put into normal slices, lesions painted on positive slices beside what is there, and slices of B with
-        their mask (pixel track) or pseudo-mask (image track; from the first round on, the others' shares
-        until then).
+        their mask (pixel track) or pseudo-mask, where they have one (image track; from the first round on, the
+        others' shares until then).
+    bag : float
+        Weight of the loss by which a positive slice holds a lesion somewhere, whatever its pseudo-mask
+        (image-label track; multiple-instance learning, with the masked share's slices as bags).
+    doubt : bool
+        Whether a pseudo-mask that the teacher is not sure of says little of what is far from it.
     grown_until : float
         Share of the steps up to which pseudo-masks are moved to the edge that the image shows. A young
         teacher's masks gain by it; a trained one's own edges are better.
@@ -78,6 +83,8 @@ class DenoiserStage:
     carved: float = 0.0
     over: float = 0.18
     masked: float = 0.35
+    bag: float = 0.15
+    doubt: bool = True
     grown_until: float = 0.5
     hard_from: float = 0.48
     use_inter: bool = True

@@ -15,6 +15,13 @@ SHARE = 0.1  # of the largest body's mass; smaller bodies are neither lesion nor
 GROWTH = 16  # pixels within which a mask may grow to its edge
 MIN_CONTRAST = 0.15  # half robust z-scores; fainter lesions keep the teacher's own edge
 DOUBTED = 0.5  # trust in pixels that are lesion by their intensity and not by the teacher, and the reverse
+SURE = (
+    0.75,
+    0.9,
+)  # mean probability of what is found in an examination: up to here doubtful, from here on sure
+LOWERED = 0.6  # by how much a doubtful examination's threshold is lower
+BESIDE = 8  # pixels from the mask within which a doubtful examination shows where the lesion ends
+ELSEWHERE = 0.05  # trust in "no lesion here" farther from the mask of a doubtful examination
 
 
 def thresholds(probability: np.ndarray, positive: np.ndarray) -> np.ndarray:
@@ -50,6 +57,21 @@ def bodies(probability: np.ndarray, threshold: np.ndarray) -> tuple[np.ndarray, 
     return large, found & ~large
 
 
+def doubt(probability: np.ndarray, found: np.ndarray) -> float:
+    """How doubtful an examination is, in [0, 1]: 1 where what was found is hardly probable, or nothing was.
+
+    The teacher is sure of lesions that look like the painted ones, and finds all of them. Where it is less sure
+    it finds a part: what it says of the rest would teach the next round to leave that out, too.
+
+    Parameters
+    ----------
+    probability : (Z, H, W) the teacher's mean, smoothed.
+    found : (Z, H, W) bool, the large bodies.
+    """
+    mean = float(probability[found].mean()) if found.any() else 0.0
+    return float(np.clip((SURE[1] - mean) / (SURE[1] - SURE[0]), 0.0, 1.0))
+
+
 def grown(mask: np.ndarray, image: np.ndarray, brain: np.ndarray) -> np.ndarray:
     """The mask moved to the lesion's edge: where intensity is halfway from the tissue around it.
 
@@ -83,15 +105,19 @@ def grown(mask: np.ndarray, image: np.ndarray, brain: np.ndarray) -> np.ndarray:
     return mask
 
 
-def trust(mask: np.ndarray, probability: np.ndarray, deviation: np.ndarray, threshold: float) -> np.ndarray:
+def trust(
+    mask: np.ndarray, probability: np.ndarray, deviation: np.ndarray, threshold: float, doubtful: float = 0.0
+) -> np.ndarray:
     """How far to trust each pixel of a slice's pseudo-mask, (H, W) float32 in [0, 1].
 
     Pixels near the teacher's threshold, or on which its draws disagree, count less, and so do those
-    where its mask and the grown one differ.
+    where its mask and the grown one differ, and, in an examination that is `doubtful`, those far from the mask.
     """
     margin = np.abs(probability - threshold) / threshold
     weight = np.clip(0.25 + 1.5 * margin, 0.0, 1.0) * np.clip(1.25 - 2.5 * deviation, 0.25, 1.0)
-    return np.where(mask != (probability >= threshold), np.minimum(weight, DOUBTED), weight)
+    weight = np.where(mask != (probability >= threshold), np.minimum(weight, DOUBTED), weight)
+    far = ndimage.distance_transform_cdt(~mask, "taxicab") > BESIDE
+    return np.where(far, weight * (1 + doubtful * (ELSEWHERE - 1)), weight)
 
 
 def teach(
@@ -99,7 +125,7 @@ def teach(
 ) -> dict[str, float]:
     """Give every positive slice (image-level label 1) a pseudo-mask by what was learnt so far."""
     losses.eval()
-    made, skipped, area = 0, 0, 0.0
+    made, skipped, area, doubts = 0, 0, 0.0, []
     for item in packed:
         item.mask, item.weight = None, None
         positive = np.flatnonzero(item.label == 1)
@@ -114,6 +140,11 @@ def teach(
         smooth = ndimage.gaussian_filter(mean, (SMOOTHING, 0, 0))
         threshold = thresholds(smooth, item.label == 1)
         large, small = bodies(smooth, threshold)
+        doubtful = doubt(smooth, large) * losses.stage.doubt
+        doubts.append(doubtful)
+        if doubtful:
+            threshold *= 1 - LOWERED * doubtful
+            large, small = bodies(smooth, threshold)
         masks = np.zeros(item.head.shape, np.float16)
         weights = np.ones(item.head.shape, np.float16)
         for z in positive:
@@ -123,14 +154,16 @@ def teach(
             mask = large[z]
             if grow:
                 mask = grown(mask, item.image[z, 0].astype(np.float32), item.head[z])
-            trusted = trust(mask, smooth[z], deviation[z], threshold[z])
+            trusted = trust(mask, smooth[z], deviation[z], threshold[z], doubtful)
             masks[z], weights[z] = mask, np.where(small[z] & ~mask, 0.0, trusted)
             made += 1
             area += float(mask.sum())
         if masks.any():
             item.mask, item.weight = masks, weights
     losses.train()
-    return {"made": made, "skipped": skipped, "mean_pixels": area / max(made, 1)}
+    return {
+        "made": made, "skipped": skipped, "mean_pixels": area / max(made, 1), "mean_doubt": float(np.mean(doubts or 0)),
+    }  # fmt: skip
 
 
 def _draws(losses: DenoiserLosses, item: Packed, zs: np.ndarray, seed: int) -> np.ndarray:

@@ -208,10 +208,10 @@ class Draw(Dataset):
         stage_config, context = self.config.denoiser_stage, self.config.denoiser.context
         kinds = {"as it is": ("normal", stage_config.normal), "painted": ("paintable", stage_config.painted),
                  "carved": ("paintable", stage_config.carved), "painted over": ("positive", stage_config.over),
-                 "masked": ("masked", stage_config.masked)}  # fmt: skip
+                 "masked": ("masked" if self.config.labels == "pixel" else "positive", stage_config.masked)}  # fmt: skip
         shares = np.array([share for _, share in kinds.values()])
         there = np.array([bool(self.choices[choice]) for choice, _ in kinds.values()])
-        there &= np.array([how != "carved" or bool(self.choices["masked"]) for how in kinds])
+        there &= np.array([how not in ("carved", "masked") or bool(self.choices["masked"]) for how in kinds])
         shares = np.where(there, shares, 0.0)
         if not shares.any():
             raise ValueError(
@@ -245,7 +245,7 @@ class Draw(Dataset):
         planes, brain = item.planes(z, context), item.brain[z]
         mask = np.zeros(brain.shape, np.float32)
         weight = np.ones(brain.shape, np.float32)
-        if how == "painted over" and (item.mask is None or not item.mask[z].any()):
+        if how in ("masked", "painted over") and (item.mask is None or not item.mask[z].any()):
             weight[:] = UNTOLD
         elif how in ("masked", "painted over") and item.mask is not None and item.weight is not None:
             mask, weight = item.mask[z].astype(np.float32), item.weight[z].astype(np.float32)
@@ -269,9 +269,12 @@ class Draw(Dataset):
         at = (_start(brain.shape[0], size, rng), _start(brain.shape[1], size, rng))
         planes, mask, weight = _cropped((planes, mask, weight), (AIR, 0.0, 1.0), (size, size), at)
         planes, maps = self.augment(planes, np.stack((mask, weight)), rng)
-        return {
+        sample = {
             "planes": torch.from_numpy(np.ascontiguousarray(planes, dtype=np.float32)).flatten(0, 1),
             "mask": torch.from_numpy((maps[:1] > 0.5).astype(np.float32)),
             "weight": torch.from_numpy(np.ascontiguousarray(maps[1:], dtype=np.float32)),
             "label": torch.tensor(int(item.label[z])),
         }
+        if self.config.labels == "image":
+            sample["bag"] = torch.tensor(float(how == "masked"))
+        return sample

@@ -13,6 +13,7 @@ from ddmd.discrepancy import discrepancy_maps, heterogeneous_loss, homogeneous_l
 from ddmd.training.config import AutoencoderStage, DenoiserStage
 
 DISCREPANCY_SCALE = 4.0  # X and Y times this are of the size of the image's own planes
+BAG = 48  # pixels of a positive slice that are lesion at the least
 TEACHER_DRAWS = 2  # draws of x_T, each with and without left-right flip, that vote on a pseudo-mask
 
 
@@ -95,6 +96,9 @@ class DenoiserLosses(nn.Module):
             "evidence": (functional.binary_cross_entropy_with_logits(evidence, mask, reduction="none") * weight).mean() * 4,
             "dice": 0.3 * soft_dice(evidence, mask, weight),
         }  # fmt: skip
+        if "bag" in batch and self.stage.bag:
+            most = evidence.flatten(1).topk(BAG, 1).values.mean(1)
+            losses["bag"] = self.stage.bag * (functional.softplus(-most) * batch["bag"]).mean()
         if self.diffusion:
             rows = len(mask)
             t = torch.randint(self.schedule.steps, (rows,), device=mask.device)
