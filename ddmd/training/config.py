@@ -63,9 +63,6 @@ class DenoiserStage:
         (image-label track; multiple-instance learning, with the masked share's slices as bags).
     doubt : bool
         Whether a pseudo-mask that the teacher is not sure of says little of what is far from it.
-    grown_until : float
-        Share of the steps up to which pseudo-masks are moved to the edge that the image shows. A young
-        teacher's masks gain by it; a trained one's own edges are better.
     hard_from : float
         Share of the steps from which lesions are also painted that are no brighter than their
         surroundings.
@@ -85,7 +82,6 @@ class DenoiserStage:
     masked: float = 0.35
     bag: float = 0.15
     doubt: bool = True
-    grown_until: float = 0.5
     hard_from: float = 0.48
     use_inter: bool = True
     use_intra: bool = True

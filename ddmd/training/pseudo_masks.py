@@ -15,11 +15,8 @@ SHARE = 0.1  # of the largest body's mass; smaller bodies are neither lesion nor
 GROWTH = 16  # pixels within which a mask may grow to its edge
 MIN_CONTRAST = 0.15  # half robust z-scores; fainter lesions keep the teacher's own edge
 DOUBTED = 0.5  # trust in pixels that are lesion by their intensity and not by the teacher, and the reverse
-SURE = (
-    0.75,
-    0.9,
-)  # mean probability of what is found in an examination: up to here doubtful, from here on sure
-LOWERED = 0.6  # by how much a doubtful examination's threshold is lower
+SURE = (0.7, 0.85)  # mean probability of what is found in an examination: doubtful up to, sure from
+LOWERED = 0.4  # by how much a doubtful examination's threshold is lower
 BESIDE = 8  # pixels from the mask within which a doubtful examination shows where the lesion ends
 ELSEWHERE = 0.05  # trust in "no lesion here" farther from the mask of a doubtful examination
 
@@ -120,9 +117,7 @@ def trust(
     return np.where(far, weight * (1 + doubtful * (ELSEWHERE - 1)), weight)
 
 
-def teach(
-    losses: DenoiserLosses, packed: list[Packed], seed: int, grow: bool = True, batch: int = 16
-) -> dict[str, float]:
+def teach(losses: DenoiserLosses, packed: list[Packed], seed: int, batch: int = 16) -> dict[str, float]:
     """Give every positive slice (image-level label 1) a pseudo-mask by what was learnt so far."""
     losses.eval()
     made, skipped, area, doubts = 0, 0, 0.0, []
@@ -152,7 +147,7 @@ def teach(
                 skipped += 1
                 continue
             mask = large[z]
-            if grow:
+            if doubtful < 0.5:  # the edge of one that is found in part is not the lesion's
                 mask = grown(mask, item.image[z, 0].astype(np.float32), item.head[z])
             trusted = trust(mask, smooth[z], deviation[z], threshold[z], doubtful)
             masks[z], weights[z] = mask, np.where(small[z] & ~mask, 0.0, trusted)

@@ -220,8 +220,7 @@ class _Run:
         current = {k: v.clone() for k, v in losses.state_dict().items()}
         losses.load_state_dict(stage.averaged())
         with stage.autocast():
-            grow = stage.step < self.config.denoiser_stage.grown_until * stage.plan.steps
-            told = teach(losses, self.packed, self.config.seed + number, grow)
+            told = teach(losses, self.packed, self.config.seed + number)
         losses.load_state_dict(current)
         if self.accelerator.is_main_process:
             keep(self.packed, kept)
