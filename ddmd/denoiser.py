@@ -77,10 +77,11 @@ class _Residual(nn.Module):
 
     def __init__(self, first: nn.Module, skip: nn.Module | None, channels: int, embedding: int) -> None:
         super().__init__()
-        self.first, self.skip = first, skip
+        self.first = first
         self.first_norm = NormSiLU(channels, _groups(channels))
         self.second = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
         self.second_norm = NormSiLU(channels, _groups(channels))
+        self.skip = skip
         self.time = nn.Linear(embedding, 2 * channels) if embedding else None
 
     def _rest(self, h: Tensor, residual: Tensor, modulation: Modulation | None) -> Tensor:

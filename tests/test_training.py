@@ -20,13 +20,14 @@ from ddmd.data.datasets import Case
 from ddmd.denoiser import Condition, ConditionNet, Denoiser, DenoiserConfig
 from ddmd.diffusion import Schedule
 from ddmd.discrepancy import heterogeneous_loss, homogeneous_loss
+from ddmd.metrics import THRESHOLDS
 from ddmd.training import train
 from ddmd.training.average import average
 from ddmd.training.config import AutoencoderStage, DataEntry, DenoiserStage, TrainConfig, read_config
 from ddmd.training.loop import DivergedError, Plan, Stage, learning_rate
 from ddmd.training.samples import UNTOLD, Draw, Packed
 from ddmd.training.stages import BAG, DenoiserLosses, soft_dice
-from ddmd.training.threshold import choose
+from ddmd.training.threshold import TOLERANCE, choose, lowest
 from ddmd.weights import WeightsError
 from tests.volumes import write_slices
 
@@ -130,8 +131,19 @@ def test_choosing_a_threshold_changes_nothing_else(config, tmp_path):
     assert told.sampling == dataclasses.asdict(config.sampling)
     choose(tmp_path / "run", path, steps=2)
     assert weights.describe(path).sampling == told.sampling | {"steps": 2}
+    choose(tmp_path / "run", path, peak=0.9)
+    assert weights.describe(path).min_peak == 0.9 != told.min_peak
     with pytest.raises(ValueError, match="give the split.json of a run"):
         choose(tmp_path / "nowhere", path)
+
+
+def test_of_thresholds_that_are_hardly_told_apart_the_lowest_is_taken():
+    curve = np.where(THRESHOLDS < 0.6, 0.3, 0.5)
+    curve[9] += 0.2
+    assert lowest(curve) == pytest.approx(THRESHOLDS[9])
+    for short, expected in ((0.9 * TOLERANCE, 4), (1.1 * TOLERANCE, 9)):
+        curve[4] = curve[9] - short
+        assert lowest(curve) == pytest.approx(THRESHOLDS[expected])
 
 
 def test_shares_that_no_slice_can_fill_are_refused(config, rng):
@@ -347,7 +359,7 @@ def test_a_bag_wants_a_lesion_somewhere():
     ensembles = [AutoencoderEnsemble(AutoencoderConfig(members=2, width=4, code=2)) for _ in range(2)]
     losses = DenoiserLosses(*ensembles, ConditionNet(sizes), Denoiser(sizes), Schedule(), DenoiserStage())
     evidence = torch.full((2, 1, 32, 32), -9.0)
-    evidence[:, :, :6, : BAG // 6] = 2.0
+    evidence[:, :, :6, : BAG // 6] = torch.linspace(0.0, 4.0, BAG).view(6, -1)  # 2 in the mean
     losses.condition.forward = lambda planes: Condition(torch.zeros(2, 8, 8, 8), evidence)
     zeros = torch.zeros(2, 1, 32, 32)
     batch = {

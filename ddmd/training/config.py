@@ -62,7 +62,8 @@ class DenoiserStage:
         Weight of the loss by which a positive slice holds a lesion somewhere, whatever its pseudo-mask
         (image-label track; multiple-instance learning, with the masked share's slices as bags).
     doubt : bool
-        Whether a pseudo-mask that the teacher is not sure of says little of what is far from it.
+        Whether the teacher may be unsure of a patient: its threshold is then lower, all that reaches it is lesion,
+        and little is said of what is far from it.
     hard_from : float
         Share of the steps from which lesions are also painted that are no brighter than their
         surroundings.

@@ -152,7 +152,8 @@ class Draw(Dataset):
 
     kind "normal" draws slices of A for the auto-encoders, "mixed" slices of B, and "lesions" what
     trains the denoiser: lesions painted on normal slices, normal slices as they are, lesions painted
-    on positive slices beside the real ones, and slices of B with their mask or pseudo-mask.
+    on positive slices beside the real ones, and slices of B with their mask, their pseudo-mask or, as bags,
+    none.
     """
 
     def __init__(
@@ -206,9 +207,12 @@ class Draw(Dataset):
             item, z = self._pick(self.kind, rng)
             return self._finish(item, z, "as it is", 0, rng)
         stage_config, context = self.config.denoiser_stage, self.config.denoiser.context
+        bags = (
+            self.config.labels == "image" and stage_config.bag > 0
+        )  # then positive slices without a mask, too
         kinds = {"as it is": ("normal", stage_config.normal), "painted": ("paintable", stage_config.painted),
                  "carved": ("paintable", stage_config.carved), "painted over": ("positive", stage_config.over),
-                 "masked": ("masked" if self.config.labels == "pixel" else "positive", stage_config.masked)}  # fmt: skip
+                 "masked": ("positive" if bags else "masked", stage_config.masked)}  # fmt: skip
         shares = np.array([share for _, share in kinds.values()])
         there = np.array([bool(self.choices[choice]) for choice, _ in kinds.values()])
         there &= np.array([how not in ("carved", "masked") or bool(self.choices["masked"]) for how in kinds])
@@ -254,7 +258,7 @@ class Draw(Dataset):
         if how.startswith("painted"):
             planes, painted = self.painter(planes, brain, self.config.mm, item.offset_mm, rng, hard)
             if how == "painted over" and painted.any():
-                around = ndimage.binary_dilation(painted, iterations=RIM) & (mask == 0)
+                around = ndimage.binary_dilation(painted, iterations=RIM) & (mask == 0) & (weight > 0)
                 weight[around] = np.maximum(weight[around], 0.3)
             mask, weight = np.maximum(mask, painted), np.where(painted, 1.0, weight).astype(np.float32)
         if self.kind == "lesions" and rng.random() < STRIPPED and brain.any():

@@ -1,7 +1,7 @@
 """The threshold that weights ship with: chosen on validation patients, never on test ones.
 
-`python -m ddmd.training.threshold RUN WEIGHTS [--steps N]` writes it into the weights file, and with it the N that it
-is for.
+`python -m ddmd.training.threshold RUN WEIGHTS [--steps N] [--peak P]` writes it into the weights file, and with it the N
+and the least peak of a lesion that it is for.
 """
 
 from __future__ import annotations
@@ -20,11 +20,22 @@ from ddmd.metrics import THRESHOLDS, dices
 from ddmd.training.config import read_run
 from ddmd.training.run import cases_of
 
+TOLERANCE = 0.005  # of Dice: of thresholds hardly told apart, the lowest misses least
 
-def choose(run: Path, path: Path, steps: int | None = None) -> float:
-    """The one of THRESHOLDS of highest pooled Dice on the run's validation patients that have masks.
 
-    Nothing in the weights file changes but what it says of its threshold, and of its N where `steps` is given.
+def lowest(curve: np.ndarray) -> float:
+    """Of THRESHOLDS the first whose Dice on the curve is within TOLERANCE of the highest."""
+    return round(float(THRESHOLDS[np.argmax(curve >= curve.max() - TOLERANCE)]), 3)
+
+
+def choose(run: Path, path: Path, steps: int | None = None, peak: float | None = None) -> float:
+    """The `lowest` threshold by Dice on the validation patients that have masks.
+
+    Pooled Dice alone may be that of the one patient with the largest lesion, and their mean that of the smallest
+    ones: the curve is the mean of both.
+
+    Nothing in the weights file changes but what it says of its threshold, and, where they are given, of its N
+    (`steps`) and of the probability that a lesion reaches somewhere (`peak`).
 
     Raises
     ------
@@ -37,16 +48,18 @@ def choose(run: Path, path: Path, steps: int | None = None) -> float:
     if not chosen:
         raise ValueError(f"{run}: no validation patient has a mask; the threshold stays as it is")
     detector = Detector.load(path)
+    if peak is not None:
+        told = dataclasses.replace(detector.description, min_peak=peak)
+        detector = Detector(dataclasses.replace(detector.system, description=told))
     sampling = detector.configured(steps=steps)
-    curve = dices(
-        np.sum([judge_case(detector, case, sampling=sampling).by_threshold for case in chosen], axis=0)
-    )
-    threshold = round(float(THRESHOLDS[curve.argmax()]), 3)
+    found = [judge_case(detector, case, sampling=sampling).by_threshold for case in chosen]
+    curve = 0.5 * (dices(np.sum(found, axis=0)) + np.mean([dices(one) for one in found], axis=0))
+    threshold = lowest(curve)
     description = dataclasses.replace(
         detector.description,
         sampling=detector.description.sampling | {"steps": sampling.steps},
         threshold=threshold,
-        threshold_chosen=f"highest pooled Dice ({curve.max():.3f}) on {len(chosen)} validation patients",
+        threshold_chosen=f"lowest within {TOLERANCE} of the highest Dice, pooled and mean ({curve.max():.3f}), on {len(chosen)} validation patients",
     )
     system = weights.load(path, precision="float32")  # float16 in the file: read and written without rounding
     weights.save(dataclasses.replace(system, description=description), path)
@@ -58,9 +71,10 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("weights", type=Path)
     parser.add_argument("--steps", type=int, help="N; by default what the weights say")
+    parser.add_argument("--peak", type=float, help="least peak of a lesion; by default what the weights say")
     options = parser.parse_args()
     try:
-        print(f"threshold {choose(options.run, options.weights, options.steps):.3f}")
+        print(f"threshold {choose(options.run, options.weights, options.steps, options.peak):.3f}")
     except ValueError as error:
         parser.error(str(error))
 
