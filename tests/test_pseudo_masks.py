@@ -1,9 +1,16 @@
 """Pseudo-masks: where the teacher sees lesion on positive slices, and what of it is taught."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
+import torch
 
-from ddmd.training.pseudo_masks import BESIDE, ELSEWHERE, SURE, bodies, doubt, taught, thresholds
+from ddmd.data.datasets import Case
+from ddmd.denoiser import DenoiserConfig
+from ddmd.training.config import DenoiserStage
+from ddmd.training.pseudo_masks import BESIDE, ELSEWHERE, SURE, bodies, doubt, taught, teach, thresholds
+from ddmd.training.samples import Packed
 
 
 def disc(shape: tuple[int, int], centre: tuple[int, int], radius: float) -> np.ndarray:
@@ -86,3 +93,27 @@ def test_what_is_no_body_neither_raises_what_is_certain_nor_is_a_faint_body_taug
     mask, weight = taught(lesion, faint, np.zeros(lesion.shape), 0.07, 0.5)
     assert mask.sum() == 1
     assert (weight[lesion & ~mask] == 0).all()
+
+
+@pytest.mark.parametrize("doubting", [True, False])
+def test_a_doubtful_teacher_takes_all_it_found_for_lesion_and_believes_little_else(lesion, doubting):
+    """On positive slices alone; without doubt, what is less than certain teaches nothing."""
+    core = disc(lesion.shape, (40, 52), 8)
+    drawn = torch.from_numpy(np.where(core, 0.6, np.where(lesion, 0.25, 0.0)).astype(np.float32))
+    teacher = SimpleNamespace(
+        eval=lambda: None, train=lambda: None, stage=DenoiserStage(doubt=doubting),
+        condition=SimpleNamespace(config=DenoiserConfig()),
+        draw=lambda image, seed: (drawn if image[0, 0, 0, 0] == 0 else drawn.flip(-1)).expand(2, len(image), 1, -1, -1),
+    )  # fmt: skip
+    image = np.zeros((5, 1, *lesion.shape), np.float16)
+    image[..., :, -1] = 1  # so that the stand-in knows a mirror image
+    brain = np.ones((5, *lesion.shape), bool)
+    label = np.array([1, 1, 1, 1, 0], np.int8)
+    item = Packed(Case("a", "a", "set", {}), image, brain, brain, label, offset=1, offset_mm=1.0)
+    told = teach(teacher, [item], seed=0)
+    assert (told["made"], told["skipped"], told["mean_doubt"]) == (4, 0, float(doubting))
+    assert not item.mask[4].any()
+    far = ~disc(lesion.shape, (40, 52), 12 + BESIDE + 1)
+    assert (item.mask[0] == (lesion if doubting else core)).mean() > 0.995, "but for what opening takes"
+    assert item.weight[0][far] == pytest.approx(ELSEWHERE if doubting else 1.0, rel=1e-3)
+    assert (item.weight[0][lesion & (item.mask[0] == 0)] == 0).all()
