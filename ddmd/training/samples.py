@@ -207,9 +207,8 @@ class Draw(Dataset):
             item, z = self._pick(self.kind, rng)
             return self._finish(item, z, "as it is", 0, rng)
         stage_config, context = self.config.denoiser_stage, self.config.denoiser.context
-        bags = (
-            self.config.labels == "image" and stage_config.bag > 0
-        )  # then positive slices without a mask, too
+        # as bags, positive slices without a mask are drawn, too
+        bags = self.config.labels == "image" and stage_config.bag > 0
         kinds = {"as it is": ("normal", stage_config.normal), "painted": ("paintable", stage_config.painted),
                  "carved": ("paintable", stage_config.carved), "painted over": ("positive", stage_config.over),
                  "masked": ("positive" if bags else "masked", stage_config.masked)}  # fmt: skip

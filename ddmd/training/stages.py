@@ -13,7 +13,7 @@ from ddmd.discrepancy import discrepancy_maps, heterogeneous_loss, homogeneous_l
 from ddmd.training.config import AutoencoderStage, DenoiserStage
 
 DISCREPANCY_SCALE = 4.0  # X and Y times this are of the size of the image's own planes
-BAG = 48  # pixels of a positive slice that are lesion at the least
+BAG = 48  # pixels of a positive slice that are asked to be lesion; the smallest lesions are smaller
 TEACHER_DRAWS = 2  # draws of x_T, each with and without left-right flip, that vote on a pseudo-mask
 
 
