@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ddmd.evaluation import evaluate
+from ddmd.evaluation.evaluate import evaluate
 from ddmd.training import train
 from ddmd.training.config import TrainConfig, read_config
 from ddmd.training.threshold import choose

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.table import RESULTS
-from ddmd import weights
+from ddmd.models import checkpoint
 
-CARDS = Path(weights.__file__).with_name("embedded")
+CARDS = checkpoint.PRETRAINED
 README = Path(__file__).parents[1] / "README.md"
-SHIPPED = ("ddmd-light", "ddmd-pixel")
+SHIPPED = ("flair-image-labels", "flair-pixel-labels")
 KNOWN_AS = {"brainix-unregistered": "brainix, a source training never saw, skull on"}
 FIGURES = {
     "dice": "Dice",

@@ -26,15 +26,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.rivals import autoencoders_one_by_one, compare, compared
 from benchmarks.timing import alternate, machine
-from ddmd import detector as detecting
-from ddmd import ensemble, ops, weights
-from ddmd.autoencoder import AutoencoderConfig
-from ddmd.denoiser import DenoiserConfig
-from ddmd.detector import Detector, pick_device
-from ddmd.folding import FoldedConv2d
-from ddmd.sampling import Sampling, SamplingConfig
-from ddmd.slices import SliceGrid, Slices, extract
-from ddmd.volume import Volume
+from ddmd import ops
+from ddmd.inference import detector as detecting
+from ddmd.inference import ensemble
+from ddmd.inference.detector import Detector, pick_device
+from ddmd.inference.session import Sampling, SamplingConfig
+from ddmd.inference.slices import SliceGrid, Slices, extract
+from ddmd.io.volume import Volume
+from ddmd.models import checkpoint
+from ddmd.models.autoencoder import AutoencoderConfig
+from ddmd.models.denoiser import DenoiserConfig
+from ddmd.models.fused_convolution import FusedConv2d
 
 SHAPE = (240, 240, 155)
 MORE_STEPS = 5  # N at which rivals are compared beside the default's
@@ -64,9 +66,9 @@ def volume_file(folder: Path) -> Path:
 
 def load(name: str, device: str) -> tuple[Detector, str]:
     """The detector of some weights; of the default sizes and untrained where none are shipped."""
-    if name != weights.DEFAULT or name in weights.available():
+    if name != checkpoint.DEFAULT or name in checkpoint.available():
         return Detector.load(name, device), name
-    description = weights.Description(
+    description = checkpoint.Description(
         name="untrained",
         sequences=("flair",),
         grid={"mm": 1.0, "multiple": 16},
@@ -78,7 +80,7 @@ def load(name: str, device: str) -> tuple[Detector, str]:
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "untrained.safetensors"
-        weights.save(weights.build(description), path)
+        checkpoint.save(checkpoint.build(description), path)
         return Detector.load(path, str(pick_device(device))), "untrained"
 
 
@@ -195,11 +197,11 @@ def peaks(device: str) -> dict[str, float]:
 @contextmanager
 def folded_on(*devices: str) -> Iterator[None]:
     """Convolutions are folded on these devices, and on no other."""
-    kept, FoldedConv2d.folded_on = FoldedConv2d.folded_on, devices
+    kept, FusedConv2d.folded_on = FusedConv2d.folded_on, devices
     try:
         yield
     finally:
-        FoldedConv2d.folded_on = kept
+        FusedConv2d.folded_on = kept
 
 
 def flops(detector: Detector, slices: Slices, config: SamplingConfig) -> int:
@@ -207,7 +209,7 @@ def flops(detector: Detector, slices: Slices, config: SamplingConfig) -> int:
     replayed graph hides them, but folded as on the detector's device."""
     system = detector.system
     parts = {name: copy.deepcopy(part).cpu() for name, part in system.parts().items()}
-    folded = ("cpu",) if system.device.type in FoldedConv2d.folded_on else ()
+    folded = ("cpu",) if system.device.type in FusedConv2d.folded_on else ()
     with FlopCounterMode(display=False) as counter, folded_on(*folded):
         ensemble.detect_slices(dataclasses.replace(system, **parts), slices, config)
     return int(counter.get_total_flops())
@@ -230,7 +232,7 @@ def folding(detector: Detector, slices: Slices) -> float:
 
 def scaling(detector: Detector, slices: Slices) -> dict[str, float]:
     """Seconds of `detect_slices` over S, N, slices, batch and threads, one changed at a time."""
-    default = detector.configured()
+    default = detector.sampling_config()
     found = {}
 
     def measure(name: str, config: SamplingConfig, part: Slices) -> None:
@@ -272,7 +274,7 @@ def measured(detector: Detector, name: str, count: int, compiling: bool) -> dict
         peak_memory["device"] = torch.cuda.max_memory_allocated(detector.system.device) / 2**20
     slices = extract(volume, detector.description.sequences, SliceGrid(**detector.description.grid))
     fewer = some(slices, count)
-    default, spent = detector.configured(), {}
+    default, spent = detector.sampling_config(), {}
     ratios, missing = {}, {}
     for steps in sorted({default.steps, MORE_STEPS}):
         seconds, why = compare(detector.system, fewer, dataclasses.replace(default, steps=steps), compiling)
@@ -299,7 +301,7 @@ def measured(detector: Detector, name: str, count: int, compiling: bool) -> dict
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--weights", default=weights.DEFAULT)
+    parser.add_argument("--weights", default=checkpoint.DEFAULT)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--slices", type=int, default=32, help="slices of the volume that rivals share")

@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 
 from benchmarks.timing import machine
-from ddmd import weights
-from ddmd.data.datasets import find_cases, read_split
-from ddmd.detector import Detector
-from ddmd.evaluation import evaluate, plain
+from ddmd.cohort.cases import find_cases, read_split
+from ddmd.evaluation.evaluate import evaluate, plain
+from ddmd.inference.detector import Detector
+from ddmd.models import checkpoint
 
 RESULTS = Path(__file__).with_name("results")
 SHOWN = ("patient", "lesion_ml", "found_ml", "dice", "dice_oracle", "baseline_dice_oracle", "lesion_recall",
@@ -43,7 +43,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("data", type=Path)
     parser.add_argument("--patients", type=Path, help="split.json of a run: only its test part")
-    parser.add_argument("--weights", default=weights.DEFAULT)
+    parser.add_argument("--weights", default=checkpoint.DEFAULT)
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
     report = evaluate(options.data, weights=options.weights, split=options.patients)
@@ -51,7 +51,7 @@ def main() -> None:
     trained_on = {k: v for k, v in split.items() if v != "test"}
     result = {
         "machine": machine(), "date": str(datetime.date.today()), "weights": report.how["weights"],
-        "weights_sha256": hashlib.sha256(weights.find(options.weights).read_bytes()).hexdigest(),
+        "weights_sha256": hashlib.sha256(checkpoint.find(options.weights).read_bytes()).hexdigest(),
         "threshold": report.how["threshold"], "sampling": report.how["sampling"], "pooled": report.pooled,
         "intervals": report.intervals, "patients": [{k: row[k] for k in SHOWN} for row in report.patients],
         "without_mask": without_mask(options.data, options.weights, trained_on),

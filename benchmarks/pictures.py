@@ -16,9 +16,9 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from ddmd.data.phantom import phantom
-from ddmd.slices import SliceGrid, extract
+from ddmd.inference.slices import SliceGrid, extract
+from ddmd.io.volume import Volume
 from ddmd.training import LesionPainter
-from ddmd.volume import Volume
 
 RESULTS = Path(__file__).with_name("results")
 DOCS = Path(__file__).parents[1] / "docs"

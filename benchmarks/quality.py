@@ -18,13 +18,13 @@ from typing import Any
 import torch
 
 from benchmarks.timing import machine
-from ddmd import weights
-from ddmd.data.datasets import find_cases, read_split
-from ddmd.detector import Detector
-from ddmd.ensemble import detect_slices
-from ddmd.evaluation import summarise
-from ddmd.metrics import judge
-from ddmd.sampling import SamplingConfig
+from ddmd.cohort.cases import find_cases, read_split
+from ddmd.evaluation.evaluate import summarise
+from ddmd.evaluation.metrics import case_metrics
+from ddmd.inference.detector import Detector
+from ddmd.inference.ensemble import detect_slices
+from ddmd.inference.session import SamplingConfig
+from ddmd.models import checkpoint
 
 STEPS = (1, 2, 3, 5, 10, 20)
 ALL_THE_WAY = (5, 20, 100)
@@ -61,15 +61,15 @@ def measure(detector: Detector, cases: list[Any]) -> Iterator[dict[str, Any]]:
     """Figures of every setting over the same patients, at the threshold of the weights, one after the other."""
     told = detector.description
     prepared = [(case, detector.prepare(case.volume(told.sequences)), case.lesion()) for case in cases]
-    for sweep, config in settings(detector.configured()):
+    for sweep, config in settings(detector.sampling_config()):
         spent, judged = 0.0, []
         for case, p, truth in prepared:
             begun = time.perf_counter()
             maps = detect_slices(detector.system, p.slices, config)
             spent += time.perf_counter() - begun
-            found = detector.restored(p, maps)
+            found = detector.to_volume(p, maps)
             judged.append(
-                judge(case.name, case.patient, p.volume, found.probability, found.uncertainty, truth, detector.rule())
+                case_metrics(case.name, case.patient, p.volume, found.probability, found.uncertainty, truth, detector.lesion_criteria())
             )  # fmt: skip
         pooled = summarise(judged, {}).pooled
         names = ("dice", "dice_oracle", "uncertainty_auroc", "dice_without_5_percent", "calibration_error")
@@ -91,7 +91,7 @@ def main() -> None:
     parser.add_argument("--patients", type=Path)
     parser.add_argument("--part", default="validation")
     parser.add_argument("--cases", type=int, help="how many, the first ones; all by default")
-    parser.add_argument("--weights", default=weights.DEFAULT)
+    parser.add_argument("--weights", default=checkpoint.DEFAULT)
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
     detector = Detector.load(options.weights)
@@ -100,7 +100,7 @@ def main() -> None:
         c for c in find_cases(options.data)
         if c.masks is not None and parts.get(c.patient, options.part) == options.part
     ][: options.cases]  # fmt: skip
-    default, rows = detector.configured(), []
+    default, rows = detector.sampling_config(), []
     date = datetime.date.today()
     target = options.output / f"quality-{options.data.name}-{date}.json"
     result = {

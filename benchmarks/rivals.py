@@ -10,13 +10,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from benchmarks.timing import Work, alternate
-from ddmd import diffusion, ensemble, ops
-from ddmd.autoencoder import NormSiLU
-from ddmd.denoiser import Condition, from_patches, predicted_sample, to_patches
-from ddmd.folding import FoldedConv2d
-from ddmd.sampling import SamplingConfig
-from ddmd.slices import Slices
-from ddmd.weights import System
+from ddmd import ops
+from ddmd.diffusion.noise import Coordinates, pure_noise
+from ddmd.inference import ensemble
+from ddmd.inference.session import SamplingConfig
+from ddmd.inference.slices import Slices
+from ddmd.models.autoencoder import NormSiLU
+from ddmd.models.checkpoint import System
+from ddmd.models.denoiser import Condition, from_patches, predicted_sample, to_patches
+from ddmd.models.fused_convolution import FusedConv2d
 
 QUICK_ROUNDS, SLOW_ROUNDS = 9, 3
 TOLERANCE = 0.1  # sum of differences in probability over its sum, at which two loops still do the same work
@@ -45,7 +47,7 @@ def by_torch(part: nn.Module, folded: bool = False) -> nn.Module:
         for name, child in module.named_children():
             if isinstance(child, NormSiLU):
                 setattr(module, name, TorchNormSiLU(child))
-            elif isinstance(child, FoldedConv2d) and not folded:
+            elif isinstance(child, FusedConv2d) and not folded:
                 child.folded_on = ()
     return part.to(memory_format=torch.channels_last)
 
@@ -153,7 +155,7 @@ def compare(
     device = system.device
     seen = system.condition.config
     planes = slices.planes(seen.context, seen.mirrored).to(device)
-    batch = config.batch or ensemble.fitting(system, *planes.shape[2:])
+    batch = config.batch or ensemble.default_batch_size(system, *planes.shape[2:])
     index, seed = slices.index.to(device), torch.tensor(config.seed, device=device)
     wanted = ensemble.detect_slices(system, slices, config).probability
     work: dict[str, Work] = {"ours": lambda: ensemble.detect_slices(system, slices, config)}
@@ -161,8 +163,8 @@ def compare(
 
     def ours_noise(part, first, sample):
         where = index[first : first + len(part)]
-        at = diffusion.Coordinates(seed, torch.full_like(where, sample), where)
-        return from_patches(diffusion.pure_noise(to_patches(part[:, :1].float()), at)).to(part.dtype)
+        at = Coordinates(seed, torch.full_like(where, sample), where)
+        return from_patches(pure_noise(to_patches(part[:, :1].float()), at)).to(part.dtype)
 
     def own_noise(part, first, sample):
         return torch.randn_like(part[:, :1])
@@ -239,7 +241,7 @@ def autoencoders_one_by_one(system: System, slices: Slices) -> float:
     """How many times longer the K auto-encoders of A take one slice and one member at a time."""
     b = slices.image.to(system.device, system.dtype, memory_format=torch.channels_last)
     members = [one_member(system, k) for k in range(system.autoencoders_a.config.members)]
-    batch = ensemble.fitting(system, *b.shape[2:])
+    batch = ensemble.default_batch_size(system, *b.shape[2:])
     with torch.inference_mode():
         together = torch.cat([system.autoencoders_a(part) for part in b.split(batch)], 1)
         apart = torch.stack([torch.cat([m(s)[0] for s in b.split(1)]) for m in members])

@@ -13,8 +13,9 @@ import torch
 from torch.nn import functional
 
 from benchmarks.timing import Work, agree, alternate, machine
-from ddmd import native, ops, reference
-from ddmd.diffusion import Schedule
+from ddmd import ops
+from ddmd.diffusion.schedule import Schedule
+from ddmd.ops import native, reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MEMORY = torch.cuda.get_device_properties(0).total_memory if DEVICE == "cuda" else 0

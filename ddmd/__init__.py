@@ -8,23 +8,23 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from ddmd.detection import Detection, OutputError
-    from ddmd.detector import Detector, detect
-    from ddmd.evaluation import evaluate
+    from ddmd.evaluation.evaluate import evaluate
+    from ddmd.inference.detection import Detection, OutputError
+    from ddmd.inference.detector import Detector, detect
+    from ddmd.io.volume import Volume, VolumeError
+    from ddmd.models.checkpoint import WeightsError
     from ddmd.training import train
-    from ddmd.volume import Volume, VolumeError
-    from ddmd.weights import WeightsError
 
 # What `ddmd.<name>` is and where it lives: loaded when first asked for, so that importing is quick.
 _FACE = {
-    "Detection": "ddmd.detection",
-    "Detector": "ddmd.detector",
-    "OutputError": "ddmd.detection",
-    "Volume": "ddmd.volume",
-    "VolumeError": "ddmd.volume",
-    "WeightsError": "ddmd.weights",
-    "detect": "ddmd.detector",
-    "evaluate": "ddmd.evaluation",
+    "Detection": "ddmd.inference.detection",
+    "Detector": "ddmd.inference.detector",
+    "OutputError": "ddmd.inference.detection",
+    "Volume": "ddmd.io.volume",
+    "VolumeError": "ddmd.io.volume",
+    "WeightsError": "ddmd.models.checkpoint",
+    "detect": "ddmd.inference.detector",
+    "evaluate": "ddmd.evaluation.evaluate",
     "train": "ddmd.training",
 }
 __all__ = [

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from benchmarks import cards, table, timing
-from ddmd import weights
-from ddmd.sampling import SamplingConfig
-from ddmd.slices import SliceGrid, extract
-from ddmd.volume import Volume
+from ddmd.inference.session import SamplingConfig
+from ddmd.inference.slices import SliceGrid, extract
+from ddmd.io.volume import Volume
+from ddmd.models import checkpoint
 from tests.volumes import head, tiny_system
 
 
@@ -146,16 +146,16 @@ def test_monai_and_diffusers_find_what_we_find(rng, monkeypatch):
 
 def test_tables_in_the_texts_are_those_of_the_last_evaluations():
     texts = cards.texts()
-    assert {path.name for path in texts} == {"README.md", "ddmd-light.md", "ddmd-pixel.md"}
+    assert {path.name for path in texts} == {"README.md", "flair-image-labels.md", "flair-pixel-labels.md"}
     for path, text in texts.items():
         assert path.read_text() == text, f"{path} is behind; python -m benchmarks.cards"
-    dice = cards.newest("ddmd-pixel")["lgg"]["pooled"]["dice"]
-    assert all(f"{dice:.3f}" in text for path, text in texts.items() if path.name != "ddmd-light.md")
+    dice = cards.newest("flair-pixel-labels")["lgg"]["pooled"]["dice"]
+    assert all(f"{dice:.3f}" in text for path, text in texts.items() if path.name != "flair-image-labels.md")
 
 
-@pytest.mark.parametrize("name", weights.available())
+@pytest.mark.parametrize("name", checkpoint.available())
 def test_evaluations_are_of_the_weights_that_ship(name):
-    told = hashlib.sha256(weights.find(name).read_bytes()).hexdigest()
+    told = hashlib.sha256(checkpoint.find(name).read_bytes()).hexdigest()
     assert {one["weights_sha256"] for one in cards.newest(name).values()} == {told}
     with pytest.raises(ValueError, match="no evaluation of nothing on lgg"):
         cards.newest("nothing")

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from ddmd.bias_field import bias_field
-from ddmd.volume import Volume
+from ddmd.io.bias_field import bias_field
+from ddmd.io.volume import Volume
 
 
 @pytest.fixture

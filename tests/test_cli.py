@@ -8,10 +8,10 @@ import nibabel as nib
 import pytest
 from typer.testing import CliRunner
 
-from ddmd import weights
-from ddmd.cases import examinations
 from ddmd.cli import app
-from ddmd.nifti import VolumeError
+from ddmd.cohort.discovery import examinations
+from ddmd.io.nifti import VolumeError
+from ddmd.models import checkpoint
 from tests.volumes import head, tiny_system, write
 
 runner = CliRunner()
@@ -20,7 +20,7 @@ runner = CliRunner()
 @pytest.fixture
 def tiny(tmp_path) -> str:
     path = tmp_path / "tiny.safetensors"
-    weights.save(tiny_system(), path)
+    checkpoint.save(tiny_system(), path)
     return str(path)
 
 

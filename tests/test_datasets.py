@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from matplotlib import image as png
 
-from ddmd.data import datasets
-from ddmd.data.datasets import (
+from ddmd.cohort.cases import (
     Case,
     DatasetError,
     find_cases,
@@ -18,6 +17,7 @@ from ddmd.data.datasets import (
     split_by_patient,
     write_split,
 )
+from ddmd.cohort import cases as datasets
 
 SHAPE = (24, 28, 6)
 LPS = np.diag([-4.0, -4.0, 6.0, 1.0])

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from ddmd import ensemble, weights
-from ddmd.detection import SCORE_ML, OutputError, Rule, find_lesions, image_score
-from ddmd.detector import Detector
-from ddmd.diffusion import Schedule
-from ddmd.ensemble import Maps
-from ddmd.sampling import Sampling, SamplingConfig
+from ddmd.diffusion.schedule import Schedule
+from ddmd.inference import ensemble
+from ddmd.inference.detection import SCORE_ML, LesionCriteria, OutputError, find_lesions, image_score
+from ddmd.inference.detector import Detector
+from ddmd.inference.ensemble import Maps
+from ddmd.inference.session import Sampling, SamplingConfig
+from ddmd.models import checkpoint
 from tests.volumes import head, tiny_system
 
 TOLERANCE = 1e-4  # of probability: convolutions of other batches round otherwise
@@ -74,7 +75,7 @@ def test_a_lesions_row_by_hand():
     mask[2:4, 5, 5], mask[8, 8, 8] = True, True
     affine = np.diag([10.0, 10.0, 10.0, 1.0])
     affine[0, 3] = -5
-    kept, (lesion,) = find_lesions(mask * 0.75, mask * 0.1, affine, Rule(0.5, min_ml=1.5))
+    kept, (lesion,) = find_lesions(mask * 0.75, mask * 0.1, affine, LesionCriteria(0.5, min_ml=1.5))
     assert lesion.volume_ml == pytest.approx(2.0)
     assert lesion.centre_mm == pytest.approx((20.0, 50.0, 50.0))
     assert (lesion.peak_probability, lesion.mean_uncertainty) == pytest.approx((0.75, 0.1))
@@ -84,10 +85,10 @@ def test_a_lesions_row_by_hand():
 def test_a_lesion_reaches_its_peak_somewhere():
     probability = np.zeros((10, 10, 10), np.float32)
     probability[1:4, 5, 5], probability[2, 5, 5], probability[7:9, 5, 5] = 0.6, 0.9, 0.7
-    kept, lesions = find_lesions(probability, probability * 0, np.eye(4), Rule(0.5, min_peak=0.8))
+    kept, lesions = find_lesions(probability, probability * 0, np.eye(4), LesionCriteria(0.5, min_peak=0.8))
     assert kept.sum() == 3
     assert [lesion.peak_probability for lesion in lesions] == pytest.approx([0.9])
-    assert len(find_lesions(probability, probability * 0, np.eye(4), Rule(0.5))[1]) == 2
+    assert len(find_lesions(probability, probability * 0, np.eye(4), LesionCriteria(0.5))[1]) == 2
 
 
 def test_maps_are_smoothed_across_slices_by_millimetres_and_not_within_them(detector, volume):
@@ -102,7 +103,7 @@ def test_maps_are_smoothed_across_slices_by_millimetres_and_not_within_them(dete
     point = torch.zeros(shape)
     point[z // 2] = 0.5
     maps = Maps(point, point * 0.1, point, point)
-    sharp, smooth = (sigmas[mm].restored(prepared, maps) for mm in (0.0, 3.0))
+    sharp, smooth = (sigmas[mm].to_volume(prepared, maps) for mm in (0.0, 3.0))
     brain, at = prepared.volume.brain, int(prepared.slices.index[z // 2])
     deepest = np.unravel_index(brain.sum(axis=2).argmax(), brain.shape[:2])
     before, after = sharp.probability[deepest], smooth.probability[deepest]
@@ -169,8 +170,8 @@ def test_streamed_moments_are_those_of_all_samples_at_once(detector, volume, mon
     monkeypatch.setattr(
         Sampling, "draw", lambda *a: drawn.append(draw(*a)) or drawn[-1]
     )  # fmt: skip
-    from ddmd.slices import SliceGrid, extract
-    from ddmd.volume import Volume
+    from ddmd.inference.slices import SliceGrid, extract
+    from ddmd.io.volume import Volume
 
     cut = extract(Volume.from_array({"flair": volume[0]}, volume[1]), ("flair",), SliceGrid(4.0, 16))
     maps = ensemble.detect_slices(detector.system, cut, SamplingConfig(samples=7, steps=2, batch=100))
@@ -209,7 +210,7 @@ def test_many_volumes_are_each_what_they_are_alone(detector, rng):
 def test_the_next_item_is_worked_on_meanwhile_and_no_more():
     import threading
 
-    from ddmd.ahead import ahead
+    from ddmd.inference.prefetch import prefetch
 
     begun = [threading.Event() for _ in range(4)]
 
@@ -220,7 +221,7 @@ def test_the_next_item_is_worked_on_meanwhile_and_no_more():
         return i * 10
 
     taken = []
-    for i, ready in ahead(range(4), work):
+    for i, ready in prefetch(range(4), work):
         if i + 1 < 4:
             assert begun[i + 1].wait(5), "the next was not begun while this one is used"
         assert not any(event.is_set() for event in begun[i + 2 :])
@@ -230,7 +231,7 @@ def test_the_next_item_is_worked_on_meanwhile_and_no_more():
         else:
             taken.append(ready())
     assert taken == [0, 20, 30]
-    assert list(ahead([], work)) == []
+    assert list(prefetch([], work)) == []
 
 
 def test_options_out_of_range_are_refused_by_name(detector, volume):
@@ -242,7 +243,7 @@ def test_options_out_of_range_are_refused_by_name(detector, volume):
         with pytest.raises(ValueError, match=message):
             _detect(detector, volume, **options)
     with pytest.raises(ValueError, match="device is 'tpu'"):
-        Detector.load("ddmd-light", "tpu")
+        Detector.load("flair-image-labels", "tpu")
 
 
 def test_saving_writes_all_or_nothing(detector, volume, tmp_path, monkeypatch):
@@ -301,7 +302,7 @@ def test_the_score_is_the_mean_of_the_most_probable_tissue():
 
 def test_saved_weights_load_as_they_were(tmp_path, volume):
     system = tiny_system()
-    weights.save(system, tmp_path / "tiny.safetensors", torch.float32)
+    checkpoint.save(system, tmp_path / "tiny.safetensors", torch.float32)
     loaded = Detector.load(tmp_path / "tiny.safetensors", "cpu", "float32")
     for name, part in system.parts().items():
         assert all(
@@ -315,24 +316,24 @@ def test_saved_weights_load_as_they_were(tmp_path, volume):
 def test_weights_that_cannot_be_used_are_refused(tmp_path):
     from safetensors.torch import save_file
 
-    refused = weights.WeightsError
+    refused = checkpoint.WeightsError
     with pytest.raises(refused, match="no such weights"):
-        weights.load("ddmd-heavy")
+        checkpoint.load("ddmd-heavy")
     torch.save({"a": torch.ones(2)}, tmp_path / "pickled.pt")
     with pytest.raises(refused, match=r"pickled.pt: not a safetensors file .* never loaded"):
-        weights.load(tmp_path / "pickled.pt")
+        checkpoint.load(tmp_path / "pickled.pt")
     save_file({"a": torch.ones(2)}, tmp_path / "bare.safetensors")
     with pytest.raises(refused, match="bare.safetensors: lacks its description"):
-        weights.load(tmp_path / "bare.safetensors")
-    weights.save(tiny_system(), tmp_path / "tiny.safetensors")
+        checkpoint.load(tmp_path / "bare.safetensors")
+    checkpoint.save(tiny_system(), tmp_path / "tiny.safetensors")
     description = json.dumps(json.loads(_metadata(tmp_path / "tiny.safetensors")["ddmd"]))
     save_file({"a": torch.ones(2)}, tmp_path / "other.safetensors", {"ddmd": description})
     with pytest.raises(refused, match="other.safetensors: of another architecture"):
-        weights.load(tmp_path / "other.safetensors")
+        checkpoint.load(tmp_path / "other.safetensors")
     newer = json.dumps({**json.loads(description), "format": 99})
     save_file({"a": torch.ones(2)}, tmp_path / "newer.safetensors", {"ddmd": newer})
     with pytest.raises(refused, match="format 99 is newer"):
-        weights.load(tmp_path / "newer.safetensors")
+        checkpoint.load(tmp_path / "newer.safetensors")
 
 
 def _metadata(path):
@@ -414,7 +415,7 @@ def test_samplers_are_those_of_diffusers():
 def test_precision_is_what_the_processor_multiplies(monkeypatch, amx, avx512, wanted):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
-    assert weights.pick_dtype("auto", torch.device("cpu")) is wanted
-    assert weights.pick_dtype("float32", torch.device("cpu")) is torch.float32
+    assert checkpoint.pick_dtype("auto", torch.device("cpu")) is wanted
+    assert checkpoint.pick_dtype("float32", torch.device("cpu")) is torch.float32
     with pytest.raises(ValueError, match="precision is 'half'; allowed are auto, float32, bfloat16"):
-        weights.pick_dtype("half", torch.device("cpu"))
+        checkpoint.pick_dtype("half", torch.device("cpu"))

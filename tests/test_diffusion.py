@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ddmd import ops
-from ddmd.diffusion import Schedule
+from ddmd.diffusion.schedule import Schedule
 
 diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
 

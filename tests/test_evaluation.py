@@ -5,10 +5,10 @@ import json
 import numpy as np
 import pytest
 
-from ddmd.detection import Rule
-from ddmd.evaluation import EvaluationError, evaluate, summarise
-from ddmd.metrics import THRESHOLDS, Counts, dices, judge
-from ddmd.volume import Volume
+from ddmd.evaluation.evaluate import EvaluationError, evaluate, summarise
+from ddmd.evaluation.metrics import THRESHOLDS, Counts, case_metrics, dice_scores
+from ddmd.inference.detection import LesionCriteria
+from ddmd.io.volume import Volume
 from tests.volumes import head, tiny_system, write
 
 pytest.importorskip("monai", reason="the extra ddmd[evaluate] is not installed")
@@ -30,7 +30,7 @@ def dice(found, truth):
 
 
 def test_dice_by_hand():
-    assert dices(np.array([[1, 1, 2, 9], [5, 0, 0, 1], [0, 0, 0, 7]])).tolist() == [2 / 5, 1, 0]
+    assert dice_scores(np.array([[1, 1, 2, 9], [5, 0, 0, 1], [0, 0, 0, 7]])).tolist() == [2 / 5, 1, 0]
 
 
 def test_binned_curves_are_those_of_the_voxels(rng):
@@ -47,10 +47,10 @@ def test_binned_curves_are_those_of_the_voxels(rng):
 
 def test_one_patient_and_the_pool(scene):
     volume, probability, uncertainty, truth = scene
-    patient = judge("p", "p", volume, probability, uncertainty, truth, Rule(0.55))
+    patient = case_metrics("p", "p", volume, probability, uncertainty, truth, LesionCriteria(0.55))
     found = probability >= 0.55
     wanted = [dice(probability >= threshold, truth) for threshold in THRESHOLDS]
-    assert dices(patient.by_threshold) == pytest.approx(wanted)
+    assert dice_scores(patient.by_threshold) == pytest.approx(wanted)
     assert patient.by_threshold.sum(1) == pytest.approx(patient.confusion.sum())
     assert patient.row["dice"] == pytest.approx(dice(found, truth))
     assert patient.row["recall"] == pytest.approx((found & truth).sum() / truth.sum())
@@ -67,7 +67,8 @@ def test_one_patient_and_the_pool(scene):
 def test_intervals_are_the_same_for_the_same_seed_and_hold_the_mean(scene):
     volume, probability, uncertainty, truth = scene
     patients = [
-        judge(str(t), str(t), volume, probability, uncertainty, truth, Rule(t)) for t in (0.3, 0.5, 0.6, 0.8)
+        case_metrics(str(t), str(t), volume, probability, uncertainty, truth, LesionCriteria(t))
+        for t in (0.3, 0.5, 0.6, 0.8)
     ]
     one, again = (summarise(patients, {"weights": "w", "threshold": 0.5}, seed=3) for _ in range(2))
     assert one.intervals == again.intervals
@@ -77,8 +78,11 @@ def test_intervals_are_the_same_for_the_same_seed_and_hold_the_mean(scene):
 
 def test_intervals_are_over_patients_not_scans(scene):
     volume, probability, uncertainty, truth = scene
-    scans = [judge(str(t), "one", volume, probability, uncertainty, truth, Rule(t)) for t in (0.3, 0.5, 0.6)]
-    other = judge("x", "two", volume, probability, uncertainty, truth, Rule(0.8))
+    scans = [
+        case_metrics(str(t), "one", volume, probability, uncertainty, truth, LesionCriteria(t))
+        for t in (0.3, 0.5, 0.6)
+    ]
+    other = case_metrics("x", "two", volume, probability, uncertainty, truth, LesionCriteria(0.8))
     report = summarise([*scans, other], {"weights": "w", "threshold": 0.5})
     mean = np.mean([np.mean([s.row["dice"] for s in scans]), other.row["dice"]])
     assert report.intervals["dice"][0] == pytest.approx(mean)
@@ -89,13 +93,13 @@ def test_small_variances_are_ranked_alike_in_every_patient(scene):
     wrong = (probability >= 0.4) != truth
     variance = np.where(wrong, 1e-6, 1e-8).astype(np.float32)  # small, and yet it knows
     for scale in (1.0, 100.0):
-        patient = judge("p", "p", volume, probability, variance * scale, truth, Rule(0.4))
+        patient = case_metrics("p", "p", volume, probability, variance * scale, truth, LesionCriteria(0.4))
         assert patient.uncertainty.auroc() == pytest.approx(1.0)
 
 
 def test_the_single_threshold_is_chosen_on_other_patients(scene):
     volume, probability, uncertainty, truth = scene
-    patient = judge("p", "p", volume, probability, uncertainty, truth, Rule(0.55))
+    patient = case_metrics("p", "p", volume, probability, uncertainty, truth, LesionCriteria(0.55))
     best = patient.baseline.best()
     report = summarise([patient], {"weights": "w", "threshold": 0.55}, baseline_bin=best)
     assert report.pooled["baseline_dice"] == pytest.approx(report.pooled["baseline_dice_oracle"])
@@ -105,24 +109,28 @@ def test_the_single_threshold_is_chosen_on_other_patients(scene):
 
 def test_a_patient_without_lesion_has_no_dice_but_millilitres(scene):
     volume, probability, uncertainty, truth = scene
-    row = judge("healthy", "h", volume, probability * ~truth, uncertainty, truth & False, Rule(0.45)).row
+    row = case_metrics(
+        "healthy", "h", volume, probability * ~truth, uncertainty, truth & False, LesionCriteria(0.45)
+    ).row
     assert row["found_ml"] > 0
     assert row["dice"] == 0
     assert np.isnan(row["dice_oracle"])
     assert np.isnan(
-        judge("h", "h", volume, probability * 0, uncertainty, truth & False, Rule(0.5)).row["dice"]
+        case_metrics("h", "h", volume, probability * 0, uncertainty, truth & False, LesionCriteria(0.5)).row[
+            "dice"
+        ]
     )
 
 
 def test_evaluation_writes_its_three_files(tmp_path, rng):
-    from ddmd import weights
+    from ddmd.models import checkpoint
 
     values, affine = head(rng)
     for name in ("a", "b"):
         (tmp_path / "data" / name).mkdir(parents=True)
         write(tmp_path / "data" / name / "flair.nii.gz", values, affine)
         write(tmp_path / "data" / name / "lesion.nii.gz", (values > 180).astype(np.uint8), affine)
-    weights.save(tiny_system(), tmp_path / "tiny.safetensors")
+    checkpoint.save(tiny_system(), tmp_path / "tiny.safetensors")
     (tmp_path / "split.json").write_text(json.dumps({"a": "train", "b": "test"}))
     report = evaluate(
         tmp_path / "data", weights=str(tmp_path / "tiny.safetensors"), out=tmp_path / "out", device="cpu",

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from ddmd.data.datasets import find_cases
-from ddmd.slices import SliceGrid, extract, to_grid
-from ddmd.training.extraction import brain_within
+from ddmd.cohort.cases import find_cases
+from ddmd.inference.slices import SliceGrid, extract, to_grid
+from ddmd.training.brain_extraction import brain_within
 
 AIR, BONE, FAT = -2.0, -1.6, 2.2
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from ddmd.folding import PatchConv2d, UpConv2d, joined, prepare
+from ddmd.models.fused_convolution import PatchConv2d, UpConv2d, concat_upsampled, prepare
 
 
 @pytest.mark.parametrize(
@@ -21,9 +21,9 @@ def test_it_is_the_plain_convolution(sizes, height):
     enlarged = x.repeat_interleave(2, 2).repeat_interleave(2, 3)
     whole = torch.cat((enlarged, y), 1) if fine else enlarged
     by_hand = functional.conv2d(whole, conv.weight, conv.bias, padding=kernel // 2, groups=groups)
-    torch.testing.assert_close(conv.of_joined(joined(x, y)), by_hand)
+    torch.testing.assert_close(conv.forward_plain(concat_upsampled(x, y)), by_hand)
     leaves = [conv.weight, conv.bias, x] + ([y] if fine else [])
-    ours, wanted = conv(x, y), conv.of_joined(joined(x, y))
+    ours, wanted = conv(x, y), conv.forward_plain(concat_upsampled(x, y))
     torch.testing.assert_close(ours, wanted)
     for a, b in zip(*(torch.autograd.grad(o.square().sum(), leaves) for o in (ours, wanted)), strict=True):
         torch.testing.assert_close(a, b)

@@ -3,8 +3,10 @@
 import pytest
 import torch
 
-from ddmd import ops, reference
-from ddmd.diffusion import Coordinates, Schedule, pure_noise
+from ddmd import ops
+from ddmd.diffusion.noise import Coordinates, pure_noise
+from ddmd.diffusion.schedule import Schedule
+from ddmd.ops import reference
 from tests.shapes import TYPES, assert_close, rows
 from tests.test_ops import _arguments as arguments
 from tests.volumes import tiny_system
@@ -130,8 +132,8 @@ def test_work_goes_to_the_current_stream(device):
 def test_noise_and_a_whole_detection_are_those_of_the_cpu(device, rng):
     from dataclasses import replace
 
-    from ddmd.detector import Detector
-    from ddmd.volume import Volume
+    from ddmd.inference.detector import Detector
+    from ddmd.io.volume import Volume
     from tests.volumes import head
 
     at = rows(3)

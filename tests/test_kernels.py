@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ddmd import reference
+from ddmd.ops import reference
 from tests.shapes import TYPES, assert_close, rows
 
 kernels = pytest.importorskip("ddmd.kernels", reason="Triton is not installed")

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from ddmd import ops, reference
-from ddmd.diffusion import Schedule
+from ddmd import ops
+from ddmd.diffusion.schedule import Schedule
+from ddmd.ops import reference
 from tests.shapes import assert_close, rows
 
 

@@ -8,7 +8,15 @@ import pytest
 from scipy import ndimage
 
 from ddmd.training.augmentation import Augmentation
-from ddmd.training.painting import AIR_MARGIN, CARVED_RIM, HIGH, LOW, LesionPainter, PainterConfig, carve
+from ddmd.training.lesion_painter import (
+    AIR_MARGIN,
+    CARVED_RIM,
+    HIGH,
+    LOW,
+    LesionPainter,
+    PainterConfig,
+    carve,
+)
 
 STILL = Augmentation(
     **{field.name: 0.0 for field in dataclasses.fields(Augmentation)}

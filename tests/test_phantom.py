@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from ddmd.data.datasets import find_cases
+from ddmd.cohort.cases import find_cases
 from ddmd.data.phantom import SEQUENCES, Lesion, phantom, write
-from ddmd.volume import Volume
+from ddmd.io.volume import Volume
 
 pytest.importorskip("nilearn", reason="the extra ddmd[phantom] is not installed")
 

@@ -6,11 +6,20 @@ import numpy as np
 import pytest
 import torch
 
-from ddmd.data.datasets import Case
-from ddmd.denoiser import DenoiserConfig
+from ddmd.cohort.cases import Case
+from ddmd.models.denoiser import DenoiserConfig
 from ddmd.training.config import DenoiserStage
-from ddmd.training.pseudo_masks import BESIDE, ELSEWHERE, SURE, bodies, doubt, taught, teach, thresholds
-from ddmd.training.samples import Packed
+from ddmd.training.dataset import PreparedCase
+from ddmd.training.pseudo_masks import (
+    ELSEWHERE,
+    NEAR_MARGIN_PX,
+    SURE,
+    candidate_components,
+    make_pseudo_mask,
+    teacher_uncertainty,
+    thresholds,
+    update_pseudo_masks,
+)
 
 
 def disc(shape: tuple[int, int], centre: tuple[int, int], radius: float) -> np.ndarray:
@@ -32,7 +41,7 @@ def test_bodies_only_on_positive_slices_and_where_something_is_probable(lesion):
     probability = levels[:, None, None] * lesion
     threshold = thresholds(probability, np.array([False, True, True, True, True, True, True]))
     assert threshold.tolist() == [np.inf, pytest.approx(0.2), np.inf, pytest.approx(0.2), *[np.inf] * 3]
-    found = bodies(probability, threshold)
+    found = candidate_components(probability, threshold)
     assert found.any(axis=(1, 2)).tolist() == [False, True, False, True, False, False, False], (
         "not on a negative slice, nor where it is faint"
     )
@@ -42,7 +51,7 @@ def test_bodies_only_on_positive_slices_and_where_something_is_probable(lesion):
 def test_bodies_much_smaller_than_the_largest_are_left_out(lesion):
     speck = disc(lesion.shape, (70, 40), 2)
     probability = np.stack([0.9 * (lesion | speck)] * 3).astype(np.float32)
-    found = bodies(probability, np.full(3, 0.45))
+    found = candidate_components(probability, np.full(3, 0.45))
     assert (found & lesion).any()
     assert not (found & speck).any()
 
@@ -50,15 +59,15 @@ def test_bodies_much_smaller_than_the_largest_are_left_out(lesion):
 def test_doubt_falls_as_what_was_found_is_surer(lesion):
     found = lesion[None]
     levels = (0.3, SURE[0], sum(SURE) / 2, SURE[1], 1.0)
-    doubts = [doubt(level * found.astype(np.float64), found) for level in levels]
+    doubts = [teacher_uncertainty(level * found.astype(np.float64), found) for level in levels]
     assert doubts == pytest.approx([1, 1, 0.5, 0, 0])
-    assert doubt(np.ones(found.shape), np.zeros_like(found)) == 1.0, "nothing was found"
+    assert teacher_uncertainty(np.ones(found.shape), np.zeros_like(found)) == 1.0, "nothing was found"
 
 
 def test_what_lies_between_certain_and_faint_teaches_nothing(lesion):
     core, rim = disc(lesion.shape, (40, 52), 6), disc(lesion.shape, (40, 52), 15)
     probability = np.where(core, 1.0, np.where(lesion, 0.7, np.where(rim, 0.2, 0.0))).astype(np.float32)
-    mask, weight = taught(lesion, probability, np.zeros(lesion.shape), 0.5)
+    mask, weight = make_pseudo_mask(lesion, probability, np.zeros(lesion.shape), 0.5)
     assert (mask == core).all()
     assert (weight == np.where(core | ~rim, 1.0, 0.0)).all()
 
@@ -66,10 +75,12 @@ def test_what_lies_between_certain_and_faint_teaches_nothing(lesion):
 def test_all_of_a_doubtful_body_is_taught_and_little_far_from_it(lesion):
     probability = np.where(lesion, 0.4, 0.0).astype(np.float32)
     probability[disc(lesion.shape, (40, 52), 3)] = 1.0
-    far = ~disc(lesion.shape, (40, 52), 12 + BESIDE + 1)
-    near = disc(lesion.shape, (40, 52), 12 + BESIDE / 2) & ~lesion  # BESIDE counts steps along the axes
+    far = ~disc(lesion.shape, (40, 52), 12 + NEAR_MARGIN_PX + 1)
+    near = (
+        disc(lesion.shape, (40, 52), 12 + NEAR_MARGIN_PX / 2) & ~lesion
+    )  # NEAR_MARGIN_PX counts steps along the axes
     for doubtful, left in ((0.0, 1.0), (0.5, (1 + ELSEWHERE) / 2), (1.0, ELSEWHERE)):
-        mask, weight = taught(lesion, probability, np.zeros(lesion.shape), 0.3, doubtful)
+        mask, weight = make_pseudo_mask(lesion, probability, np.zeros(lesion.shape), 0.3, doubtful)
         assert (mask == lesion).all() == (doubtful == 1.0)
         assert (weight[near] == 1.0).all()
         assert weight[far] == pytest.approx(left)
@@ -77,7 +88,7 @@ def test_all_of_a_doubtful_body_is_taught_and_little_far_from_it(lesion):
 
 def test_trust_is_less_where_draws_disagree(lesion):
     deviation = np.where(lesion, 0.3, 0.0)
-    _, weight = taught(lesion, lesion.astype(np.float32), deviation, 0.5)
+    _, weight = make_pseudo_mask(lesion, lesion.astype(np.float32), deviation, 0.5)
     assert weight[lesion] == pytest.approx(0.5)
     assert (weight[~lesion] == 1.0).all()
 
@@ -85,19 +96,19 @@ def test_trust_is_less_where_draws_disagree(lesion):
 def test_what_is_no_body_neither_raises_what_is_certain_nor_is_a_faint_body_taught_as_none(lesion):
     probability = np.where(lesion, 0.8, 0.0).astype(np.float32)
     probability[80, 20:22] = 1.0  # a speck that opening took away
-    mask, weight = taught(lesion, probability, np.zeros(lesion.shape), 0.5)
+    mask, weight = make_pseudo_mask(lesion, probability, np.zeros(lesion.shape), 0.5)
     assert (mask == lesion).all()
     assert (weight[80, 20:22] == 0).all()
     faint = np.where(lesion, 0.08, 0.0).astype(np.float32)
     faint[40, 52] = 0.2
-    mask, weight = taught(lesion, faint, np.zeros(lesion.shape), 0.07, 0.5)
+    mask, weight = make_pseudo_mask(lesion, faint, np.zeros(lesion.shape), 0.07, 0.5)
     assert mask.sum() == 1
     assert (weight[lesion & ~mask] == 0).all()
 
 
 @pytest.mark.parametrize("doubting", [True, False])
 def test_a_doubtful_teacher_takes_all_it_found_for_lesion_and_believes_little_else(lesion, doubting):
-    """On positive slices alone; without doubt, what is less than certain teaches nothing."""
+    """On positive slices alone; without teacher uncertainty, intermediate probabilities get zero loss weight."""
     core = disc(lesion.shape, (40, 52), 8)
     drawn = torch.from_numpy(np.where(core, 0.6, np.where(lesion, 0.25, 0.0)).astype(np.float32))
     teacher = SimpleNamespace(
@@ -109,11 +120,11 @@ def test_a_doubtful_teacher_takes_all_it_found_for_lesion_and_believes_little_el
     image[..., :, -1] = 1  # so that the stand-in knows a mirror image
     brain = np.ones((5, *lesion.shape), bool)
     label = np.array([1, 1, 1, 1, 0], np.int8)
-    item = Packed(Case("a", "a", "set", {}), image, brain, brain, label, offset=1, offset_mm=1.0)
-    told = teach(teacher, [item], seed=0)
+    item = PreparedCase(Case("a", "a", "set", {}), image, brain, brain, label, offset=1, offset_mm=1.0)
+    told = update_pseudo_masks(teacher, [item], seed=0)
     assert (told["made"], told["skipped"], told["mean_doubt"]) == (4, 0, float(doubting))
     assert not item.mask[4].any()
-    far = ~disc(lesion.shape, (40, 52), 12 + BESIDE + 1)
+    far = ~disc(lesion.shape, (40, 52), 12 + NEAR_MARGIN_PX + 1)
     assert (item.mask[0] == (lesion if doubting else core)).mean() > 0.995, "but for what opening takes"
     assert item.weight[0][far] == pytest.approx(ELSEWHERE if doubting else 1.0, rel=1e-3)
     assert (item.weight[0][lesion & (item.mask[0] == 0)] == 0).all()

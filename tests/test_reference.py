@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from ddmd import reference
+from ddmd.ops import reference
 from tests.shapes import assert_close, rows
 
 # Random123's kat_vectors for philox4x32, 10 rounds: counter, key, words

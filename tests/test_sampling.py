@@ -7,12 +7,13 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from ddmd import diffusion, ensemble, ops
-from ddmd.denoiser import Condition, from_patches, predicted_sample, to_patches
-from ddmd.diffusion import Coordinates
-from ddmd.sampling import GRAPHS, Sampling, SamplingConfig, sampling_of
-from ddmd.slices import SliceGrid, extract
-from ddmd.volume import Volume
+from ddmd import ops
+from ddmd.diffusion.noise import Coordinates, pure_noise
+from ddmd.inference import ensemble, session
+from ddmd.inference.session import GRAPHS, Sampling, SamplingConfig, sampling_of
+from ddmd.inference.slices import SliceGrid, extract
+from ddmd.io.volume import Volume
+from ddmd.models.denoiser import Condition, from_patches, predicted_sample, to_patches
 from tests.volumes import head, tiny_system
 
 on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -42,7 +43,7 @@ def test_the_condition_once_is_the_plain_network(slices, sampler, eta):
     sample = torch.arange(config.samples).repeat_interleave(z)
     seed = torch.tensor(config.seed)
     like = to_patches(torch.zeros(len(planes), 1, *planes.shape[2:]))
-    x = diffusion.pure_noise(like, Coordinates(seed, sample, index))
+    x = pure_noise(like, Coordinates(seed, sample, index))
     x0 = torch.zeros_like(x) if sampler == "dpm++2m" else None
     table = system.schedule.sampler(config.steps, sampler, eta)
     for i, t in enumerate(system.schedule.timesteps(config.steps)):
@@ -106,13 +107,13 @@ def test_a_baseline_asks_nothing_of_networks_that_it_has_not(kind):
 
 def test_the_check_above_notices_a_loop_that_waits(monkeypatch):
     sampling, *args = on_meta(torch.float32, steps=1)
-    plain = diffusion.pure_noise
+    plain = pure_noise
     with monkeypatch.context() as patch:
-        patch.setattr(diffusion, "pure_noise", lambda like, at: plain(like, at) * float(at.sample[0]))
+        patch.setattr(session, "pure_noise", lambda like, at: plain(like, at) * float(at.sample[0]))
         with pytest.raises(RuntimeError, match="meta"):
             sampling.draw(*args)
     monkeypatch.setattr(
-        diffusion, "pure_noise", lambda like, at: plain(like, at) * torch.tensor(2.0, device=like.device)
+        session, "pure_noise", lambda like, at: plain(like, at) * torch.tensor(2.0, device=like.device)
     )
     with Watch() as watch:
         sampling.draw(*args)
@@ -197,12 +198,12 @@ def test_the_networks_see_a_slice_between_its_neighbours_and_its_mirror_image(sl
 def test_training_and_detection_see_the_same_planes(slices):
     import numpy as np
 
-    from ddmd.data.datasets import Case
-    from ddmd.training.samples import Packed, with_mirror
+    from ddmd.cohort.cases import Case
+    from ddmd.training.dataset import PreparedCase, with_mirror
 
     system = tiny_system()
     brain = slices.brain[:, 0].numpy()
-    item = Packed(
+    item = PreparedCase(
         case=Case("p", "p", "s", {}), image=slices.image.numpy(), brain=brain, head=brain,
         label=np.zeros(len(slices), np.int8), offset=slices.offset, offset_mm=1.0,
     )  # fmt: skip

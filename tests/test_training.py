@@ -14,21 +14,21 @@ import torch
 from safetensors.torch import load_file
 
 import ddmd.training
-from ddmd import weights
-from ddmd.autoencoder import AutoencoderConfig, AutoencoderEnsemble
-from ddmd.data.datasets import Case
-from ddmd.denoiser import Condition, ConditionNet, Denoiser, DenoiserConfig
-from ddmd.diffusion import Schedule
-from ddmd.discrepancy import heterogeneous_loss, homogeneous_loss
-from ddmd.metrics import THRESHOLDS
+from ddmd.cohort.cases import Case
+from ddmd.diffusion.schedule import Schedule
+from ddmd.evaluation.metrics import THRESHOLDS
+from ddmd.models import checkpoint
+from ddmd.models.autoencoder import AutoencoderConfig, AutoencoderEnsemble
+from ddmd.models.checkpoint import WeightsError
+from ddmd.models.denoiser import Condition, ConditionNet, Denoiser, DenoiserConfig
+from ddmd.models.discrepancy import heterogeneous_loss, homogeneous_loss
 from ddmd.training import train
-from ddmd.training.average import average
 from ddmd.training.config import AutoencoderStage, DataEntry, DenoiserStage, TrainConfig, read_config
+from ddmd.training.dataset import NEGATIVE_WEIGHT, PreparedCase, TrainingDataset
 from ddmd.training.loop import DivergedError, Plan, Stage, learning_rate
-from ddmd.training.samples import UNTOLD, Draw, Packed
 from ddmd.training.stages import BAG, DenoiserLosses, soft_dice
 from ddmd.training.threshold import TOLERANCE, choose, lowest
-from ddmd.weights import WeightsError
+from ddmd.training.weight_average import average
 from tests.volumes import write_slices
 
 pytest.importorskip("accelerate", reason="the extra ddmd[train] is not installed")
@@ -50,7 +50,7 @@ def test_image_track_trains_without_opening_a_mask_and_its_weights_load(config, 
     with caplog.at_level(logging.INFO):
         path = train(config, tmp_path / "run")
     assert "round 1 of pseudo-masks at step 2" in caplog.text
-    system = weights.load(path)
+    system = checkpoint.load(path)
     assert system.description.training["labels"] == "image"
     split = json.loads((tmp_path / "run" / "split.json").read_text())
     assert sorted(split.values()).count("test") == 1
@@ -58,7 +58,7 @@ def test_image_track_trains_without_opening_a_mask_and_its_weights_load(config, 
 
 
 def test_pixel_track_opens_the_masks(config, tmp_path):
-    from ddmd.data.datasets import DatasetError
+    from ddmd.cohort.cases import DatasetError
 
     with pytest.raises(DatasetError, match="not a readable PNG"):
         train(dataclasses.replace(config, labels="pixel"), tmp_path / "run")
@@ -66,13 +66,13 @@ def test_pixel_track_opens_the_masks(config, tmp_path):
 
 @pytest.mark.parametrize("system", ["anomaly", "supervised"])
 def test_the_systems_beside_train_and_detect(config, tmp_path, rng, system):
-    from ddmd.detector import Detector
+    from ddmd.inference.detector import Detector
     from tests.volumes import head
 
     stage = dataclasses.replace(config.denoiser_stage, use_inter=False, use_intra=False)
     path = train(dataclasses.replace(config, system=system, denoiser_stage=stage), tmp_path / "run")
     held = {key.split(".")[0] for key in load_file(path)}
-    assert held == set(weights.PARTS[system])
+    assert held == set(checkpoint.PARTS[system])
     made = {p.name.split(".")[0] for p in (tmp_path / "run").glob("*.checkpoint.safetensors")}
     assert made == ({"autoencoders_a"} if system == "anomaly" else {"denoiser"})
     values, affine = head(rng)
@@ -124,15 +124,15 @@ def test_choosing_a_threshold_changes_nothing_else(config, tmp_path):
     path = train(config, tmp_path / "run")
     before = load_file(path)
     threshold = choose(tmp_path / "run", path)
-    after, told = load_file(path), weights.describe(path)
+    after, told = load_file(path), checkpoint.describe(path)
     assert all(torch.equal(before[k], after[k]) for k in before | after)
     assert told.threshold == threshold
     assert told.threshold_chosen.endswith("on 1 validation patients")
     assert told.sampling == dataclasses.asdict(config.sampling)
     choose(tmp_path / "run", path, steps=2)
-    assert weights.describe(path).sampling == told.sampling | {"steps": 2}
+    assert checkpoint.describe(path).sampling == told.sampling | {"steps": 2}
     choose(tmp_path / "run", path, peak=0.9)
-    assert weights.describe(path).min_peak == 0.9 != told.min_peak
+    assert checkpoint.describe(path).min_peak == 0.9 != told.min_peak
     with pytest.raises(ValueError, match="give the split.json of a run"):
         choose(tmp_path / "nowhere", path)
 
@@ -153,22 +153,33 @@ def test_shares_that_no_slice_can_fill_are_refused(config, rng):
     case = Case("a", "a", "set", {})
     image = rng.normal(size=(1, 1, 16, 16)).astype(np.float16)
     brain = np.ones((1, 16, 16), bool)
-    packed = [Packed(case, image, brain, brain, np.array([0]), 1, 1.0)]
-    draw = Draw(packed, dataclasses.replace(config, denoiser_stage=only, size=16), "lesions", {"set": 1.0}, 4)
+    packed = [PreparedCase(case, image, brain, brain, np.array([0]), 1, 1.0)]
+    draw = TrainingDataset(
+        packed, dataclasses.replace(config, denoiser_stage=only, size=16), "lesions", {"set": 1.0}, 4
+    )
     with pytest.raises(ValueError, match="no slice is there for any share"):
         draw[0]
 
 
 def test_the_mean_of_two_systems_lies_between_them(tmp_path):
-    first, second = (weights.load("ddmd-light", precision="float32") for _ in range(2))
+    first, second = (checkpoint.load("flair-image-labels", precision="float32") for _ in range(2))
     for value in second.condition.state_dict().values():
         value.add_(1.0)
     paths = [tmp_path / name for name in ("first", "second", "mean")]
     for system, path in zip((first, second), paths, strict=False):
-        weights.save(system, path, torch.float32)
-    command = [sys.executable, "-m", "ddmd.training.average", *paths[:2], "--share", "0.25", "-o", paths[2]]
+        checkpoint.save(system, path, torch.float32)
+    command = [
+        sys.executable,
+        "-m",
+        "ddmd.training.weight_average",
+        *paths[:2],
+        "--share",
+        "0.25",
+        "-o",
+        paths[2],
+    ]
     subprocess.run(command, check=True)
-    mean = weights.load(paths[2], precision="float32")
+    mean = checkpoint.load(paths[2], precision="float32")
     for part, added in (("condition", 0.25), ("autoencoders_b", 0.0)):
         held = mean.parts()[part].state_dict()
         for key, value in first.parts()[part].state_dict().items():
@@ -194,13 +205,16 @@ def test_a_run_whose_patients_changed_is_refused(config, tmp_path, rng):
 
 
 def test_pixel_track_takes_labels_from_the_masks(tmp_path, rng):
-    from ddmd.data.datasets import find_cases
-    from ddmd.training.samples import pack
+    from ddmd.cohort.cases import find_cases
+    from ddmd.training.dataset import load_cases
 
     root = write_slices(tmp_path / "set", rng, 1)
     case = dataclasses.replace(find_cases(root)[0], slice_labels=None)
     config = TrainConfig(data=(DataEntry(str(root)),))
-    (blind,), (told,) = pack([case], config, read_masks=False), pack([case], config, read_masks=True)
+    (blind,), (told,) = (
+        load_cases([case], config, read_masks=False),
+        load_cases([case], config, read_masks=True),
+    )
     assert (blind.label == -1).all()
     assert blind.mask is None
     assert (told.label == told.mask.any(axis=(1, 2))).all()
@@ -220,7 +234,7 @@ def test_weights_and_losses_stay_float32_whatever_convolutions_compute_in(
 
     monkeypatch.setattr(torch.nn.Conv2d, "_conv_forward", lambda self, x, w, b: watched(x, w, b, self.stride, self.padding, self.dilation, self.groups))  # fmt: skip
     train(dataclasses.replace(config, precision=precision), tmp_path / "run")
-    assert seen == {weights.PRECISIONS[precision]}
+    assert seen == {checkpoint.PRECISIONS[precision]}
     held = load_file(tmp_path / "run" / "denoiser.checkpoint.safetensors")
     assert {v.dtype for k, v in held.items() if k.startswith(("model.", "ema."))} == {torch.float32}
 
@@ -314,13 +328,13 @@ def test_carved_lesions_come_with_their_mask_and_its_weight(tmp_path, rng):
         image = np.where(brain, level, -2.0)[:, None].astype(np.float16)
         case = Case(name, name, "set", {})
         label = np.full(3, int(level), np.int8)
-        packed.append(Packed(case, image, brain, brain, label, offset=1, offset_mm=1.0))
+        packed.append(PreparedCase(case, image, brain, brain, label, offset=1, offset_mm=1.0))
     mask = np.zeros((3, 80, 80), np.float16)
     mask[:, 25:35, 25:35] = 1
     packed[0].mask, packed[0].weight = mask, np.where(mask, 0.5, 1.0).astype(np.float16)
     stage = DenoiserStage(normal=0.0, painted=0.0, over=0.0, masked=0.0, carved=1.0)
     config = TrainConfig(data=(DataEntry("set"),), size=80, denoiser_stage=stage)
-    draw = Draw(packed, config, "lesions", {"set": 1.0}, 10)
+    draw = TrainingDataset(packed, config, "lesions", {"set": 1.0}, 10)
     draw.augment = lambda planes, maps, rng: (planes, maps)
     for sample in (draw[i] for i in range(10)):
         inside = sample["mask"][0].numpy() > 0
@@ -336,11 +350,12 @@ def test_a_positive_slice_is_a_bag_once_there_are_pseudo_masks(config, rng):
     only = dataclasses.replace(config.denoiser_stage, normal=0.1, painted=0.0, over=0.0, masked=0.9)
     config = dataclasses.replace(config, denoiser_stage=only, size=16)
     packed = [
-        Packed(Case(name, name, "set", {}), image, brain, brain, np.array([0, 1]), 1, 1.0) for name in "ab"
+        PreparedCase(Case(name, name, "set", {}), image, brain, brain, np.array([0, 1]), 1, 1.0)
+        for name in "ab"
     ]
 
     def drawn() -> list[dict[str, torch.Tensor]]:
-        draw = Draw(packed, config, "lesions", {"set": 1.0}, 40)
+        draw = TrainingDataset(packed, config, "lesions", {"set": 1.0}, 40)
         draw.augment = lambda planes, maps, rng: (planes, maps)
         return [draw[i] for i in range(40)]
 
@@ -350,7 +365,7 @@ def test_a_positive_slice_is_a_bag_once_there_are_pseudo_masks(config, rng):
     packed[0].weight = np.ones((2, 16, 16), np.float16)
     bags = [sample for sample in drawn() if sample["bag"]]
     assert all(sample["label"] == 1 for sample in bags)
-    assert {round(float(sample["weight"].min()), 6) for sample in bags} == {1.0, UNTOLD}
+    assert {round(float(sample["weight"].min()), 6) for sample in bags} == {1.0, NEGATIVE_WEIGHT}
 
 
 def test_a_bag_wants_a_lesion_somewhere():
@@ -441,5 +456,5 @@ def test_members_never_mix():
 
 def test_learning_rate_rises_then_falls():
     plan = Plan("x", 1000, 1, 1.0)
-    rates = [learning_rate(step, plan) for step in range(1000)]
-    assert rates[0] < rates[99] > rates[500] > rates[999] > 0
+    confusion_metrics = [learning_rate(step, plan) for step in range(1000)]
+    assert confusion_metrics[0] < confusion_metrics[99] > confusion_metrics[500] > confusion_metrics[999] > 0

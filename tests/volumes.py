@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from matplotlib.image import imsave
 
-from ddmd import weights
-from ddmd.autoencoder import AutoencoderConfig
-from ddmd.denoiser import DenoiserConfig
+from ddmd.models import checkpoint
+from ddmd.models.autoencoder import AutoencoderConfig
+from ddmd.models.denoiser import DenoiserConfig
 
 
 def head(
@@ -34,13 +34,13 @@ def write(path, values, affine) -> str:
     return str(path)
 
 
-def tiny_system(seed: int = 0, sequences: tuple[str, ...] = ("flair",)) -> weights.System:
+def tiny_system(seed: int = 0, sequences: tuple[str, ...] = ("flair",)) -> checkpoint.System:
     """An untrained system of a few thousand weights that marks about half of everything."""
     torch.manual_seed(seed)
     count = len(sequences)
     autoencoder = AutoencoderConfig(count, members=2, width=4, code=2)
     denoiser = DenoiserConfig(count, 1, (8, 8, 8, 8), 8, mirrored=True)
-    description = weights.Description(
+    description = checkpoint.Description(
         name="tiny",
         sequences=sequences,
         grid={"mm": 4.0, "multiple": 16},
@@ -52,7 +52,7 @@ def tiny_system(seed: int = 0, sequences: tuple[str, ...] = ("flair",)) -> weigh
         min_lesion_ml=0.5,
         min_peak=0.0,
     )
-    system = weights.build(description)
+    system = checkpoint.build(description)
     torch.nn.init.constant_(system.condition.to_evidence.bias, 0.0)
     torch.nn.init.normal_(system.denoiser.to_output.weight, std=0.2)
     for module in system.parts().values():

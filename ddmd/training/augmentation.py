@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.random import Generator
 
-from ddmd.training.painting import AIR_MARGIN, HIGH, LOW
+from ddmd.training.lesion_painter import AIR_MARGIN, HIGH, LOW
 
 MOST_SPREAD = 3.0  # a curve that left less of the tissue's range than a third of it is not wholly undone
 

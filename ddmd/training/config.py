@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from ddmd.autoencoder import AutoencoderConfig
-from ddmd.denoiser import MULTIPLE, DenoiserConfig
-from ddmd.weights import PARTS, Sampling
+from ddmd.models.autoencoder import AutoencoderConfig
+from ddmd.models.checkpoint import PARTS, Sampling
+from ddmd.models.denoiser import MULTIPLE, DenoiserConfig
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class TrainConfig:
     """
 
     data: tuple[DataEntry, ...]
-    name: str = "ddmd-light"
+    name: str = "flair-image-labels"
     sequences: tuple[str, ...] = ("flair",)
     labels: Literal["image", "pixel"] = "image"
     system: Literal["ddmd", "supervised", "anomaly"] = "ddmd"

@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 
 def export(run: _Run, split: dict[str, str]) -> Path:
     """Write OUT/<name>.safetensors: the networks, their sizes, and how they were trained."""
-    from ddmd import weights
+    from ddmd.models import checkpoint
 
     config = run.config
     path = run.out / f"{config.name}.safetensors"
-    description = weights.Description(
+    description = checkpoint.Description(
         name=config.name,
         sequences=config.sequences,
         grid={"mm": config.mm, "multiple": 16},
@@ -30,7 +30,7 @@ def export(run: _Run, split: dict[str, str]) -> Path:
         use_intra=config.denoiser_stage.use_intra,
         system=config.system,
         sampling=dataclasses.asdict(config.sampling),
-        min_peak=0.0 if config.system == "anomaly" else weights.Description.min_peak,
+        min_peak=0.0 if config.system == "anomaly" else checkpoint.Description.min_peak,
         training={
             "labels": config.labels,
             "data": [entry.name or Path(entry.root).name for entry in config.data],
@@ -40,8 +40,8 @@ def export(run: _Run, split: dict[str, str]) -> Path:
             "start": config.start,
         },
     )
-    system = weights.System(
+    system = checkpoint.System(
         description, run.autoencoders["a"], run.autoencoders["b"], run.condition, run.denoiser
     )
-    weights.save(system, path)
+    checkpoint.save(system, path)
     return path

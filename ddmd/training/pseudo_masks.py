@@ -6,19 +6,19 @@ import numpy as np
 import torch
 from scipy import ndimage
 
-from ddmd.training.samples import Packed, with_mirror
+from ddmd.training.dataset import PreparedCase, with_mirror
 from ddmd.training.stages import DenoiserLosses
 
 MIN_PEAK = 0.2  # a positive slice on which nothing is this probable gets no pseudo-mask
 SMOOTHING = 0.7  # slices over which the teacher's probability is smoothed: lesions go on from one to the next
-SHARE = 0.1  # of the largest body's mass; smaller bodies teach nothing
+SHARE = 0.1  # of the largest component's summed probability; smaller components are ignored
 CERTAIN = (
     0.9  # share of a body's peak in a slice from which it is lesion, where the examination is not doubtful
 )
 FAINT = 0.1  # what is less probable is not lesion
 SURE = (0.7, 0.85)  # mean probability of what is found in an examination: doubtful up to, sure from
 LOWERED = 0.4  # by how much a doubtful examination's threshold is lower
-BESIDE = 8  # pixels from its body within which a doubtful examination shows what is not lesion
+NEAR_MARGIN_PX = 8  # pixels from its body within which a doubtful examination shows what is not lesion
 ELSEWHERE = 0.05  # trust in "no lesion here" farther from it
 
 
@@ -34,7 +34,7 @@ def thresholds(probability: np.ndarray, positive: np.ndarray) -> np.ndarray:
     return np.where(positive & (peak >= MIN_PEAK), np.minimum(0.5, 0.5 * peak), np.inf)
 
 
-def bodies(probability: np.ndarray, threshold: np.ndarray) -> np.ndarray:
+def candidate_components(probability: np.ndarray, threshold: np.ndarray) -> np.ndarray:
     """What the teacher holds to be lesion in one examination: what reaches the slice's threshold, opened.
 
     Parameters
@@ -54,11 +54,11 @@ def bodies(probability: np.ndarray, threshold: np.ndarray) -> np.ndarray:
     return kept
 
 
-def doubt(probability: np.ndarray, found: np.ndarray) -> float:
+def teacher_uncertainty(probability: np.ndarray, found: np.ndarray) -> float:
     """How doubtful an examination is, in [0, 1]: 1 where what was found is hardly probable, or nothing was.
 
     The teacher is sure of lesions that look like the painted ones, and finds all of them. Where it is less sure
-    it finds a part: what it says of the rest would teach the next round to leave that out, too.
+    it finds a part: what it says of the rest would update_pseudo_masks the next round to leave that out, too.
 
     Parameters
     ----------
@@ -69,7 +69,7 @@ def doubt(probability: np.ndarray, found: np.ndarray) -> float:
     return float(np.clip((SURE[1] - mean) / (SURE[1] - SURE[0]), 0.0, 1.0))
 
 
-def taught(
+def make_pseudo_mask(
     body: np.ndarray, probability: np.ndarray, deviation: np.ndarray, threshold: float, doubtful: float = 0.0
 ) -> tuple[np.ndarray, np.ndarray]:
     """One slice's pseudo-mask (H, W) bool, and how far to trust each of its pixels, float32 in [0, 1].
@@ -89,12 +89,14 @@ def taught(
     certain = CERTAIN * float(probability[body].max(initial=0.0))
     mask = body & (probability >= threshold + (1 - doubtful) * max(0.0, certain - threshold))
     weight = np.clip(1.25 - 2.5 * deviation, 0.25, 1.0)
-    far = ndimage.distance_transform_cdt(~body, "taxicab") > BESIDE
+    far = ndimage.distance_transform_cdt(~body, "taxicab") > NEAR_MARGIN_PX
     weight = np.where(far, weight * (1 + doubtful * (ELSEWHERE - 1)), weight)
     return mask, np.where((body | (probability >= FAINT)) & ~mask, 0.0, weight)
 
 
-def teach(losses: DenoiserLosses, packed: list[Packed], seed: int, batch: int = 16) -> dict[str, float]:
+def update_pseudo_masks(
+    losses: DenoiserLosses, packed: list[PreparedCase], seed: int, batch: int = 16
+) -> dict[str, float]:
     """Give every positive slice (image-level label 1) a pseudo-mask by what was learnt so far."""
     losses.eval()
     made, skipped, area, doubts = 0, 0, 0.0, []
@@ -111,19 +113,19 @@ def teach(losses: DenoiserLosses, packed: list[Packed], seed: int, batch: int = 
             mean[zs], deviation[zs] = drawn.mean(0) * item.head[zs], drawn.std(0)
         smooth = ndimage.gaussian_filter(mean, (SMOOTHING, 0, 0))
         threshold = thresholds(smooth, item.label == 1)
-        found = bodies(smooth, threshold)
-        doubtful = doubt(smooth, found) * losses.stage.doubt
+        found = candidate_components(smooth, threshold)
+        doubtful = teacher_uncertainty(smooth, found) * losses.stage.doubt
         doubts.append(doubtful)
         if doubtful:
             threshold *= 1 - LOWERED * doubtful
-            found = bodies(smooth, threshold)
+            found = candidate_components(smooth, threshold)
         masks = np.zeros(item.head.shape, np.float16)
         weights = np.ones(item.head.shape, np.float16)
         for z in positive:
             if not found[z].any():
                 skipped += 1
                 continue
-            masks[z], weights[z] = taught(found[z], smooth[z], deviation[z], threshold[z], doubtful)
+            masks[z], weights[z] = make_pseudo_mask(found[z], smooth[z], deviation[z], threshold[z], doubtful)
             made += 1
             area += float(masks[z].sum(dtype=np.float32))
         if masks.any():
@@ -134,7 +136,7 @@ def teach(losses: DenoiserLosses, packed: list[Packed], seed: int, batch: int = 
     }  # fmt: skip
 
 
-def _draws(losses: DenoiserLosses, item: Packed, zs: np.ndarray, seed: int) -> np.ndarray:
+def _draws(losses: DenoiserLosses, item: PreparedCase, zs: np.ndarray, seed: int) -> np.ndarray:
     """One-step draws of slices zs and of their mirror images, mirrored back: (draws, Z, H, W)."""
     seen = losses.condition.config
     planes = np.stack([with_mirror(item.planes(z, seen.context), seen) for z in zs])

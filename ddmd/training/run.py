@@ -13,17 +13,23 @@ from typing import Any
 import torch
 from torch import nn
 
-from ddmd.autoencoder import AutoencoderEnsemble
-from ddmd.data.datasets import Case, find_cases, read_split, split_by_patient, write_split
-from ddmd.denoiser import ConditionNet, Denoiser
-from ddmd.diffusion import Schedule
+from ddmd.cohort.cases import Case, find_cases, read_split, split_by_patient, write_split
+from ddmd.diffusion.schedule import Schedule
+from ddmd.models.autoencoder import AutoencoderEnsemble
+from ddmd.models.checkpoint import System, pick_dtype
+from ddmd.models.denoiser import ConditionNet, Denoiser
 from ddmd.training.config import TrainConfig, read_config
+from ddmd.training.dataset import (
+    PreparedCase,
+    TrainingDataset,
+    load_cases,
+    load_pseudo_masks,
+    save_pseudo_masks,
+)
+from ddmd.training.initial_weights import start_of
 from ddmd.training.loop import Plan, Stage
-from ddmd.training.pseudo_masks import teach
-from ddmd.training.samples import Draw, Packed, keep, pack, restore
+from ddmd.training.pseudo_masks import update_pseudo_masks
 from ddmd.training.stages import AutoencoderLosses, DenoiserLosses
-from ddmd.training.start import start_of
-from ddmd.weights import System, pick_dtype
 
 log = logging.getLogger("ddmd.training")
 LOG_EVERY = 50  # steps between TensorBoard points
@@ -100,7 +106,7 @@ def train(config: str | Path | TrainConfig, out: str | Path, until: str | None =
     if config.labels == "image":  # nothing below can open a mask it does not know of
         training = [dataclasses.replace(case, masks=None) for case in training]
     log.info("reading %d cases", len(training))
-    packed = pack(training, config, read_masks=config.labels == "pixel")
+    packed = load_cases(training, config, read_masks=config.labels == "pixel")
     run = _Run(config, out, accelerator, packed, start)
     stages = run.stages()
     if until is not None and until not in stages:
@@ -120,7 +126,12 @@ class _Run:
     """The networks of one run and the stages that train them, in order."""
 
     def __init__(
-        self, config: TrainConfig, out: Path, accelerator: Any, packed: list[Packed], start: System | None
+        self,
+        config: TrainConfig,
+        out: Path,
+        accelerator: Any,
+        packed: list[PreparedCase],
+        start: System | None,
     ) -> None:
         self.config, self.out, self.accelerator, self.packed = config, out, accelerator, packed
         self.dtype = pick_dtype(config.precision, accelerator.device)
@@ -159,9 +170,9 @@ class _Run:
             stages["denoiser"] = self._denoiser
         return stages
 
-    def _draw(self, kind: str, count: int) -> Draw:
+    def _draw(self, kind: str, count: int) -> TrainingDataset:
         shares = {entry.name or Path(entry.root).name: entry.weight for entry in self.config.data}
-        return Draw(self.packed, self.config, kind, shares, count)
+        return TrainingDataset(self.packed, self.config, kind, shares, count)
 
     def _stage(self, name: str, losses: nn.Module, steps: int, batch: int, rate: float, ema: float) -> Stage:
         plan = Plan(
@@ -215,15 +226,15 @@ class _Run:
         """
         kept = self.out / f"pseudo_masks_{number}.npz"
         if kept.exists():
-            restore(self.packed, kept)
+            load_pseudo_masks(self.packed, kept)
             return
         current = {k: v.clone() for k, v in losses.state_dict().items()}
         losses.load_state_dict(stage.averaged())
         with stage.autocast():
-            told = teach(losses, self.packed, self.config.seed + number)
+            told = update_pseudo_masks(losses, self.packed, self.config.seed + number)
         losses.load_state_dict(current)
         if self.accelerator.is_main_process:
-            keep(self.packed, kept)
+            save_pseudo_masks(self.packed, kept)
         log.info("round %d of pseudo-masks at step %d: %s", number, stage.step, told)
 
     def _show(self, losses: DenoiserLosses, stage: Stage) -> None:

@@ -6,10 +6,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ddmd import diffusion, ops
-from ddmd.autoencoder import AutoencoderEnsemble
-from ddmd.denoiser import Condition, ConditionNet, Denoiser, predicted_sample
-from ddmd.discrepancy import discrepancy_maps, heterogeneous_loss, homogeneous_loss
+from ddmd import ops
+from ddmd.diffusion.noise import Coordinates, pure_noise
+from ddmd.diffusion.schedule import Schedule
+from ddmd.models.autoencoder import AutoencoderEnsemble
+from ddmd.models.denoiser import Condition, ConditionNet, Denoiser, predicted_sample
+from ddmd.models.discrepancy import discrepancy_maps, heterogeneous_loss, homogeneous_loss
 from ddmd.training.config import AutoencoderStage, DenoiserStage
 
 DISCREPANCY_SCALE = 4.0  # X and Y times this are of the size of the image's own planes
@@ -61,7 +63,7 @@ class DenoiserLosses(nn.Module):
         ensemble_b: AutoencoderEnsemble,
         condition: ConditionNet,
         denoiser: Denoiser,
-        schedule: diffusion.Schedule,
+        schedule: Schedule,
         stage: DenoiserStage,
         diffusion: bool = True,
     ) -> None:
@@ -130,10 +132,8 @@ class DenoiserLosses(nn.Module):
         t = torch.full((n,), self.schedule.steps - 1, device=device)
         drawn = []
         for sample in range(TEACHER_DRAWS):
-            at = diffusion.Coordinates(
-                torch.tensor(seed, device=device), torch.full_like(index, sample), index
-            )
-            noise = diffusion.pure_noise(torch.zeros_like(condition.evidence, dtype=torch.float32), at)
+            at = Coordinates(torch.tensor(seed, device=device), torch.full_like(index, sample), index)
+            noise = pure_noise(torch.zeros_like(condition.evidence, dtype=torch.float32), at)
             drawn.append(0.5 + 0.5 * predicted_sample(self.denoiser(noise, condition, t).float()))
         return torch.stack(drawn).cpu()
 

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import numpy as np
 
-from ddmd import weights
-from ddmd.data.datasets import read_split
-from ddmd.detector import Detector
-from ddmd.evaluation import judge_case
-from ddmd.metrics import THRESHOLDS, dices
+from ddmd.cohort.cases import read_split
+from ddmd.evaluation.evaluate import evaluate_case
+from ddmd.evaluation.metrics import THRESHOLDS, dice_scores
+from ddmd.inference.detector import Detector
+from ddmd.models import checkpoint
 from ddmd.training.config import read_run
 from ddmd.training.run import cases_of
 
@@ -51,9 +51,9 @@ def choose(run: Path, path: Path, steps: int | None = None, peak: float | None =
     if peak is not None:
         told = dataclasses.replace(detector.description, min_peak=peak)
         detector = Detector(dataclasses.replace(detector.system, description=told))
-    sampling = detector.configured(steps=steps)
-    found = [judge_case(detector, case, sampling=sampling).by_threshold for case in chosen]
-    curve = 0.5 * (dices(np.sum(found, axis=0)) + np.mean([dices(one) for one in found], axis=0))
+    sampling = detector.sampling_config(steps=steps)
+    found = [evaluate_case(detector, case, sampling=sampling).by_threshold for case in chosen]
+    curve = 0.5 * (dice_scores(np.sum(found, axis=0)) + np.mean([dice_scores(one) for one in found], axis=0))
     threshold = lowest(curve)
     description = dataclasses.replace(
         detector.description,
@@ -61,8 +61,10 @@ def choose(run: Path, path: Path, steps: int | None = None, peak: float | None =
         threshold=threshold,
         threshold_chosen=f"lowest within {TOLERANCE} of the highest Dice, pooled and mean ({curve.max():.3f}), on {len(chosen)} validation patients",
     )
-    system = weights.load(path, precision="float32")  # float16 in the file: read and written without rounding
-    weights.save(dataclasses.replace(system, description=description), path)
+    system = checkpoint.load(
+        path, precision="float32"
+    )  # float16 in the file: read and written without rounding
+    checkpoint.save(dataclasses.replace(system, description=description), path)
     return threshold
 
 

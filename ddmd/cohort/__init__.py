@@ -1,0 +1,1 @@
+"""Many cases: finding them among files and folders, tables, splits."""

@@ -1,0 +1,1 @@
+"""The diffusion of lesion masks: noise schedule, samplers, noise coordinates."""

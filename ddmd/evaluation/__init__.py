@@ -1,0 +1,1 @@
+"""Detections compared with annotators' masks."""

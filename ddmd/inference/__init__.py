@@ -1,0 +1,1 @@
+"""The engine: a trained system at work on a volume."""

@@ -1,0 +1,157 @@
+"""From a volume to axial slices on the model's grid, and from maps on that grid back to the volume."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ddmd.io.volume import Volume
+
+CONTEXT_MM = 5.0  # distance between a slice and the neighbour the network sees with it
+MARGIN_MM = 4.0  # kept around the brain
+BACKGROUND = -4.0  # what `Volume.normalised` gives air
+INTENSITY_SCALE = 0.5  # robust z-scores times this are what the networks see
+
+
+@dataclass(frozen=True)
+class SliceGrid:
+    """The grid the networks work on: millimetres a pixel, and what H and W are multiples of."""
+
+    mm: float = 1.0
+    multiple: int = 16
+
+
+@dataclass(frozen=True)
+class Slices:
+    """The non-empty axial slices of one volume.
+
+    image : (Z, C, H, W) float32, rows run from posterior to anterior, columns from left to right.
+    brain : (Z, 1, H, W) bool.
+    index : (Z,) int64, the canonical slice each is.
+    offset : int, canonical slices between a slice and its neighbour.
+    """
+
+    image: Tensor
+    brain: Tensor
+    index: Tensor
+    offset: int
+    grid: SliceGrid
+    shape: tuple[int, int, int]  # canonical (X, Y, Z)
+    box: tuple[slice, slice]  # the part of (X, Y) that was kept
+    scaled: tuple[int, int]  # H, W of that part on the grid, before padding
+
+    def __len__(self) -> int:
+        return int(self.image.shape[0])
+
+    def planes(self, context: int, mirrored: bool = False) -> Tensor:
+        """(Z, C (2 context + 1 + mirrored), H, W): each slice after its neighbours below, before those above.
+
+        Its left-right mirror image comes last where it is asked for.
+        """
+        seen = [self.image[i] for i in neighbours(len(self), self.offset, context)]
+        return torch.cat([*seen, self.image.flip(-1)] if mirrored else seen, 1)
+
+    def restore(self, maps: Tensor, background: float = 0.0) -> np.ndarray:
+        """Maps (Z, 1, H, W) -> float32 (X, Y, Z) on the volume's canonical grid."""
+        height, width = self.scaled
+        top, left = _padding(maps.shape[2], height)[0], _padding(maps.shape[3], width)[0]
+        maps = maps[:, :, top : top + height, left : left + width].float()
+        xs, ys = self.box
+        size = (ys.stop - ys.start, xs.stop - xs.start)
+        if size != (height, width):
+            maps = functional.interpolate(
+                maps, size=size, mode="bilinear", antialias=size[0] < height or size[1] < width
+            )
+        out = np.full(self.shape, background, dtype=np.float32)
+        out[xs, ys, self.index.numpy()] = maps[:, 0].permute(2, 1, 0).cpu().numpy()
+        return out
+
+
+def neighbours(count: int, offset: int, context: int) -> list[Tensor]:
+    """For each of 2 context + 1 places, the slice seen there by every slice; the ends repeat."""
+    here = torch.arange(count)
+    return [(here + i * offset).clamp(0, max(count - 1, 0)) for i in range(-context, context + 1)]
+
+
+def _padding(size: int, inner: int) -> tuple[int, int]:
+    before = (size - inner) // 2
+    return before, size - inner - before
+
+
+def _box(brain: np.ndarray, spacing: tuple[float, ...]) -> tuple[slice, slice]:
+    edges = []
+    for axis in (0, 1):
+        inside = np.flatnonzero(brain.any(axis=tuple({0, 1, 2} - {axis})))
+        margin = round(MARGIN_MM / spacing[axis])
+        edges.append(
+            slice(max(int(inside[0]) - margin, 0), min(int(inside[-1]) + margin + 1, brain.shape[axis]))
+        )
+    return edges[0], edges[1]
+
+
+def extract(volume: Volume, sequences: tuple[str, ...], grid: SliceGrid) -> Slices:
+    """Cut a volume into slices: cropped to the brain, resampled in plane, padded, normalised.
+
+    Parameters
+    ----------
+    volume : Volume
+    sequences : tuple of str
+        The C sequences, in the order the networks take them.
+    grid : SliceGrid
+
+    Returns
+    -------
+    Slices
+    """
+    spacing = volume.spacing
+    xs, ys = _box(volume.brain, spacing)
+    index = np.flatnonzero(volume.brain.any(axis=(0, 1)))
+    height, width = (
+        max(1, round((axis.stop - axis.start) * spacing[i] / grid.mm)) for i, axis in ((1, ys), (0, xs))
+    )
+
+    full = tuple(-(-n // grid.multiple) * grid.multiple for n in (height, width))
+
+    def cut(values: np.ndarray, background: float) -> Tensor:
+        return _cut(values, (xs, ys), index, (height, width), full, background)
+
+    image = torch.cat([cut(volume.normalised(s), BACKGROUND) for s in sequences], 1)
+    brain = cut(volume.brain.astype(np.float32), 0.0) > 0.5
+    return Slices(
+        image=image * INTENSITY_SCALE,
+        brain=brain,
+        index=torch.from_numpy(index),
+        offset=max(1, round(CONTEXT_MM / spacing[2])),
+        grid=grid,
+        shape=volume.brain.shape,  # type: ignore[arg-type]
+        box=(xs, ys),
+        scaled=(height, width),
+    )
+
+
+def to_grid(values: np.ndarray, like: Slices) -> Tensor:
+    """A map on the volume's canonical grid (X, Y, Z) -> (Z, 1, H, W) float32 on that of the slices."""
+    full = (like.image.shape[2], like.image.shape[3])
+    return _cut(values, like.box, like.index.numpy(), like.scaled, full, 0.0)
+
+
+def _cut(
+    values: np.ndarray,
+    box: tuple[slice, slice],
+    index: np.ndarray,
+    size: tuple[int, int],
+    full: tuple[int, ...],
+    background: float,
+) -> Tensor:
+    planes = torch.from_numpy(
+        np.ascontiguousarray(values[box][:, :, index].transpose(2, 1, 0), dtype=np.float32)
+    )[:, None]
+    if planes.shape[2:] != size:
+        shrinking = planes.shape[2] > size[0] or planes.shape[3] > size[1]
+        planes = functional.interpolate(planes, size=size, mode="bilinear", antialias=shrinking)
+    (top, bottom), (left, right) = (_padding(f, n) for f, n in zip(full, size, strict=True))
+    return functional.pad(planes, (left, right, top, bottom), value=background)

@@ -1,0 +1,1 @@
+"""Files in and out: reading volumes, their brain, and writing results."""

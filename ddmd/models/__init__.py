@@ -1,0 +1,1 @@
+"""The slim networks and the weights file that holds them."""

@@ -1,0 +1,92 @@
+"""The K slim auto-encoders of an ensemble, run as one network of grouped convolutions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ddmd import ops
+from ddmd.models.fused_convolution import UpConv2d
+
+PATCH = 4  # pixels of a patch's side: the convolutions start on patches
+STRIDE = 4 * PATCH  # pixels of a code's side
+
+
+@dataclass(frozen=True)
+class AutoencoderConfig:
+    """An ensemble: C sequences, K members, channels of the first stage, channels of a code."""
+
+    sequences: int = 1
+    members: int = 3
+    width: int = 24
+    code: int = 6
+
+
+class NormSiLU(nn.Module):
+    """GroupNorm + SiLU, with the scale, shift and residual of `ops.group_norm_silu`."""
+
+    def __init__(self, channels: int, groups: int) -> None:
+        super().__init__()
+        self.groups = groups
+        self.weight = nn.Parameter(Tensor(channels).fill_(1.0))
+        self.bias = nn.Parameter(Tensor(channels).fill_(0.0))
+
+    def forward(
+        self,
+        x: Tensor,
+        scale: Tensor | None = None,
+        shift: Tensor | None = None,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        return ops.group_norm_silu(
+            x, self.groups, self.weight, self.bias, scale=scale, shift=shift, residual=residual
+        )
+
+
+class AutoencoderEnsemble(nn.Module):
+    """K auto-encoders that never mix: channels of member k are group k of every convolution.
+
+    A slice is cut into 4x4 patches, brought to a code of `code` channels a 16x16 tile (43 times
+    fewer numbers than pixels by default), and back. The bottleneck is what makes an ensemble that
+    never saw a lesion unable to draw one.
+    """
+
+    def __init__(self, config: AutoencoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        k, w = config.members, config.width
+        patch = config.sequences * PATCH**2
+
+        def conv(channels_in: int, channels_out: int, kernel: int = 3, stride: int = 1) -> nn.Conv2d:
+            padding = kernel // 2 if stride == 1 else 1
+            return nn.Conv2d(k * channels_in, k * channels_out, kernel, stride, padding, groups=k)
+
+        self.encoder = nn.ModuleList((conv(patch, w), conv(w, 2 * w, 4, 2), conv(2 * w, 3 * w, 4, 2)))
+        self.to_code = conv(3 * w, config.code, 1)
+        self.from_code = conv(config.code, 3 * w)
+        self.decoder = nn.ModuleList(UpConv2d(k * i * w, 0, k * o * w, groups=k) for i, o in ((3, 2), (2, 1)))
+        self.encoder_norms = nn.ModuleList(NormSiLU(k * i * w, k * 2) for i in (1, 2, 3))
+        self.decoder_norms = nn.ModuleList(NormSiLU(k * i * w, k * 2) for i in (3, 2, 1))
+        self.to_patch = conv(w, patch)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """(Z, K C, H, W) -> codes (Z, K, code, H / 16, W / 16)."""
+        k = self.config.members
+        h = functional.pixel_unshuffle(x, PATCH)
+        for conv, norm in zip(self.encoder, self.encoder_norms, strict=True):
+            h = norm(conv(h))
+        return self.to_code(h).unflatten(1, (k, self.config.code))
+
+    def decode(self, code: Tensor) -> Tensor:
+        """Codes (Z, K, code, H / 16, W / 16) -> reconstructions (K, Z, C, H, W)."""
+        h = self.decoder_norms[0](self.from_code(code.flatten(1, 2)))
+        for conv, norm in zip(self.decoder, list(self.decoder_norms)[1:], strict=True):
+            h = norm(conv(h))
+        x = functional.pixel_shuffle(self.to_patch(h), PATCH)
+        return x.unflatten(1, (self.config.members, self.config.sequences)).transpose(0, 1)
+
+    def forward(self, b: Tensor) -> Tensor:
+        """Slices (Z, C, H, W), H and W multiples of 16 -> reconstructions (K, Z, C, H, W)."""
+        return self.decode(self.encode(b.repeat(1, self.config.members, 1, 1)))

@@ -1,0 +1,263 @@
+"""The C++ and CUDA ops for tensors: pointers and strides go in, the module `ddmd._C` does the work.
+
+Functions have the names and arguments of `ddmd.reference`; `ddmd.ops` has checked the arguments.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddmd.ops import reference
+
+_C: Any = None
+try:
+    _C = importlib.import_module("ddmd._C")
+except ImportError as error:
+    _REASON: str | None = f"the extension ddmd._C is not built ({error}); run pip install ."
+else:
+    _REASON = None
+
+
+def _share_torchs_threads() -> bool:
+    """Run on the OpenMP threads torch already has: a second set would wait busily against the first."""
+    for path in sorted(Path(torch.__file__).parent.glob("lib/libgomp*.so*")):
+        try:
+            address = ctypes.cast(ctypes.CDLL(str(path)).GOMP_parallel, ctypes.c_void_p).value
+        except (OSError, AttributeError):
+            continue
+        _C.use_openmp(address)
+        return True
+    return False
+
+
+_SHARED = _C is not None and _share_torchs_threads()
+
+_MOST_CHANNELS = 4096  # of GroupNorm: the size of the scratch in csrc/kernels.cpp
+_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def why_not(device: str = "cpu") -> str | None:
+    """Why the C++ ops do not serve a device, or None where they do."""
+    if _C is not None and device == "cuda" and not _C.build_info()["cuda"]:
+        return "ddmd._C was built without CUDA; set DDMD_CUDA=ON and install again"
+    return _REASON
+
+
+def build_info() -> dict[str, Any]:
+    """What ddmd._C was built with: compiler, instruction sets, CUDA version and architectures."""
+    return {} if _C is None else dict(_C.build_info())
+
+
+def _pointer(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+def _stream(x: Tensor) -> int:
+    return int(torch.cuda.current_stream(x.device).cuda_stream)
+
+
+def _float(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.float().contiguous()
+
+
+def philox(counters: Tensor, seed: int) -> Tensor:
+    """Philox4x32-10 words of counters (n, 4) int32, as int32: for tests of the stream."""
+    counters = counters.contiguous()
+    words = torch.empty_like(counters)
+    _C.philox(counters.data_ptr(), seed, words.data_ptr(), len(counters))
+    return words
+
+
+def ensemble_variance(
+    samples: Tensor, correction: int = 1, out: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Mean and variance; `out` reuses contiguous float32 buffers."""
+    shape, strides = list(samples.shape[1:]), list(samples.stride()[1:])
+    mean, variance = out or (torch.empty(shape, device=samples.device) for _ in range(2))
+    count, stride, kind = samples.shape[0], samples.stride(0), _TYPES[samples.dtype]
+    if samples.device.type == "cuda":
+        with torch.cuda.device(samples.device):
+            _C.cuda_ensemble(
+                samples.data_ptr(), kind, count, stride, shape, strides, mean.numel(), correction,
+                mean.data_ptr(), variance.data_ptr(), 0, False, _stream(samples),
+            )  # fmt: skip
+    else:
+        _C.ensemble_variance(
+            samples.data_ptr(), kind, count, stride, shape, strides, correction,
+            mean.data_ptr(), variance.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
+    return mean, variance
+
+
+def ensemble_update(mean: Tensor, m2: Tensor, count: int, samples: Tensor) -> None:
+    shape, strides = list(samples.shape[1:]), list(samples.stride()[1:])
+    new, stride, kind = samples.shape[0], samples.stride(0), _TYPES[samples.dtype]
+    if new == 0 or mean.numel() == 0:
+        return
+    if samples.device.type == "cuda":
+        with torch.cuda.device(samples.device):
+            _C.cuda_ensemble(
+                samples.data_ptr(), kind, new, stride, shape, strides, mean.numel(), 0,
+                mean.data_ptr(), m2.data_ptr(), count, True, _stream(samples),
+            )  # fmt: skip
+    else:
+        _C.ensemble_update(
+            mean.data_ptr(), m2.data_ptr(), count, samples.data_ptr(), kind, new, stride, shape, strides,
+            torch.get_num_threads(),
+        )  # fmt: skip
+
+
+def ensemble_merge(
+    mean: Tensor, m2: Tensor, count: int, other_mean: Tensor, other_m2: Tensor, other_count: int
+) -> None:
+    pointers = (
+        mean.data_ptr(),
+        m2.data_ptr(),
+        count,
+        other_mean.data_ptr(),
+        other_m2.data_ptr(),
+        other_count,
+    )
+    if mean.device.type == "cuda":
+        with torch.cuda.device(mean.device):
+            _C.cuda_merge(*pointers, mean.numel(), _stream(mean))
+    else:
+        _C.ensemble_merge(*pointers, mean.numel(), torch.get_num_threads())
+
+
+def _row_size(x: Tensor) -> int:
+    return x.numel() // max(x.shape[0], 1)
+
+
+def denoise_step(
+    x: Tensor,
+    output: Tensor,
+    table: Tensor,
+    step: Tensor,
+    seed: Tensor,
+    sample: Tensor,
+    slice_index: Tensor,
+    x0: Tensor | None = None,
+) -> None:
+    if x.numel() == 0:
+        return
+    row = int(step)
+    if not 0 <= row < len(table):
+        raise IndexError(f"denoise_step: step is {row}; allowed are 0 to {len(table) - 1}")
+    state = x.contiguous()
+    memory = None if x0 is None else x0.contiguous()
+    output, table = output.contiguous(), table.float().contiguous()
+    sample, slice_index = sample.contiguous(), slice_index.contiguous()
+    _C.denoise_step(
+        state.data_ptr(), _TYPES[x.dtype], output.data_ptr(), _TYPES[output.dtype], _pointer(memory),
+        table.data_ptr(), row, int(seed), sample.data_ptr(), slice_index.data_ptr(), x.shape[0],
+        _row_size(x), torch.get_num_threads(),
+    )  # fmt: skip
+    if state is not x:
+        x.copy_(state)
+    if x0 is not None and memory is not None and memory is not x0:
+        x0.copy_(memory)
+
+
+def noise(
+    x0: Tensor, t: Tensor, table: Tensor, step: Tensor, seed: Tensor, sample: Tensor, slice_index: Tensor
+) -> Tensor:
+    out = torch.empty_like(x0, memory_format=torch.contiguous_format)
+    if x0.numel() == 0:
+        return out
+    if bool((t < 0).any() | (t >= len(table)).any()):
+        raise IndexError(f"noise: t is outside the table; allowed are 0 to {len(table) - 1}")
+    x0, t, table = x0.contiguous(), t.contiguous(), table.float().contiguous()
+    sample, slice_index = sample.contiguous(), slice_index.contiguous()
+    _C.noise(
+        x0.data_ptr(), out.data_ptr(), _TYPES[x0.dtype], t.data_ptr(), table.data_ptr(), int(step), int(seed),
+        sample.data_ptr(), slice_index.data_ptr(), x0.shape[0], _row_size(x0), torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def discrepancy_maps(
+    recon_a: Tensor, recon_b: Tensor, out: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """X and Y; `out` reuses contiguous float32 buffers."""
+    recon_a, recon_b = recon_a.contiguous(), recon_b.contiguous()
+    members, z, c, h, w = recon_a.shape
+    inter, intra = out or (torch.empty(z, 1, h, w) for _ in range(2))
+    _C.discrepancy_maps(
+        recon_a.data_ptr(), recon_b.data_ptr(), _TYPES[recon_a.dtype], members, recon_b.shape[0], z, c,
+        h * w, inter.data_ptr(), intra.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return inter, intra
+
+
+def _laid_out(x: Tensor) -> tuple[Tensor, bool]:
+    """x in one of the two layouts the core knows, and whether channels are last."""
+    if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
+        return x, True
+    return x.contiguous(), False
+
+
+def group_norm_silu(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if x.shape[1] > _MOST_CHANNELS:
+        return reference.group_norm_silu(x, num_groups, weight, bias, scale, shift, residual, eps)
+    x, last = _laid_out(x)
+    n, channels = x.shape[:2]
+    if residual is not None:
+        residual = residual.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+    weight, bias, scale, shift = (_float(v) for v in (weight, bias, scale, shift))  # type: ignore[assignment]
+    y = torch.empty_like(x)
+    mean, rstd = torch.empty(n, num_groups), torch.empty(n, num_groups)
+    _C.group_norm_silu(
+        x.data_ptr(), _TYPES[x.dtype], last, n, channels, x.numel() // (n * channels), num_groups,
+        _pointer(weight), _pointer(bias), _pointer(scale), _pointer(shift), _pointer(residual), eps,
+        y.data_ptr(), mean.data_ptr(), rstd.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return y, mean, rstd
+
+
+def group_norm_silu_backward(
+    grad: Tensor,
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    if x.shape[1] > _MOST_CHANNELS:
+        return reference.group_norm_silu_backward(grad, x, num_groups, weight, bias, scale, shift, mean, rstd)
+    x, last = _laid_out(x)
+    n, channels = x.shape[:2]
+    layout = torch.channels_last if last else torch.contiguous_format
+    grad = grad.to(x.dtype).contiguous(memory_format=layout)
+    w, b, wide_scale, wide_shift = (_float(v) for v in (weight, bias, scale, shift))
+    assert w is not None
+    assert b is not None
+    d_x = torch.empty_like(x)
+    sums_g, sums_gh = torch.empty(n, channels), torch.empty(n, channels)
+    _C.group_norm_silu_backward(
+        grad.data_ptr(), x.data_ptr(), _TYPES[x.dtype], last, n, channels, x.numel() // (n * channels),
+        num_groups, _pointer(w), _pointer(b), _pointer(wide_scale), _pointer(wide_shift),
+        mean.data_ptr(), rstd.data_ptr(), d_x.data_ptr(), sums_g.data_ptr(), sums_gh.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    d_scale = sums_gh * w + sums_g * b
+    gain = 1.0 if wide_scale is None else 1.0 + wide_scale
+    return d_x, (sums_gh * gain).sum(0), (sums_g * gain).sum(0), d_scale, sums_g
