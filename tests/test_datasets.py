@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from matplotlib import image as png
 
+from ddmd.cohort import cases as datasets
 from ddmd.cohort.cases import (
     Case,
     DatasetError,
@@ -17,7 +18,6 @@ from ddmd.cohort.cases import (
     split_by_patient,
     write_split,
 )
-from ddmd.cohort import cases as datasets
 
 SHAPE = (24, 28, 6)
 LPS = np.diag([-4.0, -4.0, 6.0, 1.0])

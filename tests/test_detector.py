@@ -10,9 +10,10 @@ import torch
 
 from ddmd.diffusion.schedule import Schedule
 from ddmd.inference import ensemble
-from ddmd.inference.detection import SCORE_ML, LesionCriteria, OutputError, find_lesions, image_score
+from ddmd.inference.detection import OutputError
 from ddmd.inference.detector import Detector
 from ddmd.inference.ensemble import Maps
+from ddmd.inference.postprocess import SCORE_ML, LesionCriteria, find_lesions, image_score
 from ddmd.inference.session import Sampling, SamplingConfig
 from ddmd.models import checkpoint
 from tests.volumes import head, tiny_system

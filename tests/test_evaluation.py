@@ -7,7 +7,7 @@ import pytest
 
 from ddmd.evaluation.evaluate import EvaluationError, evaluate, summarise
 from ddmd.evaluation.metrics import THRESHOLDS, Counts, case_metrics, dice_scores
-from ddmd.inference.detection import LesionCriteria
+from ddmd.inference.postprocess import LesionCriteria
 from ddmd.io.volume import Volume
 from tests.volumes import head, tiny_system, write
 

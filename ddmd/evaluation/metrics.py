@@ -11,7 +11,7 @@ import numpy as np
 from scipy import ndimage
 
 from ddmd.evaluation.baselines import smoothed_intensity
-from ddmd.inference.detection import LesionCriteria, components, find_lesions
+from ddmd.inference.postprocess import LesionCriteria, components, find_lesions
 from ddmd.io.volume import Volume
 
 BINS = 501  # of probability, uncertainty and baseline: what is kept of a patient's voxels

@@ -14,8 +14,9 @@ import torch
 from scipy import ndimage
 from torch import Tensor
 
-from ddmd.inference.detection import Detection, LesionCriteria, find_lesions, image_score
+from ddmd.inference.detection import Detection
 from ddmd.inference.ensemble import Maps, Progress, detect_slices
+from ddmd.inference.postprocess import LesionCriteria, find_lesions, image_score
 from ddmd.inference.prefetch import prefetch
 from ddmd.inference.session import SamplingConfig
 from ddmd.inference.slices import SliceGrid, Slices, extract
