@@ -76,20 +76,21 @@ def test_a_lesions_row_by_hand():
     mask[2:4, 5, 5], mask[8, 8, 8] = True, True
     affine = np.diag([10.0, 10.0, 10.0, 1.0])
     affine[0, 3] = -5
-    kept, (lesion,) = find_lesions(mask * 0.75, mask * 0.1, affine, LesionCriteria(0.5, min_ml=1.5))
+    found = find_lesions(mask * 0.75, mask * 0.1, affine, LesionCriteria(0.5, min_ml=1.5))
+    (lesion,) = found.lesions
     assert lesion.volume_ml == pytest.approx(2.0)
     assert lesion.centre_mm == pytest.approx((20.0, 50.0, 50.0))
     assert (lesion.peak_probability, lesion.mean_uncertainty) == pytest.approx((0.75, 0.1))
-    assert kept.sum() == 2
+    assert found.mask.sum() == 2
 
 
 def test_a_lesion_reaches_its_peak_somewhere():
     probability = np.zeros((10, 10, 10), np.float32)
     probability[1:4, 5, 5], probability[2, 5, 5], probability[7:9, 5, 5] = 0.6, 0.9, 0.7
-    kept, lesions = find_lesions(probability, probability * 0, np.eye(4), LesionCriteria(0.5, min_peak=0.8))
-    assert kept.sum() == 3
-    assert [lesion.peak_probability for lesion in lesions] == pytest.approx([0.9])
-    assert len(find_lesions(probability, probability * 0, np.eye(4), LesionCriteria(0.5))[1]) == 2
+    found = find_lesions(probability, probability * 0, np.eye(4), LesionCriteria(0.5, min_peak=0.8))
+    assert found.mask.sum() == 3
+    assert [lesion.peak_probability for lesion in found.lesions] == pytest.approx([0.9])
+    assert len(find_lesions(probability, probability * 0, np.eye(4), LesionCriteria(0.5)).lesions) == 2
 
 
 def test_maps_are_smoothed_across_slices_by_millimetres_and_not_within_them(detector, volume):

@@ -11,7 +11,7 @@ import numpy as np
 from scipy import ndimage
 
 from ddmd.evaluation.baselines import smoothed_intensity
-from ddmd.inference.postprocess import LesionCriteria, components, find_lesions
+from ddmd.inference.postprocess import LesionCriteria, find_lesions, label_components
 from ddmd.io.volume import Volume
 
 BINS = 501  # of probability, uncertainty and baseline: what is kept of a patient's voxels
@@ -124,7 +124,7 @@ def _by_threshold(
     low, high = (at.min(0), at.max(0) + 1) if len(at) else (np.zeros(3, int), np.ones(3, int))
     box = tuple(slice(a, b) for a, b in zip(low, high, strict=True))
     rules = [replace(rule, threshold=float(threshold)) for threshold in THRESHOLDS]
-    found = [components(probability[box], voxel_ml, r) > 0 for r in rules]
+    found = [label_components(probability[box], voxel_ml, r) > 0 for r in rules]
     counts = np.array([_confusion(f, truth[box], inside[box]) for f in found])
     counts[:, 3] += int(inside.sum() - inside[box].sum())
     return counts
@@ -170,7 +170,8 @@ def case_metrics(
 ) -> CaseMetrics:
     """Compare one patient's maps (X, Y, Z) with the annotator's mask."""
     voxel_ml = float(np.prod(volume.spacing)) / 1000
-    found, lesions = find_lesions(probability, uncertainty, volume.affine, rule)
+    lesion_map = find_lesions(probability, uncertainty, volume.affine, rule)
+    found, lesions = lesion_map.mask, lesion_map.lesions
     inside = volume.brain | truth
     confusion = _confusion(found, truth, inside)
     empty = not truth.any()

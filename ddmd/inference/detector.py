@@ -225,7 +225,7 @@ class Detector:
             volume = self.prepare(volume, affine=affine, sequences=sequences, resample=resample)
         maps = self.to_volume(volume, detect_slices(self.system, volume.slices, config, progress))
         volume = volume.volume
-        mask, lesions = find_lesions(maps.probability, maps.uncertainty, volume.affine, rule)
+        found = find_lesions(maps.probability, maps.uncertainty, volume.affine, rule)
         how = {
             "Weights": self.description.name,
             "Sampling": dataclasses.asdict(config),
@@ -236,14 +236,14 @@ class Detector:
             "Sources": dict(volume.sources),
         }
         return Detection(
-            mask=volume.to_native(mask, np.uint8),
+            mask=volume.to_native(found.mask, np.uint8),
             probability=volume.to_native(maps.probability),
             uncertainty=volume.to_native(maps.uncertainty),
             inter_discrepancy=volume.to_native(maps.inter),
             intra_discrepancy=volume.to_native(maps.intra),
             image=volume.to_native(volume.images[self.description.sequences[0]]),
             score=image_score(maps.probability, float(np.prod(volume.spacing)) / 1000),
-            lesions=lesions,
+            lesions=found.lesions,
             notes=volume.notes,
             how=how,
             name=volume.name,

@@ -1,18 +1,30 @@
-"""From a probability map to lesions: components, criteria, score."""
+"""From a probability map to lesions: connected components, lesion criteria, table, labelled map and score."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy import ndimage
 
-SCORE_ML = 0.5  # the image-level score is the mean of this much of the most probable tissue
+SCORE_ML = 0.5  # the evidence of a volume is the mean probability of this much of its most probable tissue
+NEIGHBOURS_26 = np.ones((3, 3, 3))
 
 
 @dataclass(frozen=True)
 class Lesion:
-    """One connected component (26 neighbours) of the mask. Centre in mm, world (RAS+) coordinates."""
+    """One connected component (26 neighbours) of the mask.
+
+    Parameters
+    ----------
+    volume_ml : float
+    centre_mm : (x, y, z)
+        Mean position of the voxels, in world coordinates (RAS+).
+    peak_probability, mean_probability : float in [0, 1]
+    mean_uncertainty : float
+        Mean over the voxels of the variance over the samples.
+    """
 
     volume_ml: float
     centre_mm: tuple[float, float, float]
@@ -23,11 +35,16 @@ class Lesion:
 
 @dataclass(frozen=True)
 class LesionCriteria:
-    """What of a probability map is lesion.
+    """Which components of a probability map are lesions.
 
-    threshold : probability from which a voxel may be lesion.
-    min_ml : smaller components are none.
-    min_peak : nor are those that are nowhere as probable as this.
+    Parameters
+    ----------
+    threshold : float in (0, 1)
+        Probability from which a voxel may be lesion.
+    min_ml : float
+        Smaller components are not lesions.
+    min_peak : float in [0, 1]
+        A component that is nowhere as probable as this is not a lesion.
     """
 
     threshold: float
@@ -39,48 +56,110 @@ class LesionCriteria:
             raise ValueError(f"threshold is {self.threshold}; allowed are values between 0 and 1")
 
 
-def components(probability: np.ndarray, voxel_ml: float, rule: LesionCriteria) -> np.ndarray:
-    """The components (26 neighbours) that are lesion by the rule, numbered from 1: (X, Y, Z) int, 0 elsewhere."""
-    parts, count = ndimage.label(probability >= rule.threshold, np.ones((3, 3, 3)))
-    size = np.bincount(parts.ravel(), minlength=count + 1)
-    peak, found = np.zeros(count + 1, probability.dtype), parts > 0
-    np.maximum.at(peak, parts[found], probability[found])
-    kept = (size * voxel_ml >= rule.min_ml) & (peak >= rule.min_peak)
-    kept[0] = False
-    numbered: np.ndarray = np.where(kept, np.arange(count + 1), 0)[parts]
-    return numbered
+@dataclass(frozen=True)
+class LesionMap:
+    """The lesions of one volume.
+
+    Parameters
+    ----------
+    labels : (X, Y, Z) int32
+        n in the voxels of the n-th lesion, counted from 1; 0 elsewhere.
+    lesions : tuple of Lesion
+        Largest first; the n-th has label n.
+    """
+
+    labels: NDArray[np.int32]
+    lesions: tuple[Lesion, ...]
+
+    @property
+    def mask(self) -> NDArray[np.bool_]:
+        """(X, Y, Z) bool, true in every lesion."""
+        return self.labels > 0
+
+
+def label_components(
+    probability: NDArray[np.floating], voxel_ml: float, criteria: LesionCriteria
+) -> NDArray[np.int32]:
+    """Connected components (26 neighbours) that meet the criteria.
+
+    Parameters
+    ----------
+    probability : (X, Y, Z) float32 in [0, 1]
+    voxel_ml : volume of a voxel in ml
+    criteria : LesionCriteria
+
+    Returns
+    -------
+    (X, Y, Z) int32
+        Components numbered from 1, largest first (of equal sizes, the first in memory order first); 0 elsewhere.
+
+    Examples
+    --------
+    >>> probability = np.zeros((4, 4, 4), np.float32)
+    >>> probability[0, 0, 0], probability[2:, 2, 2] = 0.7, 0.9
+    >>> label_components(probability, 0.1, LesionCriteria(0.5)).max()
+    np.int32(2)
+    >>> label_components(probability, 0.1, LesionCriteria(0.5, min_ml=0.15)).max()
+    np.int32(1)
+    """
+    labels = np.zeros(probability.shape, np.int32)
+    candidates = probability >= criteria.threshold
+    positions = np.unravel_index(np.flatnonzero(candidates), probability.shape)
+    if not len(positions[0]):
+        return labels
+    # scipy visits every voxel it is given: only the box that holds the candidates is
+    box = tuple(slice(int(axis.min()), int(axis.max()) + 1) for axis in positions)
+    components, count = ndimage.label(candidates[box], NEIGHBOURS_26)
+    numbers = np.arange(1, count + 1)
+    sizes = np.bincount(components.ravel(), minlength=count + 1)[1:]
+    peaks = ndimage.maximum(probability[box], components, numbers)
+    accepted = np.flatnonzero((sizes * voxel_ml >= criteria.min_ml) & (peaks >= criteria.min_peak))
+    accepted = accepted[np.argsort(-sizes[accepted], kind="stable")]
+    new_number = np.zeros(count + 1, np.int32)
+    new_number[accepted + 1] = np.arange(1, len(accepted) + 1)
+    labels[box] = new_number[components]
+    return labels
 
 
 def find_lesions(
-    probability: np.ndarray, uncertainty: np.ndarray, affine: np.ndarray, rule: LesionCriteria
-) -> tuple[np.ndarray, tuple[Lesion, ...]]:
-    """The mask (X, Y, Z) bool by the rule, and its lesions, largest first.
+    probability: NDArray[np.floating],
+    uncertainty: NDArray[np.floating],
+    affine: NDArray[np.floating],
+    criteria: LesionCriteria,
+) -> LesionMap:
+    """The lesions of a probability map: a labelled map, and a table whose rows are its labels.
 
     Parameters
     ----------
     probability, uncertainty : (X, Y, Z) float32
     affine : (4, 4), voxels to mm
-    rule : LesionCriteria
+    criteria : LesionCriteria
+
+    Returns
+    -------
+    LesionMap
     """
     voxel_ml = abs(float(np.linalg.det(affine[:3, :3]))) / 1000
-    parts = components(probability, voxel_ml, rule)
+    labels = label_components(probability, voxel_ml, criteria)
     lesions = []
-    for number, box in enumerate(ndimage.find_objects(parts), 1):
-        if box is None:
-            continue
-        inside = parts[box] == number
-        ml = float(inside.sum()) * voxel_ml
-        p, u = probability[box][inside], uncertainty[box][inside]
+    for number, box in enumerate(ndimage.find_objects(labels), 1):
+        inside = labels[box] == number
         voxel = np.argwhere(inside).mean(0) + [axis.start for axis in box]
-        centre = affine[:3, :3] @ voxel + affine[:3, 3]
+        x, y, z = (float(v) for v in affine[:3, :3] @ voxel + affine[:3, 3])
+        p, u = probability[box][inside], uncertainty[box][inside]
         lesions.append(
-            Lesion(ml, (float(centre[0]), float(centre[1]), float(centre[2])), float(p.max()),
-                   float(p.mean()), float(u.mean()))
-        )  # fmt: skip
-    return parts > 0, tuple(sorted(lesions, key=lambda lesion: -lesion.volume_ml))
+            Lesion(
+                volume_ml=int(inside.sum()) * voxel_ml,
+                centre_mm=(x, y, z),
+                peak_probability=float(p.max()),
+                mean_probability=float(p.mean(dtype=np.float64)),
+                mean_uncertainty=float(u.mean(dtype=np.float64)),
+            )
+        )
+    return LesionMap(labels, tuple(lesions))
 
 
-def image_score(probability: np.ndarray, voxel_ml: float) -> float:
+def image_score(probability: NDArray[np.floating], voxel_ml: float) -> float:
     """Mean probability of the SCORE_ML most probable tissue: near 1 where there is a sure lesion."""
     count = min(max(1, round(SCORE_ML / voxel_ml)), probability.size)
     some = probability[~(probability <= 0)]  # far fewer than all; NaN stays, and makes the score NaN

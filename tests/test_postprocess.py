@@ -1,0 +1,70 @@
+"""Lesions of a probability map against a flood fill written out, and the score against what it promises."""
+
+from collections import deque
+from itertools import product
+
+import numpy as np
+import pytest
+
+from ddmd.inference.postprocess import LesionCriteria, find_lesions, label_components
+
+
+def flood_fill(mask):
+    """Components (26 neighbours) as lists of voxels, by a queue."""
+    open_voxels, components = set(map(tuple, np.argwhere(mask))), []
+    while open_voxels:
+        queue, component = deque([open_voxels.pop()]), []
+        while queue:
+            voxel = queue.popleft()
+            component.append(voxel)
+            for step in product((-1, 0, 1), repeat=3):
+                neighbour = tuple(int(a + b) for a, b in zip(voxel, step, strict=True))
+                if neighbour in open_voxels:
+                    open_voxels.remove(neighbour)
+                    queue.append(neighbour)
+        components.append(component)
+    return components
+
+
+@pytest.mark.parametrize(("min_ml", "min_peak"), [(0.0, 0.0), (0.1, 0.0), (0.0, 0.9), (0.06, 0.8)])
+def test_labels_and_rows_are_those_of_a_flood_fill(rng, min_ml, min_peak):
+    probability = rng.random((14, 11, 9)).astype(np.float32) ** 3
+    uncertainty = rng.random(probability.shape).astype(np.float32)
+    affine = np.array([[0, -2.0, 0, 5], [3.0, 0, 0, -7], [0, 0.5, 4.0, 1], [0, 0, 0, 1]])  # 24 mm3 a voxel
+    criteria = LesionCriteria(0.4, min_ml, min_peak)
+    result = find_lesions(probability, uncertainty, affine, criteria)
+    wanted = []
+    for component in flood_fill(probability >= 0.4):
+        at = tuple(np.array(component).T)
+        if len(component) * 0.024 >= min_ml - 1e-9 and probability[at].max() >= min_peak:
+            wanted.append(at)
+    assert len(result.lesions) == len(wanted)
+    assert result.labels.dtype == np.int32
+    assert result.labels.max(initial=0) == len(wanted)
+    assert np.array_equal(result.mask, result.labels > 0)
+    volumes = [lesion.volume_ml for lesion in result.lesions]
+    assert volumes == sorted(volumes, reverse=True)
+    for at in wanted:
+        (number,) = np.unique(result.labels[at])
+        assert (result.labels == number).sum() == len(at[0])
+        lesion = result.lesions[number - 1]
+        assert lesion.volume_ml == pytest.approx(len(at[0]) * 0.024)
+        assert lesion.peak_probability == pytest.approx(probability[at].max())
+        assert lesion.mean_probability == pytest.approx(probability[at].astype(float).mean())
+        assert lesion.mean_uncertainty == pytest.approx(uncertainty[at].astype(float).mean())
+        centre = [affine[:3, :3] @ voxel + affine[:3, 3] for voxel in zip(*at, strict=True)]
+        assert lesion.centre_mm == pytest.approx(np.mean(centre, axis=0))
+
+
+def test_a_map_without_candidates_has_no_lesions():
+    result = find_lesions(*np.zeros((2, 5, 5, 5), np.float32), np.eye(4), LesionCriteria(0.5))
+    assert result.lesions == ()
+    assert not result.labels.any()
+    assert result.labels.shape == (5, 5, 5)
+
+
+def test_nan_is_never_lesion():
+    probability = np.full((3, 3, 3), np.nan, np.float32)
+    probability[1, 1, 1] = 0.9
+    labels = label_components(probability, 1.0, LesionCriteria(0.5))
+    assert labels.sum() == labels[1, 1, 1] == 1
