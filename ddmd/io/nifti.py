@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import os
-import re
 import zlib
 from pathlib import Path
 from typing import Any, cast
@@ -12,7 +11,20 @@ from typing import Any, cast
 import nibabel as nib
 import numpy as np
 
-SEQUENCES = ("t1", "t1ce", "t2", "flair")
+from ddmd.io.sequences import SEQUENCES, sequence_of, stem
+
+__all__ = [
+    "SEQUENCES",
+    "VolumeError",
+    "affine_of",
+    "check_affine",
+    "grid_gap",
+    "open_image",
+    "sequence_of",
+    "stem",
+    "voxels",
+]
+
 MAX_AXIS = 1024  # voxels along an axis
 MAX_VOXELS = 400_000_000
 GRID_TOLERANCE_MM = 0.1  # sform and qform, or two sequences, may differ by this anywhere
@@ -20,37 +32,6 @@ GRID_TOLERANCE_MM = 0.1  # sform and qform, or two sequences, may differ by this
 
 class VolumeError(ValueError):
     """A volume that cannot be used; the message names the file and says what to do."""
-
-
-_NAMES = (
-    ("t1ce", r"t1[-_]?(ce|c|gd|post|gad|contrast)|ce[-_]?gad\w*|t1w?[-_]?ce|ce-\w+_t1w?"),
-    ("flair", r"flair|t2[-_]?f|t2[-_]?flair|fl"),
-    ("t2", r"t2|t2[-_]?w"),
-    ("t1", r"t1|t1[-_]?[nw]"),
-)
-
-
-def stem(path: str | os.PathLike[str]) -> str:
-    """File name without .nii or .nii.gz."""
-    return re.sub(r"\.nii(\.gz)?$", "", Path(path).name, flags=re.IGNORECASE)
-
-
-def sequence_of(path: str | os.PathLike[str]) -> str | None:
-    """The sequence a file's name says it is, by BraTS (2020 to 2024), BIDS and plain names.
-
-    >>> [sequence_of(n) for n in ("BraTS-GLI-00001-000-t2f.nii.gz", "sub-1_ce-GAD_T1w.nii", "x.nii")]
-    ['flair', 't1ce', None]
-    """
-    name = stem(path).lower()
-    if re.search(r"(^|_)ce-[a-z0-9]+(_|$)", name) and re.search(r"(^|_)t1w?$", name):
-        return "t1ce"
-    for sequence, pattern in _NAMES:
-        if re.search(rf"(^|[-_.\s])({pattern})$", name):
-            return sequence
-    found = {s for s, pattern in _NAMES if re.search(rf"(^|[-_.\s])({pattern})([-_.\s]|$)", name)}
-    if {"t1ce", "t1"} <= found:
-        found.discard("t1")
-    return found.pop() if len(found) == 1 else None
 
 
 def _expanded(path: Path) -> int | None:
