@@ -10,7 +10,6 @@ import torch
 
 from ddmd.diffusion.schedule import Schedule
 from ddmd.inference import ensemble
-from ddmd.inference.detection import OutputError
 from ddmd.inference.detector import Detector
 from ddmd.inference.ensemble import Maps
 from ddmd.inference.postprocess import SCORE_ML, LesionCriteria, find_lesions, image_score
@@ -200,8 +199,6 @@ def test_memory_that_does_not_suffice_halves_the_batch(detector, volume, monkeyp
 
 
 def test_many_volumes_are_each_what_they_are_alone(detector, rng):
-    import nibabel as nib
-
     images = [nib.Nifti1Image(*head(rng, (40, 48, z))) for z in (6, 8, 7)]
     alone = [detector.detect(image, sequences="flair") for image in images]
     together = list(detector.detect_all(images, sequences="flair", seed=0))
@@ -246,45 +243,6 @@ def test_options_out_of_range_are_refused_by_name(detector, volume):
             _detect(detector, volume, **options)
     with pytest.raises(ValueError, match="device is 'tpu'"):
         Detector.load("flair-image-labels", "tpu")
-
-
-def test_saving_writes_all_or_nothing(detector, volume, tmp_path, monkeypatch):
-    found = _detect(detector, volume)
-    paths = found.save(tmp_path / "out")
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted(
-        [p.name for p in paths.values()]
-        + [p.name.replace(".nii.gz", ".json") for p in paths.values() if p.suffix == ".gz"]
-    )
-    back = nib.load(paths["probability"])
-    assert np.array_equal(_data(back), _data(found.probability))
-    assert np.array_equal(back.affine, volume[1])
-    sidecar = json.loads((tmp_path / "out" / paths["mask"].name.replace(".nii.gz", ".json")).read_text())
-    assert sidecar["Weights"] == "tiny"
-    assert sidecar["Sampling"]["samples"] == 2
-    rows = paths["lesions"].read_text().splitlines()
-    assert len(rows) == 1 + len(found.lesions)
-    with pytest.raises(OutputError, match="holds earlier results .*--overwrite"):
-        found.save(tmp_path / "out")
-    found.save(tmp_path / "out", overwrite=True)
-    (tmp_path / "file").write_text("")
-    with pytest.raises(OutputError, match="is a file; name a folder"):
-        found.save(tmp_path / "file")
-
-    def broken(image, path):
-        raise OSError("no space left")
-
-    monkeypatch.setattr(nib, "save", broken)
-    with pytest.raises(OutputError, match="no space left"):
-        found.save(tmp_path / "full")
-    assert list((tmp_path / "full").iterdir()) == []
-
-
-def test_the_picture_is_a_png_of_some_size(detector, volume, tmp_path):
-    from matplotlib.image import imread
-
-    picture = imread(_detect(detector, volume).overlay(tmp_path / "a" / "b.png"))
-    assert picture.shape[0] > 300
-    assert picture[..., 0].std() > 0.05
 
 
 def test_the_score_is_the_mean_of_the_most_probable_tissue():

@@ -129,11 +129,8 @@ def _prepare(detector: Any, sequence: str | None, resample: bool | None, examina
 def _one(
     prepared: Any, detector: Any, output: Path, overwrite: bool, quiet: bool, begun: float, **options: Any
 ) -> None:
-    from ddmd.inference.detection import planned
-
     volume, detection = prepared.volume, detector.detect(prepared, **options)
-    paths = detection.save(output, overwrite=overwrite)
-    paths["overlay"] = detection.overlay(planned(volume.name, output)["overlay"])
+    paths = detection.save(output, overwrite=overwrite, overlay=True)
     if quiet:
         return
     for note in detection.notes:

@@ -226,7 +226,7 @@ class Detector:
         maps = self.to_volume(volume, detect_slices(self.system, volume.slices, config, progress))
         volume = volume.volume
         found = find_lesions(maps.probability, maps.uncertainty, volume.affine, rule)
-        how = {
+        provenance = {
             "Weights": self.description.name,
             "Sampling": dataclasses.asdict(config),
             "Threshold": rule.threshold,
@@ -245,8 +245,9 @@ class Detector:
             score=image_score(maps.probability, float(np.prod(volume.spacing)) / 1000),
             lesions=found.lesions,
             notes=volume.notes,
-            how=how,
+            provenance=provenance,
             name=volume.name,
+            labels=volume.to_native(found.labels, np.min_scalar_type(len(found.lesions))),
         )
 
 

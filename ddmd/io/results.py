@@ -1,0 +1,313 @@
+"""The result of one case as files: maps, JSON sidecars, a table of lesions, a picture, and the JSON that lists them."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+
+from ddmd.io.atomic import MAX_NAME_BYTES, BusyError, FileSet, claim
+from ddmd.io.text import printable, table_text
+
+SUFFIXES = {
+    "mask": "desc-lesion_mask",
+    "probability": "desc-lesion_probseg",
+    "uncertainty": "desc-lesion_uncertainty",
+    "labels": "desc-lesion_dseg",
+    "inter_discrepancy": "desc-inter_discrepancy",
+    "intra_discrepancy": "desc-intra_discrepancy",
+}
+MEANING = {
+    "mask": "1 where the probability reaches the threshold, in components of at least the smallest volume and peak",
+    "probability": "mean over the S drawn masks, smoothed through the plane, in [0, 1]",
+    "uncertainty": "variance over the S drawn masks, 1/(S-1), smoothed through the plane",
+    "labels": "n in the voxels of the n-th lesion of the table, 0 elsewhere",
+    "inter_discrepancy": "X = mean over sequences of |mu_B - mu_A|, in robust z-scores times 0.5",
+    "intra_discrepancy": "Y = root mean square deviation of the ensemble trained on normal slices, same unit",
+}
+_GEOMETRY = (
+    "qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z",
+    "srow_x", "srow_y", "srow_z", "xyzt_units",
+)  # fmt: skip
+GZIP_LEVEL = 1  # of isal: 7 times as fast as level 1 of zlib, for the same size
+
+
+class OutputError(ValueError):
+    """Results that cannot be written where they were asked for; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class CaseResult:
+    """What is written of one case.
+
+    Parameters
+    ----------
+    name : name of the case
+    maps : keys of `SUFFIXES` -> image
+    description : what the JSON files say; numpy scalars and arrays are welcome
+    lesions : rows of the table, each {column: value}
+    lesion_columns : names of the columns
+    overlay : PNG file, or None for no picture
+    """
+
+    name: str
+    maps: Mapping[str, nib.Nifti1Image]
+    description: Mapping[str, Any]
+    lesions: Sequence[Mapping[str, object]]
+    lesion_columns: Sequence[str]
+    overlay: bytes | None = None
+
+
+def file_stem(name: str) -> str:
+    """What the names of a case's files begin with."""
+    return "".join(c if c.isalnum() or c in "-_." else "-" for c in name) or "volume"
+
+
+def result_paths(name: str, folder: str | Path) -> dict[str, Path]:
+    """The files of a case's result, by what they hold; each map has a JSON sidecar beside it.
+
+    Parameters
+    ----------
+    name : name of the case
+    folder : folder of the results
+
+    Returns
+    -------
+    {"mask": path, ..., "lesions": table, "overlay": picture, "result": the JSON that is written last}
+    """
+    folder, stem = Path(folder), file_stem(name)
+    paths = {key: folder / f"{stem}_{suffix}.nii.gz" for key, suffix in SUFFIXES.items()}
+    return paths | {
+        "lesions": folder / f"{stem}_lesions.tsv",
+        "overlay": folder / f"{stem}_overlay.png",
+        "result": folder / f"{stem}_result.json",
+    }
+
+
+def sidecar_path(path: Path) -> Path:
+    """The JSON beside a map."""
+    return path.with_name(path.name.removesuffix(".nii.gz") + ".json")
+
+
+def _all_paths(name: str, folder: Path) -> list[Path]:
+    paths = result_paths(name, folder)
+    return [*paths.values(), *(sidecar_path(paths[key]) for key in SUFFIXES)]
+
+
+def check_output(name: str, folder: str | Path, overwrite: bool) -> None:
+    """Raise OutputError where results could not be written to the folder, before computing them."""
+    folder = Path(folder)
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise OutputError(f"{folder}: is a file; name a folder for the results")
+    paths = _all_paths(name, folder)
+    longest = max(len(os.fsencode(path.name)) for path in paths)
+    if longest > MAX_NAME_BYTES:
+        raise OutputError(
+            f"{name[:40]}...: names of result files would have {longest} bytes, and {MAX_NAME_BYTES} are allowed; "
+            "shorten the name of the case"
+        )
+    there = [path for path in paths if os.path.lexists(path)]
+    for path in there:
+        if path.is_dir() and not path.is_symlink():
+            raise OutputError(f"{path}: is a folder where a result is to be; choose another folder")
+    if there and not overwrite:
+        raise OutputError(
+            f"{folder}: holds earlier results ({there[0].name}); pass --overwrite (overwrite=True) or another folder"
+        )
+    above = folder.absolute()
+    while not os.path.lexists(above):
+        above = above.parent
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise OutputError(f"{folder}: cannot be written to; choose another folder, or ask for the right to")
+
+
+def write_result(result: CaseResult, folder: str | Path, overwrite: bool = False) -> dict[str, Path]:
+    """Write a case's result: all of it or nothing, by one writer at a time.
+
+    Files of an earlier result are replaced together; a link at one of the names is replaced, never followed.
+
+    Parameters
+    ----------
+    result : CaseResult
+    folder : made if it is not there
+    overwrite : whether to replace an earlier result
+
+    Returns
+    -------
+    {"mask": path, ..., "lesions": path, "result": path} of what was written
+
+    Raises
+    ------
+    OutputError
+        If the folder cannot be written to, holds results of this name and overwrite is False, another process
+        writes them at this moment, or a map is not finite.
+    """
+    folder = Path(folder)
+    check_output(result.name, folder, overwrite)
+    for key, image in result.maps.items():
+        wrong = int(np.count_nonzero(~np.isfinite(np.asanyarray(image.dataobj))))
+        if wrong:
+            raise OutputError(
+                f"{result.name}: {wrong} voxels of the {key} map are NaN or Inf; nothing was written"
+            )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with claim(folder, file_stem(result.name)):
+            check_output(result.name, folder, overwrite)  # another process may have written them meanwhile
+            return _write_set(result, folder)
+    except BusyError:
+        raise OutputError(
+            f"{folder}: another process is writing the results of {result.name}; let it finish, or choose another "
+            "folder"
+        ) from None
+    except OSError as error:
+        raise OutputError(f"{folder}: cannot be written to ({error}); choose another folder") from None
+
+
+def _write_set(result: CaseResult, folder: Path) -> dict[str, Path]:
+    paths = {
+        key: path
+        for key, path in result_paths(result.name, folder).items()
+        if key in result.maps
+        or key in ("lesions", "result")
+        or (key == "overlay" and result.overlay is not None)
+    }
+    contents: dict[str, bytes] = {}
+    for key in result.maps:
+        text = json_text({"Meaning": MEANING[key], **result.description})
+        contents[sidecar_path(paths[key]).name] = text.encode("ascii")
+    contents[paths["lesions"].name] = table_text(result.lesions, result.lesion_columns).encode("utf-8")
+    if result.overlay is not None:
+        contents[paths["overlay"].name] = result.overlay
+    files = FileSet(folder, file_stem(result.name))
+    try:
+
+        def write_map(key: str) -> tuple[str, bytes]:
+            content = compressed(nifti_bytes(result.maps[key]))
+            files.add(paths[key].name, content)
+            return paths[key].name, content
+
+        with ThreadPoolExecutor(len(SUFFIXES), thread_name_prefix="ddmd-write") as pool:
+            contents |= dict(pool.map(write_map, result.maps))
+        listed = {name: hashlib.sha256(content).hexdigest() for name, content in sorted(contents.items())}
+        map_names = {paths[key].name for key in result.maps}
+        for name, content in contents.items():
+            if name not in map_names:
+                files.add(name, content)
+        summary = {**result.description, "LesionTable": list(result.lesions), "Files": listed}
+        files.add(paths["result"].name, json_text(summary).encode("ascii"))
+        files.commit(paths["result"].name, [path.name for path in _all_paths(result.name, folder)])
+    finally:
+        files.discard()
+    return paths
+
+
+def read_result(name: str, folder: str | Path) -> dict[str, Any] | None:
+    """What a case's result says of itself, or None where it is not there, not complete, or was changed.
+
+    Parameters
+    ----------
+    name : name of the case
+    folder : folder of the results
+
+    Returns
+    -------
+    The JSON written last, whose "Files" are all there with the SHA-256 it states; or None
+    """
+    path = result_paths(name, folder)["result"]
+    try:
+        summary = json.loads(path.read_bytes())
+        for file, checksum in summary["Files"].items():
+            if os.path.basename(file) != file or file_sha256(path.with_name(file)) != checksum:
+                return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+    return dict(summary)
+
+
+def file_sha256(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def nifti_bytes(image: nib.Nifti1Image) -> bytes:
+    """An image as an uncompressed NIfTI file whose header holds geometry and units alone.
+
+    Parameters
+    ----------
+    image : of any NIfTI class; free text, extensions and acquisition fields of its header are left out.
+
+    Returns
+    -------
+    bytes
+        A NIfTI-1 file, or NIfTI-2 where the image is one. Data type, affine, form codes and units stay.
+    """
+    values = np.asanyarray(image.dataobj)
+    kind = nib.Nifti2Image if isinstance(image.header, nib.Nifti2Header) else nib.Nifti1Image
+    clean = kind(values, image.affine, dtype=values.dtype)
+    for field in _GEOMETRY:
+        clean.header[field] = image.header[field]
+    clean.header["pixdim"][:4] = image.header["pixdim"][:4]  # the rest is of time
+    content: bytes = clean.to_bytes()
+    return content
+
+
+def compressed(content: bytes) -> bytes:
+    """The content as a gzip member without name or time: equal content gives equal bytes."""
+    try:
+        from isal import igzip
+    except ImportError:
+        return gzip.compress(content, GZIP_LEVEL, mtime=0)
+    member: bytes = igzip.compress(content, GZIP_LEVEL, mtime=0)
+    return member
+
+
+def json_text(value: Any) -> str:
+    """A value as JSON in ASCII, numpy scalars and arrays included; what is not finite is null.
+
+    Examples
+    --------
+    >>> print(json_text({"samples": np.int64(5), "score": float("nan")}))
+    {
+     "samples": 5,
+     "score": null
+    }
+    <BLANKLINE>
+    """
+    return json.dumps(_plain(value), indent=1, allow_nan=False) + "\n"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.generic | np.ndarray):
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        return {_plain_text(str(k)): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(v) for v in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, bool | int):
+        return value
+    if isinstance(value, os.PathLike):
+        return _plain_text(os.path.basename(os.fspath(value)))
+    return _plain_text(str(value))
+
+
+def _plain_text(text: str) -> str:
+    """Text without lone surrogates, which strict readers of JSON refuse."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return printable(text)
+    return text
