@@ -254,8 +254,8 @@ def nifti_bytes(image: nib.Nifti1Image) -> bytes:
         A NIfTI-1 file, or NIfTI-2 where the image is one. Data type, affine, form codes and units stay.
     """
     values = np.asanyarray(image.dataobj)
-    kind = nib.Nifti2Image if isinstance(image.header, nib.Nifti2Header) else nib.Nifti1Image
-    clean = kind(values, image.affine, dtype=values.dtype)
+    kind: Any = nib.Nifti2Image if isinstance(image.header, nib.Nifti2Header) else nib.Nifti1Image
+    clean: nib.Nifti1Image = kind(values, image.affine, dtype=values.dtype)
     for field in _GEOMETRY:
         clean.header[field] = image.header[field]
     clean.header["pixdim"][:4] = image.header["pixdim"][:4]  # the rest is of time
