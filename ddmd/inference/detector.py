@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -18,8 +18,10 @@ from ddmd.inference.detection import Detection
 from ddmd.inference.ensemble import Maps, Progress, detect_slices
 from ddmd.inference.postprocess import LesionCriteria, find_lesions, image_score
 from ddmd.inference.prefetch import prefetch
+from ddmd.inference.provenance import provenance
 from ddmd.inference.session import SamplingConfig
 from ddmd.inference.slices import SliceGrid, Slices, extract
+from ddmd.io.results import file_sha256
 from ddmd.io.volume import Volume
 from ddmd.models import checkpoint
 
@@ -66,6 +68,7 @@ class Detector:
     """
 
     system: checkpoint.System
+    weights_sha256: str | None = None  # of the file they come from
 
     @classmethod
     def load(
@@ -85,7 +88,8 @@ class Detector:
         ValueError
             If there is no such device or precision.
         """
-        return cls(checkpoint.load(name_or_path, pick_device(device), precision))
+        system = checkpoint.load(name_or_path, pick_device(device), precision)
+        return cls(system, file_sha256(checkpoint.find(name_or_path)))
 
     @property
     def description(self) -> checkpoint.Description:
@@ -219,6 +223,7 @@ class Detector:
         ValueError
             If an option is out of range.
         """
+        begun = time.perf_counter()
         rule = self.lesion_criteria(threshold)
         config = self.sampling_config(samples, steps, sampler, seed, batch)
         if not isinstance(volume, Prepared):
@@ -226,15 +231,6 @@ class Detector:
         maps = self.to_volume(volume, detect_slices(self.system, volume.slices, config, progress))
         volume = volume.volume
         found = find_lesions(maps.probability, maps.uncertainty, volume.affine, rule)
-        provenance = {
-            "Weights": self.description.name,
-            "Sampling": dataclasses.asdict(config),
-            "Threshold": rule.threshold,
-            "MinLesionMl": rule.min_ml,
-            "MinPeak": rule.min_peak,
-            "ThroughPlaneMm": self.description.through_plane_mm,
-            "Sources": dict(volume.sources),
-        }
         return Detection(
             mask=volume.to_native(found.mask, np.uint8),
             probability=volume.to_native(maps.probability),
@@ -245,7 +241,17 @@ class Detector:
             score=image_score(maps.probability, float(np.prod(volume.spacing)) / 1000),
             lesions=found.lesions,
             notes=volume.notes,
-            provenance=provenance,
+            provenance=provenance(
+                self.description,
+                self.weights_sha256,
+                self.system.device,
+                self.system.dtype,
+                config,
+                rule,
+                volume,
+                maps.probability,
+                time.perf_counter() - begun,
+            ),
             name=volume.name,
             labels=volume.to_native(found.labels, np.min_scalar_type(len(found.lesions))),
         )
