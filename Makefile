@@ -12,8 +12,8 @@ export MAX_JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 .PHONY: demo test lint bench bench-gpu gpu-wheels gpu-check wheel-check clean
 
 $(BIN)/python:
-	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' \
-	  || { echo "Python 3.11 or 3.12 is needed, and $(PYTHON) is $$($(PYTHON) --version 2>&1); pass PYTHON=/path/to/python3.12"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info)' \
+	  || { echo "Python 3.11 or newer is needed, and $(PYTHON) is $$($(PYTHON) --version 2>&1); pass PYTHON=/path/to/python3.12"; exit 1; }
 	@echo "creating $(VENV)"
 	@$(PYTHON) -m venv $(VENV)
 
@@ -77,15 +77,11 @@ gpu-wheels: $(VENV)/torch.stamp
 gpu-check:
 	@benchmarks/gpu_check.sh "$(WHEELS)" "$(OUT)"
 
-# An isolated build of the wheel, installed in a fresh environment, doing the main job.
+# The sdist, the wheel built from it, and the main job with each in a fresh environment.
 wheel-check: $(VENV)/test.stamp
-	@rm -rf build/wheel build/wheel-venv && mkdir -p build/wheel
-	@$(PIP) wheel --no-deps --wheel-dir build/wheel .
-	@$(PYTHON) -m venv build/wheel-venv
-	@build/wheel-venv/bin/pip -qq --disable-pip-version-check install "$(TORCH)"
-	@build/wheel-venv/bin/pip -qq --disable-pip-version-check install "$(TORCH)" build/wheel/*.whl nilearn
-	@cd build && wheel-venv/bin/ddmd info && wheel-venv/bin/ddmd phantom wheel-out --spacing 3 \
-	  && wheel-venv/bin/ddmd detect wheel-out/phantom-0_flair.nii.gz -o wheel-out/found --overwrite
+	@$(PIP) install build twine auditwheel
+	@packaging/build.sh $(BIN)/python build/packages
+	@packaging/try_wheel.sh $(PYTHON) build/packages build/try-wheel "$(TORCH)"
 
 clean:
 	rm -rf build out $(VENV) *.egg-info
