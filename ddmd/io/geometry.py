@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import nibabel as nib
 import numpy as np
@@ -79,7 +79,8 @@ def _native(image: nib.Nifti1Pair, shape: tuple[int, int, int]) -> nib.Nifti1Ima
         header[field] = image.header[field]
     header["pixdim"][:4] = image.header["pixdim"][:4]
     header["xyzt_units"] = int(image.header["xyzt_units"]) & UNIT_BITS
-    return kind(_no_voxels(shape), image.affine, header)
+    make: Any = kind
+    return cast(nib.Nifti1Image, make(_no_voxels(shape), image.affine, header))
 
 
 def _notes(image: nib.Nifti1Pair, name: str) -> tuple[str, ...]:

@@ -146,9 +146,9 @@ def open_image(path: str | os.PathLike[str]) -> nib.Nifti1Image:
     _check_claims(path, shape, dtype, offset)
     _check_held(voxels_path, state, shape, dtype, offset)
     proxy = FileVoxels(voxels_path, state, shape, dtype, offset, slope, intercept)
-    single = nib.Nifti2Image if isinstance(header, nib.nifti2.Nifti2Header) else nib.Nifti1Image
+    single: Any = nib.Nifti2Image if isinstance(header, nib.nifti2.Nifti2Header) else nib.Nifti1Image
     plain = single.header_class.from_header(header, check=False)
-    image = single(proxy, affine, plain)
+    image: nib.Nifti1Image = single(proxy, affine, plain)
     image.set_filename(str(path))
     return image
 

@@ -165,7 +165,8 @@ class Volume:
         low, median, high = np.percentile(inside, (25, 50, 75))
         scale = (high - low) / 1.349 or float(inside.std(dtype=np.float64)) or 1.0
         z: np.ndarray = (values - np.float32(median)) / np.float32(scale)
-        return np.clip(z, LOWEST, HIGHEST).astype(np.float32, copy=False)
+        clipped: np.ndarray = np.clip(z, LOWEST, HIGHEST).astype(np.float32, copy=False)
+        return clipped
 
     def to_native(self, values: np.ndarray, dtype: Any = np.float32) -> nib.Nifti1Image:
         """A map (X, Y, Z) on the canonical grid, as an image on the input's own grid and in its units.
