@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.timing import machine
-from ddmd.cohort.cases import find_cases, read_split
+from ddmd.cohort.discovery import find_cases
+from ddmd.cohort.splits import read_split
 from ddmd.evaluation.evaluate import evaluate, plain
 from ddmd.inference.detector import Detector
 from ddmd.models import checkpoint

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 from benchmarks.timing import machine
-from ddmd.cohort.cases import find_cases, read_split
+from ddmd.cohort.discovery import find_cases
+from ddmd.cohort.splits import read_split
 from ddmd.evaluation.evaluate import summarise
 from ddmd.evaluation.metrics import case_metrics
 from ddmd.inference.detector import Detector

@@ -13,7 +13,7 @@ import torch
 if not torch.cuda.is_available():  # before Triton is imported anywhere
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+DATA = Path(os.environ.get("DDMD_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data")
 
 
 @pytest.fixture(autouse=True)

@@ -9,8 +9,6 @@ import pytest
 from typer.testing import CliRunner
 
 from ddmd.cli import app
-from ddmd.cohort.discovery import examinations
-from ddmd.io.nifti import VolumeError
 from ddmd.models import checkpoint
 from tests.volumes import head, tiny_system, write
 
@@ -49,7 +47,7 @@ def test_one_volume_is_detected_and_everything_named(tiny, flair, tmp_path):
     ):
         assert name in text
     assert "score" in text
-    assert nib.load(tmp_path / "out" / "p1_flair_desc-lesion_mask.nii.gz").shape == (40, 48, 12)
+    assert nib.load(tmp_path / "out" / "p1_desc-lesion_mask.nii.gz").shape == (40, 48, 12)
     code, text = _run("detect", flair, "-o", tmp_path / "out", "--weights", tiny)
     assert code == 2
     assert "--overwrite" in text
@@ -123,34 +121,6 @@ def test_output_that_cannot_be_written_is_refused_before_the_work(tiny, flair, t
     assert "is a file" in text
     assert _run("detect", tmp_path / "nothing.nii", "-o", tmp_path / "out", "--weights", tiny)[0] == 2
     assert _run("detect", flair)[0] == 2
-
-
-def test_folders_of_every_layout_become_examinations(tmp_path, rng):
-    def touch(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(b"")
-
-    for name in ("t1n", "t1c", "t2w", "t2f", "seg"):
-        touch(tmp_path / "brats" / "BraTS-GLI-1" / f"BraTS-GLI-1-{name}.nii.gz")
-    for name in ("T1w", "ce-GAD_T1w", "FLAIR", "desc-brain_mask"):
-        touch(tmp_path / "bids" / "sub-01" / "anat" / f"sub-01_{name}.nii.gz")
-    for patient in ("p1", "p2"):
-        touch(tmp_path / "flat" / f"{patient}_flair.nii.gz")
-    (brats,) = examinations([tmp_path / "brats"])
-    assert sorted(brats.files) == ["flair", "t1", "t1ce", "t2"]
-    (bids,) = examinations([tmp_path / "bids"])
-    assert (bids.name, sorted(bids.files)) == ("sub-01", ["flair", "t1", "t1ce"])
-    assert [e.name for e in examinations([tmp_path / "flat"])] == ["p1_flair", "p2_flair"]
-    touch(tmp_path / "flat" / "p1-flair.nii.gz")
-    with pytest.raises(VolumeError, match="both claim to be flair"):
-        examinations([tmp_path / "flat"])
-    with pytest.raises(VolumeError, match="no .nii or .nii.gz image in it"):
-        examinations([_empty(tmp_path)])
-
-
-def _empty(tmp_path):
-    (tmp_path / "empty").mkdir()
-    return tmp_path / "empty"
 
 
 def test_info_names_every_op_and_its_backend():

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from ddmd.cohort.cases import find_cases
+from ddmd.cohort.discovery import find_cases
 from ddmd.inference.slices import SliceGrid, extract, to_grid
 from ddmd.training.brain_extraction import brain_within
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from ddmd.cohort.cases import find_cases
+from ddmd.cohort.discovery import find_cases
 from ddmd.data.phantom import SEQUENCES, Lesion, phantom, write
 from ddmd.io.volume import Volume
 

@@ -58,7 +58,7 @@ def test_image_track_trains_without_opening_a_mask_and_its_weights_load(config, 
 
 
 def test_pixel_track_opens_the_masks(config, tmp_path):
-    from ddmd.cohort.cases import DatasetError
+    from ddmd.cohort.errors import DatasetError
 
     with pytest.raises(DatasetError, match="not a readable PNG"):
         train(dataclasses.replace(config, labels="pixel"), tmp_path / "run")
@@ -205,7 +205,7 @@ def test_a_run_whose_patients_changed_is_refused(config, tmp_path, rng):
 
 
 def test_pixel_track_takes_labels_from_the_masks(tmp_path, rng):
-    from ddmd.cohort.cases import find_cases
+    from ddmd.cohort.discovery import find_cases
     from ddmd.training.dataset import load_cases
 
     root = write_slices(tmp_path / "set", rng, 1)

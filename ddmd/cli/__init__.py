@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 app = typer.Typer(
     help="Lesions in brain MRI by discrepancy distribution medical diffusion. For research, not diagnosis.",
@@ -55,7 +56,8 @@ def detect(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
 ) -> None:
     """Find lesions: maps on the input's grid, a table of lesions and a picture of each volume."""
-    from ddmd.cohort.discovery import examinations
+    from ddmd.cohort.discovery import find_cases
+    from ddmd.cohort.errors import DatasetError
     from ddmd.inference.detection import OutputError, check_output
     from ddmd.inference.detector import Detector
     from ddmd.inference.prefetch import prefetch
@@ -67,27 +69,25 @@ def detect(
     if threshold is not None and not 0 < threshold < 1:
         raise _bad_usage(f"--threshold is {threshold}; allowed are values between 0 and 1")
     try:
-        found = examinations(inputs)
         detector = Detector.load(weights, device, precision)
         detector.sampling_config(samples, steps, sampler, seed)
-        for examination in found:
-            check_output(examination.name, output, overwrite)
+        needed = detector.description.sequences
+        found = find_cases(inputs, require=needed, sequence=sequence, annotations=False)
+        for case in found:
+            check_output(case.name, output, overwrite)
     except (VolumeError, WeightsError, OutputError, ValueError) as error:
         raise _bad_usage(error) from None
-    names = [e.name for e in found]
-    twice = sorted({n for n in names if names.count(n) > 1})
-    if twice:
-        raise _bad_usage(
-            f"{', '.join(twice)}: more than one examination of this name; detect them one by one"
-        )
+    if not quiet:
+        for note in found.notes:
+            out.print("[yellow]note[/yellow]:", Text(note))
 
     failed = 0
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     shown = not quiet and out.is_terminal
     with Progress(*columns, console=out, disable=not shown, transient=True) as progress:
-        prepare = partial(_prepare, detector, sequence, resample or None)
-        for examination, prepared in prefetch(found, prepare):
-            task = progress.add_task(examination.name, total=None)
+        prepare = partial(_prepare, detector, resample or None, all(path.is_file() for path in inputs))
+        for case, prepared in prefetch(found, prepare):
+            task = progress.add_task(case.name, total=None)
             begun = time.monotonic()
 
             def on_slices(done: int, total: int, task: Any = task) -> None:
@@ -99,9 +99,9 @@ def detect(
                     samples=samples, steps=steps, sampler=sampler, seed=seed, threshold=threshold,
                     progress=on_slices,
                 )  # fmt: skip
-            except (VolumeError, OutputError) as error:
+            except (VolumeError, DatasetError, OutputError) as error:
                 failed += 1
-                err.print(f"[red]error[/red]: {examination.name}: {error}")
+                err.print(f"[red]error[/red]: {case.name}: {error}")
             finally:
                 progress.remove_task(task)
     if failed:
@@ -110,20 +110,10 @@ def detect(
         raise typer.Exit(SOME_FAILED)
 
 
-def _prepare(detector: Any, sequence: str | None, resample: bool | None, examination: Any) -> Any:
-    """An examination's volume, read and cut into slices."""
-    from dataclasses import replace
-
-    from ddmd.io.volume import Volume
-
+def _prepare(detector: Any, resample: bool | None, check_all: bool, case: Any) -> Any:
+    """A case's volume, read and cut into slices."""
     needed = detector.description.sequences
-    files = {s: p for s, p in examination.files.items() if s is not None}
-    if len(examination.files) == 1 and (sequence is not None or not files):
-        source: Any = next(iter(examination.files.values()))
-        volume = Volume.read(source, sequences=sequence, require=needed, resample=resample)
-    else:
-        volume = Volume.read(files, require=needed, resample=resample, check_all=True)
-    return detector.prepare(replace(volume, name=examination.name))
+    return detector.prepare(case.volume(needed, resample=resample, check_all=check_all))
 
 
 def _one(

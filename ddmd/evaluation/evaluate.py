@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 from scipy.stats import bootstrap
 
-from ddmd.cohort.cases import Case, find_cases, read_split
+from ddmd.cohort.cases import Case
+from ddmd.cohort.discovery import find_cases
+from ddmd.cohort.splits import read_split
 from ddmd.evaluation.baselines import smoothed_intensity
 from ddmd.evaluation.metrics import (
     BASELINE_RANGE,
@@ -172,7 +174,8 @@ def evaluate(
         If data, weights or a volume cannot be used.
     """
     detector = Detector.load(weights, device)
-    cases = [c for c in find_cases(data) if c.masks is not None]
+    found = find_cases(data, require=detector.description.sequences)
+    cases = [c for c in found if c.masks is not None]
     validation: list[Case] = []
     if split is not None:
         parts = read_split(split)

@@ -71,7 +71,7 @@ def _no_voxels(shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _native(image: nib.Nifti1Pair, shape: tuple[int, int, int]) -> nib.Nifti1Image:
-    kind = nib.Nifti2Image if isinstance(image.header, nib.Nifti2Header) else nib.Nifti1Image
+    kind = nib.Nifti2Image if isinstance(image, nib.Nifti2Pair) else nib.Nifti1Image
     header: Any = kind.header_class()
     header.set_data_dtype(np.uint8)
     header.set_data_shape(shape)

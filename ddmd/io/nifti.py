@@ -127,7 +127,7 @@ def open_image(path: str | os.PathLike[str]) -> nib.Nifti1Image:
     header = _header(path, head)
     if voxels_path != header_path:
         state = check_file(voxels_path)
-    elif not header.is_single:
+    elif isinstance(header, nib.nifti1.Nifti1PairHeader) and not header.is_single:
         raise VolumeError(
             f"{path}: the header of a pair whose voxels are in another file; name it .hdr or .img"
         )
@@ -146,10 +146,10 @@ def open_image(path: str | os.PathLike[str]) -> nib.Nifti1Image:
     _check_claims(path, shape, dtype, offset)
     _check_held(voxels_path, state, shape, dtype, offset)
     proxy = FileVoxels(voxels_path, state, shape, dtype, offset, slope, intercept)
-    single: Any = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
+    single: Any = nib.Nifti2Image if isinstance(header, nib.nifti2.Nifti2Header) else nib.Nifti1Image
     plain = single.header_class.from_header(header, check=False)
     image: nib.Nifti1Image = single(proxy, affine, plain)
-    image.file_map["image"].filename = str(path)
+    image.set_filename(str(path))
     return image
 
 
@@ -268,7 +268,7 @@ def _mgh_image(path: Path, head: bytes, state: FileState) -> nib.Nifti1Image:
     check_affine(np.asarray(affine, dtype=np.float64), str(path))
     image = nib.Nifti1Image(FileVoxels(path, state, shape, dtype, offset), affine)
     _set_scanner_forms(image, affine)
-    image.file_map["image"].filename = str(path)
+    image.set_filename(str(path))
     return image
 
 

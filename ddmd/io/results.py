@@ -17,6 +17,7 @@ import nibabel as nib
 import numpy as np
 
 from ddmd.io.atomic import MAX_NAME_BYTES, BusyError, FileSet, claim
+from ddmd.io.naming import file_stem
 from ddmd.io.text import printable, table_text
 
 SUFFIXES = {
@@ -66,11 +67,6 @@ class CaseResult:
     lesions: Sequence[Mapping[str, object]]
     lesion_columns: Sequence[str]
     overlay: bytes | None = None
-
-
-def file_stem(name: str) -> str:
-    """What the names of a case's files begin with."""
-    return "".join(c if c.isalnum() or c in "-_." else "-" for c in name) or "volume"
 
 
 def result_paths(name: str, folder: str | Path) -> dict[str, Path]:

@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ddmd.cohort.cases import Case, find_cases, read_split, split_by_patient, write_split
+from ddmd.cohort.cases import Case
+from ddmd.cohort.discovery import find_cases
+from ddmd.cohort.splits import read_split, split_by_patient, write_split
 from ddmd.diffusion.schedule import Schedule
 from ddmd.models.autoencoder import AutoencoderEnsemble
 from ddmd.models.checkpoint import System, pick_dtype

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ddmd.cohort.cases import read_split
+from ddmd.cohort.splits import read_split
 from ddmd.evaluation.evaluate import evaluate_case
 from ddmd.evaluation.metrics import THRESHOLDS, dice_scores
 from ddmd.inference.detector import Detector
