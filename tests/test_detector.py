@@ -12,7 +12,7 @@ from ddmd.diffusion.schedule import Schedule
 from ddmd.inference import ensemble
 from ddmd.inference.detector import Detector
 from ddmd.inference.ensemble import Maps
-from ddmd.inference.postprocess import SCORE_ML, LesionCriteria, find_lesions, image_score
+from ddmd.inference.postprocess import LesionCriteria, find_lesions
 from ddmd.inference.session import Sampling, SamplingConfig
 from ddmd.models import checkpoint
 from tests.volumes import head, tiny_system
@@ -243,21 +243,6 @@ def test_options_out_of_range_are_refused_by_name(detector, volume):
             _detect(detector, volume, **options)
     with pytest.raises(ValueError, match="device is 'tpu'"):
         Detector.load("flair-image-labels", "tpu")
-
-
-def test_the_score_is_the_mean_of_the_most_probable_tissue():
-    probability = np.zeros((20, 20, 20), np.float32)
-    probability[:2, 0, 0] = 0.5, 1.0
-    count = round(SCORE_ML * 1000)
-    assert image_score(probability, 0.001) == pytest.approx(1.5 / count), (
-        "what is not probable at all counts, too"
-    )
-    probability[5:15] = np.linspace(0.1, 0.9, 4000, dtype=np.float32).reshape(10, 20, 20)
-    assert image_score(probability, 0.001) == pytest.approx(
-        np.sort(probability, None)[-count:].mean(), rel=1e-5
-    )
-    probability[0, 0, 0] = np.nan
-    assert np.isnan(image_score(probability, 0.001)), "a network that broke is not sure that there is nothing"
 
 
 def test_saved_weights_load_as_they_were(tmp_path, volume):

@@ -6,7 +6,14 @@ from itertools import product
 import numpy as np
 import pytest
 
-from ddmd.inference.postprocess import LesionCriteria, find_lesions, label_components
+from ddmd.inference.postprocess import (
+    SCORE_ML,
+    LesionCriteria,
+    find_lesions,
+    label_components,
+    lesion_evidence,
+    lesion_score,
+)
 
 
 def flood_fill(mask):
@@ -68,3 +75,35 @@ def test_nan_is_never_lesion():
     probability[1, 1, 1] = 0.9
     labels = label_components(probability, 1.0, LesionCriteria(0.5))
     assert labels.sum() == labels[1, 1, 1] == 1
+
+
+def test_evidence_is_the_mean_of_the_most_probable_half_millilitre():
+    probability = np.zeros((20, 20, 20), np.float32)
+    probability[:2, 0, 0] = 0.5, 1.0
+    count = round(SCORE_ML * 1000)
+    assert lesion_evidence(probability, 0.001) == pytest.approx(1.5 / count), "the rest counts as 0"
+    probability[5:15] = np.linspace(0.1, 0.9, 4000, dtype=np.float32).reshape(10, 20, 20)
+    assert lesion_evidence(probability, 0.001) == pytest.approx(
+        np.sort(probability, None)[-count:].mean(), rel=1e-5
+    )
+    assert lesion_evidence(np.full((2, 2, 2), 0.9, np.float32), 0.01) == pytest.approx(0.9 * 8 / 50)
+
+
+def test_a_volume_with_lesions_scores_above_every_volume_without(rng):
+    levels = np.sort(np.concatenate(([0.0, 1.0], rng.random(50))))
+    maps = [np.full((10, 10, 10), level, np.float32) for level in levels]
+    without, with_lesions = (
+        np.array([lesion_score(p, 0.001, found) for p in maps]) for found in (False, True)
+    )
+    for scores in (without, with_lesions):
+        assert (np.diff(scores) >= 0).all(), "the score never falls as the evidence rises"
+        inner = np.diff(scores[(levels > 0.01) & (levels < 0.99)])
+        assert (inner > 0).all()
+    assert 0 <= without.min() <= without.max() < 0.5 < with_lesions.min() <= with_lesions.max() <= 1
+
+
+def test_a_network_that_broke_has_no_score():
+    probability = np.zeros((20, 20, 20), np.float32)
+    probability[0, 0, 0] = np.nan
+    assert np.isnan(lesion_score(probability, 0.001, False))
+    assert np.isnan(lesion_score(probability, 0.001, True))

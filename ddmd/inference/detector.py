@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ddmd.inference.detection import Detection
 from ddmd.inference.ensemble import Maps, Progress, detect_slices
-from ddmd.inference.postprocess import LesionCriteria, find_lesions, image_score
+from ddmd.inference.postprocess import LesionCriteria, find_lesions, lesion_score
 from ddmd.inference.prefetch import prefetch
 from ddmd.inference.provenance import provenance
 from ddmd.inference.session import SamplingConfig
@@ -238,7 +238,7 @@ class Detector:
             inter_discrepancy=volume.to_native(maps.inter),
             intra_discrepancy=volume.to_native(maps.intra),
             image=volume.to_native(volume.images[self.description.sequences[0]]),
-            score=image_score(maps.probability, float(np.prod(volume.spacing)) / 1000),
+            score=lesion_score(maps.probability, float(np.prod(volume.spacing)) / 1000, bool(found.lesions)),
             lesions=found.lesions,
             notes=volume.notes,
             provenance=provenance(
