@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 from scipy.optimize import minimize
 
-from ddmd.cohort.cases import find_cases, split_by_patient
+from ddmd.cohort.discovery import find_cases
+from ddmd.cohort.splits import split_by_patient
 from ddmd.inference.detector import Detector
 from ddmd.inference.ensemble import detect_slices
 from ddmd.inference.postprocess import EVIDENCE_LIMIT, label_components, lesion_evidence

@@ -1,8 +1,7 @@
 """Evaluate weights and keep the figures: `python -m benchmarks.evaluations DATA [--patients split.json] [--weights W]`.
 
-What `ddmd evaluate` does, written as benchmarks/results/evaluation-WEIGHTS-DATA-DATE.json, from which
-`python -m benchmarks.cards` makes the tables of the model cards. Volumes without a mask are detected too: how much
-is found in each is all that can be said of them.
+Does what `ddmd evaluate` does, and writes benchmarks/results/evaluation-WEIGHTS-DATA-DATE.json, from which
+`python -m benchmarks.cards` makes the tables of the model cards. Of volumes without a mask, the detected volume is kept.
 """
 
 from __future__ import annotations
@@ -14,29 +13,28 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from benchmarks.timing import machine
 from ddmd.cohort.discovery import find_cases
 from ddmd.cohort.splits import read_split
-from ddmd.evaluation.evaluate import evaluate, plain
+from ddmd.evaluation.evaluate import evaluate
+from ddmd.evaluation.report import to_json
 from ddmd.inference.detector import Detector
+from ddmd.io.atomic import write_text
 from ddmd.models import checkpoint
 
 RESULTS = Path(__file__).with_name("results")
-SHOWN = ("patient", "lesion_ml", "found_ml", "dice", "dice_oracle", "baseline_dice_oracle", "lesion_recall",
-         "false_positives")  # fmt: skip
+COLUMNS = ("patient", "lesion_ml", "detected_ml", "false_positive_ml", "dice", "dice_oracle", "baseline_dice_oracle",
+           "lesion_recall", "false_positives", "score", "uncertainty_auroc", "bernoulli_auroc")  # fmt: skip
 
 
 def without_mask(data: Path, name: str, split: dict[str, str]) -> list[dict[str, Any]]:
-    """Millilitres found in the cases that have no mask to compare with."""
+    """Detected volume and score of the cases that have no mask to compare with."""
     detector, rows = Detector.load(name), []
     for case in find_cases(data):
         if case.masks is None and split.get(case.patient, "test") == "test":
-            volume = case.volume(detector.description.sequences)
-            found = detector.detect(volume)
-            ml = float(np.asarray(found.mask.dataobj).sum() * np.prod(volume.spacing)) / 1000
-            rows.append({"patient": case.name, "found_ml": ml})
+            detection = detector.detect(case.volume(detector.description.sequences))
+            ml = sum(lesion.volume_ml for lesion in detection.lesions)
+            rows.append({"patient": case.name, "detected_ml": ml, "score": detection.score})
     return rows
 
 
@@ -51,14 +49,19 @@ def main() -> None:
     split = read_split(options.patients) if options.patients else {}
     trained_on = {k: v for k, v in split.items() if v != "test"}
     result = {
-        "machine": machine(), "date": str(datetime.date.today()), "weights": report.how["weights"],
+        "machine": machine(), "date": str(datetime.date.today()), "weights": report.provenance["weights"],
         "weights_sha256": hashlib.sha256(checkpoint.find(options.weights).read_bytes()).hexdigest(),
-        "threshold": report.how["threshold"], "sampling": report.how["sampling"], "pooled": report.pooled,
-        "intervals": report.intervals, "patients": [{k: row[k] for k in SHOWN} for row in report.patients],
+        "threshold": report.provenance["threshold"], "sampling": report.provenance["sampling"], "pooled": report.pooled,
+        "intervals": report.intervals, "patients": [{k: row[k] for k in COLUMNS} for row in report.patients],
         "without_mask": without_mask(options.data, options.weights, trained_on),
     }  # fmt: skip
-    target = options.output / f"evaluation-{report.how['weights']}-{options.data.name}-{result['date']}.json"
-    target.write_text(json.dumps(plain(result), indent=1) + "\n")
+    for failure in report.failures:
+        print(f"{failure.case} failed: {failure.error}: {failure.message}")
+    target = (
+        options.output
+        / f"evaluation-{report.provenance['weights']}-{options.data.name}-{result['date']}.json"
+    )
+    write_text(target, json.dumps(to_json(result), indent=1) + "\n")
     print(target)
 
 

@@ -1,6 +1,6 @@
 """Pictures for the docs: `python -m benchmarks.pictures [RESULTS] [DOCS]`.
 
-Curves from the newest results files, and what the lesion painter does to a slice of the phantom.
+Curves from the newest results files, and painted lesions on a slice of the phantom.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ DOCS = Path(__file__).parents[1] / "docs"
 
 def newest(folder: Path, kind: str) -> Path | None:
     """The file `kind`-...-DATE.json of the latest date."""
-    found = sorted(folder.glob(f"{kind}-*.json"), key=lambda path: path.stem[-10:])
-    return found[-1] if found else None
+    dated = sorted(folder.glob(f"{kind}-*.json"), key=lambda path: path.stem[-10:])
+    return dated[-1] if dated else None
 
 
-def quality(found: dict[str, Any]) -> Figure:
+def quality(results: dict[str, Any]) -> Figure:
     """Dice over N of both fast samplers; Dice and AUROC of the uncertainty over S."""
-    rows = found["rows"]
+    rows = results["rows"]
     figure = Figure(figsize=(10, 3.4))
     left, right = figure.subplots(1, 2)
     for sweep, sampler in dict.fromkeys((r["sweep"], r["sampler"]) for r in rows if r["sweep"][0] == "N"):
@@ -55,25 +55,30 @@ def quality(found: dict[str, Any]) -> Figure:
     return figure
 
 
-def scaling(found: dict[str, Any]) -> Figure:
-    """Where the seconds of a volume go, and how they grow with S, N, slices and batch."""
+def scaling(results: dict[str, Any]) -> Figure:
+    """Seconds of each part of a volume, and how they grow with S, N, slices and batch."""
     figure = Figure(figsize=(11, 3.4))
     axes = figure.subplots(1, 5, width_ratios=[2, 1, 1, 1, 1])
-    parts = {k: v for k, v in found["parts"].items() if k != "whole, file to files"}
+    parts = {k: v for k, v in results["parts"].items() if k != "whole, file to files"}
     axes[0].barh(list(parts), list(parts.values()))
     axes[0].invert_yaxis()
     axes[0].set(xlabel="seconds of one volume")
-    whole = next(iter(found["scaling"]))
-    slices, samples, steps = (int(n) for n in re.findall(r"\d+", whole))
-    at = found["scaling"][whole]
-    known = {"S": {samples: at}, "N": {steps: at}, "slices": {slices: at}, "batch": {}}
-    for name, seconds in found["scaling"].items():
+    default = next(iter(results["scaling"]))
+    slices, samples, steps = (int(n) for n in re.findall(r"\d+", default))
+    seconds_of_default = results["scaling"][default]
+    points = {
+        "S": {samples: seconds_of_default},
+        "N": {steps: seconds_of_default},
+        "slices": {slices: seconds_of_default},
+        "batch": {},
+    }
+    for name, seconds in results["scaling"].items():
         numbers = [int(n) for n in re.findall(r"\d+", name)]
-        for key in known:
+        for key in points:
             if len(numbers) == 1 and key in name:
-                known[key][numbers[0]] = seconds
-    for ax, (key, points) in zip(axes[1:], known.items(), strict=True):
-        ax.plot(sorted(points), [points[n] for n in sorted(points)], marker="o")
+                points[key][numbers[0]] = seconds
+    for ax, (key, curve) in zip(axes[1:], points.items(), strict=True):
+        ax.plot(sorted(curve), [curve[n] for n in sorted(curve)], marker="o")
         ax.set(xlabel=key, ylim=(0, None))
     axes[1].set(ylabel=f"seconds of {slices} slices")
     figure.tight_layout()
@@ -103,7 +108,7 @@ def painter(count: int = 6, seed: int = 0) -> Figure:
 
 
 def main(arguments: Sequence[str] = ()) -> None:
-    """Draw what has been measured."""
+    """Draw the newest results."""
     results, docs = (Path(a) for a in (*arguments, *(RESULTS, DOCS)[len(arguments) :]))
     for kind, draw in (("quality", quality), ("volume", scaling)):
         path = newest(results, kind)

@@ -18,13 +18,16 @@ from typing import Any
 import torch
 
 from benchmarks.timing import machine
+from ddmd.cohort.cases import Case
 from ddmd.cohort.discovery import find_cases
 from ddmd.cohort.splits import read_split
-from ddmd.evaluation.evaluate import summarise
-from ddmd.evaluation.metrics import case_metrics
+from ddmd.evaluation.case_metrics import case_metrics
+from ddmd.evaluation.report import to_json
+from ddmd.evaluation.summary import summarise
 from ddmd.inference.detector import Detector
 from ddmd.inference.ensemble import detect_slices
 from ddmd.inference.session import SamplingConfig
+from ddmd.io.atomic import write_text
 from ddmd.models import checkpoint
 
 STEPS = (1, 2, 3, 5, 10, 20)
@@ -32,14 +35,17 @@ ALL_THE_WAY = (5, 20, 100)
 SAMPLES = (1, 2, 3, 6, 10, 20)
 STOPS = (0.0, 0.9, 0.98)
 CLOSE = 0.005  # of Dice: what the default may lose against N = 100
+SETTINGS = ("sampler", "steps", "samples", "eta", "stop", "mirror")
+KEPT = ("dice", "dice_oracle", "uncertainty_auroc", "bernoulli_auroc", "dice_without_5_percent",
+        "calibration_error")  # fmt: skip
 RESULTS = Path(__file__).with_name("results")
 
 
 def settings(default: SamplingConfig) -> list[tuple[str, SamplingConfig]]:
-    """What is swept, and each setting; all else as by default.
+    """The sweeps: (name, configuration), one setting changed at a time.
 
-    N; N of steps that go all the way to x_0, by both fast samplers; S; and where steps end, with fresh noise at
-    each or without, on the mirror image too or not.
+    N; S; where the steps end, with fresh noise at each or without, with and without the mirror image; and N of
+    steps that go all the way to x_0, by both fast samplers.
     """
     change = dataclasses.replace
     chosen = [("N", change(default, steps=n)) for n in STEPS]
@@ -58,26 +64,26 @@ def settings(default: SamplingConfig) -> list[tuple[str, SamplingConfig]]:
     return chosen
 
 
-def measure(detector: Detector, cases: list[Any]) -> Iterator[dict[str, Any]]:
-    """Figures of every setting over the same patients, at the threshold of the weights, one after the other."""
-    told = detector.description
-    prepared = [(case, detector.prepare(case.volume(told.sequences)), case.lesion()) for case in cases]
+def measure(detector: Detector, cases: list[Case]) -> Iterator[dict[str, Any]]:
+    """Figures of every setting over the same cases, at the threshold of the weights, one after the other."""
+    sequences, criteria = detector.description.sequences, detector.lesion_criteria()
+    prepared = [(case, detector.prepare(case.volume(sequences)), case.lesion()) for case in cases]
     for sweep, config in settings(detector.sampling_config()):
-        spent, judged = 0.0, []
+        seconds, metrics = 0.0, []
         for case, p, truth in prepared:
             begun = time.perf_counter()
-            maps = detect_slices(detector.system, p.slices, config)
-            spent += time.perf_counter() - begun
-            found = detector.to_volume(p, maps)
-            judged.append(
-                case_metrics(case.name, case.patient, p.volume, found.probability, found.uncertainty, truth, detector.lesion_criteria())
-            )  # fmt: skip
-        pooled = summarise(judged, {}).pooled
-        names = ("dice", "dice_oracle", "uncertainty_auroc", "dice_without_5_percent", "calibration_error")
-        told_of = ("sampler", "steps", "samples", "eta", "stop", "mirror")
-        row = {"sweep": sweep} | {k: getattr(config, k) for k in told_of}
-        row["seconds"] = spent
-        yield row | {name: pooled[name] for name in names}
+            drawn = detect_slices(detector.system, p.slices, config)
+            seconds += time.perf_counter() - begun
+            maps = detector.to_volume(p, drawn)
+            metrics.append(
+                case_metrics(
+                    case.name, case.patient, p.volume, maps.probability, maps.uncertainty, truth, criteria
+                )
+            )
+        pooled = summarise(metrics, {}).pooled
+        row = {"sweep": sweep} | {key: getattr(config, key) for key in SETTINGS}
+        row["seconds"] = seconds
+        yield row | {name: pooled[name] for name in KEPT}
 
 
 def smallest(rows: list[dict[str, Any]]) -> int | None:
@@ -109,10 +115,10 @@ def main() -> None:
         "weights": detector.description.name, "patients": len(cases), "part": options.part,
         "default": dataclasses.asdict(default), "rows": rows,
     }  # fmt: skip
-    for row in measure(detector, cases):  # kept as they come: a run that is cut has measured something
+    for row in measure(detector, cases):  # written as they come, so that a run that is cut short keeps some
         rows.append(row)
         print({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
-        target.write_text(json.dumps(result, indent=1) + "\n")
+        write_text(target, json.dumps(to_json(result), indent=1) + "\n")
     print(f"fewest steps within {CLOSE} of the most: {smallest(rows)}; {target}")
 
 

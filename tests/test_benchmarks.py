@@ -57,19 +57,20 @@ def test_tables_come_from_the_files_of_a_folder(tmp_path, capsys):
 
 
 def test_tables_of_an_evaluation_leave_out_what_is_not_there():
-    row = {"patient": "p", "lesion_ml": 2.0, "found_ml": 1.0, "dice": 0.25, "dice_oracle": 0.5,
+    row = {"patient": "p", "lesion_ml": 2.0, "detected_ml": 1.0, "dice": 0.25, "dice_oracle": 0.5,
            "baseline_dice_oracle": None}  # fmt: skip
     pooled = {"dice": 0.5, "uncertainty_auroc": 0.75, "dice_without_5_percent": 0.625, "auprc": None}
-    found = {
+    evaluation = {
         "pooled": pooled, "intervals": {"dice": [0.4, 0.3, 0.6], "hd95_mm": [None, None, None]},
-        "patients": [row], "without_mask": [{"patient": "q", "found_ml": 1.25}],
+        "patients": [row], "without_mask": [{"patient": "q", "detected_ml": 1.25}],
     }  # fmt: skip
-    lines = cards.figures(found).splitlines()
+    lines = cards.figures(evaluation).splitlines()
     for expected in ("| Dice | 0.500 | 0.400 [0.300, 0.600] |", "| HD95 (mm) |  |  |", "| AUPRC |  |  |"):
         assert expected in lines
-    text = cards.volumes(found)
+    assert not any("recall" in line for line in lines)
+    text = cards.volumes(evaluation)
     assert "| p | 2.0 | 1.0 | 0.250 | 0.500 |  |" in text
-    assert "nothing to find: q: 1.2 ml." in text
+    assert "False-positive volume of healthy controls: q: 1.2 ml." in text
     assert "AUROC, on p: 0.750; " in text
 
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 import ddmd.training
 from ddmd.cohort.cases import Case
 from ddmd.diffusion.schedule import Schedule
-from ddmd.evaluation.metrics import THRESHOLDS
+from ddmd.evaluation.case_metrics import THRESHOLDS
 from ddmd.models import checkpoint
 from ddmd.models.autoencoder import AutoencoderConfig, AutoencoderEnsemble
 from ddmd.models.checkpoint import WeightsError

@@ -15,6 +15,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 from rich.text import Text
 
+from ddmd.io.text import printable
+
 app = typer.Typer(
     help="Lesions in brain MRI by discrepancy distribution medical diffusion. For research, not diagnosis.",
     no_args_is_help=True,
@@ -232,17 +234,27 @@ def evaluate(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     samples: Annotated[int | None, typer.Option(help="S, masks drawn for each slice.")] = None,
     steps: Annotated[int | None, typer.Option(help="N, denoising steps of each.")] = None,
+    layout: Annotated[
+        str, typer.Option(help="Of the data: auto, slices, volumes, brats, bids or table.")
+    ] = "auto",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier evaluation.")] = False,
 ) -> None:
     """Compare detections with the annotators' masks, beside the single threshold and the empty mask."""
     from ddmd.evaluation.evaluate import evaluate as run
 
     try:
         report = run(
-            data, weights=weights, out=output, split=patients, device=device, samples=samples, steps=steps
-        )
+            data, weights=weights, out=output, split=patients, device=device, samples=samples, steps=steps,
+            layout=layout, overwrite=overwrite,
+        )  # fmt: skip
     except ValueError as error:
         raise _bad_usage(error) from None
     out.print(report.table())
+    for failure in report.failures:
+        line = f"{printable(failure.case)}: {failure.error}: {printable(failure.message)}"
+        err.print(Text(line, style="red"))
+    if report.failures:
+        raise typer.Exit(SOME_FAILED)
 
 
 def main() -> None:

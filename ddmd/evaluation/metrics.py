@@ -1,228 +1,200 @@
-"""One patient's figures: maps compared with an annotator's mask, and what is kept of them to be pooled."""
+"""Figures that compare arrays: overlap, surface distance, lesions found, ranking and calibration."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
 from scipy import ndimage
 
-from ddmd.evaluation.baselines import smoothed_intensity
-from ddmd.inference.postprocess import LesionCriteria, find_lesions, label_components
-from ddmd.io.volume import Volume
+BINS = 501  # of the histograms that stand for a case's voxels
+CALIBRATION_BINS = 10
 
-BINS = 501  # of probability, uncertainty and baseline: what is kept of a patient's voxels
-BASELINE_RANGE = (-4.0, 6.0)  # of the smoothed robust z-score
-UNCERTAINTY_RANGE = (-10.0, 0.0)  # decimal logarithm of the variance: ranks small ones apart, alike for all
-SLICE_SCORE_MM2 = 25.0  # a slice's score is the mean probability of so much of it, the most probable
-THRESHOLDS = np.linspace(0.05, 0.95, 19)  # of probability: at each the whole rule is tried
-LEFT_OUT = (0.0, 0.01, 0.02, 0.05, 0.10)  # shares of the least certain voxels
+Mask = NDArray[np.bool_]
+Floats = NDArray[np.floating]
 
 
-@dataclass
-class Counts:
-    """Histograms of voxels inside the brain, by a score, of lesion and of other tissue."""
+@dataclass(frozen=True)
+class Histogram:
+    """How many voxels have each value, apart for positive and negative ones; of several cases, they add up.
 
-    lesion: np.ndarray
-    other: np.ndarray
+    Parameters
+    ----------
+    positive, negative : (BINS,) int64
+    """
+
+    positive: NDArray[np.int64]
+    negative: NDArray[np.int64]
 
     @classmethod
-    def of(cls, score: np.ndarray, truth: np.ndarray, low: float, high: float) -> Counts:
-        bins = np.clip(((score - low) / (high - low) * (BINS - 1)).astype(np.int64), 0, BINS - 1)
-        return cls(np.bincount(bins[truth], minlength=BINS), np.bincount(bins[~truth], minlength=BINS))
+    def count(cls, values: Floats, positive: Mask, low: float, high: float) -> Histogram:
+        """Count values (n,) in BINS bins from `low` to `high`; those beyond go to the outermost bins."""
+        bins = np.clip(((values - low) / (high - low) * (BINS - 1)).astype(np.int64), 0, BINS - 1)
+        return cls(np.bincount(bins[positive], minlength=BINS), np.bincount(bins[~positive], minlength=BINS))
 
-    def __add__(self, more: Counts) -> Counts:
-        return Counts(self.lesion + more.lesion, self.other + more.other)
+    def __add__(self, other: Histogram) -> Histogram:
+        return Histogram(self.positive + other.positive, self.negative + other.negative)
 
-    def dice_curve(self) -> np.ndarray:
-        """Dice with the threshold at each bin's lower edge."""
-        true = np.cumsum(self.lesion[::-1])[::-1]
-        false = np.cumsum(self.other[::-1])[::-1]
-        return 2 * true / np.maximum(true + false + self.lesion.sum(), 1)
+    def dice_curve(self) -> NDArray[np.float64]:
+        """Dice (BINS,) with the threshold at each bin's lower edge."""
+        true_positive = np.cumsum(self.positive[::-1])[::-1]
+        false_positive = np.cumsum(self.negative[::-1])[::-1]
+        total = true_positive + false_positive + self.positive.sum()
+        curve: NDArray[np.float64] = 2 * true_positive / np.maximum(total, 1)
+        return curve
 
-    def best(self) -> int:
+    def best_bin(self) -> int:
         """The bin whose lower edge, as the threshold, has the highest Dice."""
         return int(self.dice_curve().argmax())
 
-    def _sklearn(self, metric: Callable[..., float]) -> float:
-        if not self.lesion.sum() or not self.other.sum():
-            return float("nan")
-        score = np.tile(np.arange(BINS), 2)
-        label = np.repeat((1, 0), BINS)
-        return float(metric(label, score, sample_weight=np.concatenate((self.lesion, self.other))))
-
-    def auprc(self) -> float:
+    def average_precision(self) -> float:
+        """Area under the precision-recall curve (scikit-learn); NaN where one class is empty."""
         from sklearn.metrics import average_precision_score
 
-        return self._sklearn(average_precision_score)
+        return self._apply(average_precision_score)
 
     def auroc(self) -> float:
+        """Area under the ROC curve (scikit-learn); NaN where one class is empty."""
         from sklearn.metrics import roc_auc_score
 
-        return self._sklearn(roc_auc_score)
+        return self._apply(roc_auc_score)
+
+    def _apply(self, metric: Callable[..., float]) -> float:
+        if not self.positive.sum() or not self.negative.sum():
+            return float("nan")
+        values = np.tile(np.arange(BINS), 2)
+        labels = np.repeat((1, 0), BINS)
+        return float(metric(labels, values, sample_weight=np.concatenate((self.positive, self.negative))))
 
 
-@dataclass
-class CaseMetrics:
-    """One patient's figures: `row` goes to the table; the rest is pooled."""
-
-    row: dict[str, Any]  # "patient" is the case's name
-    patient: str  # whose examination it is: the unit of the bootstrap
-    probability: Counts
-    baseline: Counts
-    uncertainty: Counts  # "lesion" are voxels where the mask is wrong
-    confusion: np.ndarray  # true positive, false positive, false negative, true negative
-    by_threshold: np.ndarray  # (THRESHOLDS, 4): the same by the rule with each threshold
-    left_out: np.ndarray  # (LEFT_OUT, 3): true positive, false positive, false negative
-    calibration: np.ndarray  # (10, 3): voxels, sum of probability, lesions
-    slice_score: np.ndarray
-    slice_label: np.ndarray
-    bearing: np.ndarray  # confusion on lesion-bearing slices
-    picture: dict[str, np.ndarray] = field(default_factory=dict)
+def confusion(mask: Mask, truth: Mask, inside: Mask) -> NDArray[np.int64]:
+    """(4,) voxels inside: true positive, false positive, false negative, true negative."""
+    mask, truth = mask[inside], truth[inside]
+    true_positive = int((mask & truth).sum())
+    false_positive = int(mask.sum()) - true_positive
+    false_negative = int(truth.sum()) - true_positive
+    rest = mask.size - true_positive - false_positive - false_negative
+    return np.array([true_positive, false_positive, false_negative, rest])
 
 
-def _confusion(found: np.ndarray, truth: np.ndarray, inside: np.ndarray) -> np.ndarray:
-    found, truth = found[inside], truth[inside]
-    true = int((found & truth).sum())
-    false, missed = int(found.sum()) - true, int(truth.sum()) - true
-    return np.array([true, false, missed, found.size - true - false - missed])
+def confusion_metrics(counts: ArrayLike) -> dict[str, float]:
+    """Dice, IoU, precision, recall and accuracy of counts as `confusion` gives them; NaN for 0 / 0."""
+    true_positive, false_positive, false_negative, rest = (float(v) for v in np.asarray(counts))
+    total = max(true_positive + false_positive + false_negative + rest, 1.0)
 
+    def ratio(a: float, b: float) -> float:
+        return a / b if b else float("nan")
 
-def confusion_metrics(c: np.ndarray) -> dict[str, float]:
-    """Dice, IoU, precision, recall and accuracies of (true positive, false positive, false negative, rest)."""
-    true, false, missed, rest = (float(v) for v in c)
-    total = max(true + false + missed + rest, 1.0)
-    ratio: Callable[[float, float], float] = lambda a, b: a / b if b else float("nan")  # noqa: E731
     return {
-        "dice": ratio(2 * true, 2 * true + false + missed),
-        "iou": ratio(true, true + false + missed),
-        "precision": ratio(true, true + false),
-        "recall": ratio(true, true + missed),
-        "accuracy": (true + rest) / total,
-        "accuracy_of_empty_mask": (rest + false) / total,
+        "dice": ratio(2 * true_positive, 2 * true_positive + false_positive + false_negative),
+        "iou": ratio(true_positive, true_positive + false_positive + false_negative),
+        "precision": ratio(true_positive, true_positive + false_positive),
+        "recall": ratio(true_positive, true_positive + false_negative),
+        "accuracy": (true_positive + rest) / total,
+        "accuracy_of_empty_mask": (rest + false_positive) / total,
     }
 
 
-def dice_scores(confusions: np.ndarray) -> np.ndarray:
-    """Dice of rows that begin with true positive, false positive, false negative; 0 where all are 0."""
-    true, false, missed = np.asarray(confusions, float)[..., :3].T
-    return 2 * true / np.maximum(2 * true + false + missed, 1)
+def dice_scores(counts: ArrayLike) -> NDArray[np.float64]:
+    """Dice of rows (..., 3 or more) of true positive, false positive, false negative; 0 where all are 0."""
+    true_positive, false_positive, false_negative = np.asarray(counts, np.float64)[..., :3].T
+    dice: NDArray[np.float64] = (
+        2 * true_positive / np.maximum(2 * true_positive + false_positive + false_negative, 1)
+    )
+    return dice
 
 
-def best_dice(own: np.ndarray, by_threshold: np.ndarray) -> float:
-    """The highest Dice that any threshold gives, the rule's own among them."""
-    return float(dice_scores(np.vstack((own, by_threshold))).max())
+def best_dice(own: ArrayLike, by_threshold: ArrayLike) -> float:
+    """The highest Dice that any threshold gives, the system's own among them."""
+    return float(dice_scores(np.vstack((np.asarray(own), np.asarray(by_threshold)))).max())
 
 
-def _by_threshold(
-    probability: np.ndarray, truth: np.ndarray, inside: np.ndarray, voxel_ml: float, rule: LesionCriteria
-) -> np.ndarray:
-    at = np.argwhere((probability >= THRESHOLDS[0]) | truth)
-    low, high = (at.min(0), at.max(0) + 1) if len(at) else (np.zeros(3, int), np.ones(3, int))
-    box = tuple(slice(a, b) for a, b in zip(low, high, strict=True))
-    rules = [replace(rule, threshold=float(threshold)) for threshold in THRESHOLDS]
-    found = [label_components(probability[box], voxel_ml, r) > 0 for r in rules]
-    counts = np.array([_confusion(f, truth[box], inside[box]) for f in found])
-    counts[:, 3] += int(inside.sum() - inside[box].sum())
-    return counts
-
-
-def _hd95(found: np.ndarray, truth: np.ndarray, spacing: Sequence[float]) -> float:
+def hausdorff_95(mask: Mask, truth: Mask, spacing_mm: Sequence[float]) -> float:
     """95th percentile of the distance between the surfaces, in mm (MONAI); NaN where one has none."""
     import torch
-    from monai.metrics import compute_hausdorff_distance
+    from monai.metrics.hausdorff_distance import compute_hausdorff_distance
 
-    if not truth.any() or not found.any():
+    if not truth.any() or not mask.any():
         return float("nan")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of MONAI, about its own arguments
         distance = compute_hausdorff_distance(
-            torch.from_numpy(found)[None, None], torch.from_numpy(truth)[None, None], include_background=True,
-            percentile=95, spacing=list(spacing),
+            torch.from_numpy(mask)[None, None], torch.from_numpy(truth)[None, None], include_background=True,
+            percentile=95, spacing=list(spacing_mm),
         )  # fmt: skip
     return float(distance)
 
 
-def _lesion_wise(found: np.ndarray, truth: np.ndarray) -> dict[str, float]:
-    """Lesions (components, 26 neighbours), the share of them touched, and what was found that touches none."""
+def lesion_wise(mask: Mask, truth: Mask) -> dict[str, float]:
+    """Figures that count lesions: connected components with 26 neighbours.
+
+    Returns
+    -------
+    {"lesions": lesions of the annotator, "lesion_recall": share of them that the mask touches,
+    "false_positives": components of the mask that touch none}
+    """
     corners = np.ones((3, 3, 3))
-    parts, number = ndimage.label(truth, corners)
-    found_parts, found_number = ndimage.label(found, corners)
-    hit, right = (len(set(np.unique(p)) - {0}) for p in (parts[found], found_parts[truth]))
+    true_labels, true_count = ndimage.label(truth, corners)
+    mask_labels, mask_count = ndimage.label(mask, corners)
+    touched = np.unique(true_labels[mask & truth]).size
+    right = np.unique(mask_labels[mask & truth]).size
     return {
-        "lesions": number,
-        "lesion_recall": hit / number if number else float("nan"),
-        "false_positives": found_number - right,
+        "lesions": true_count,
+        "lesion_recall": touched / true_count if true_count else float("nan"),
+        "false_positives": mask_count - right,
     }
 
 
-def case_metrics(
-    name: str,
-    patient: str,
-    volume: Volume,
-    probability: np.ndarray,
-    uncertainty: np.ndarray,
-    truth: np.ndarray,
-    rule: LesionCriteria,
-) -> CaseMetrics:
-    """Compare one patient's maps (X, Y, Z) with the annotator's mask."""
-    voxel_ml = float(np.prod(volume.spacing)) / 1000
-    lesion_map = find_lesions(probability, uncertainty, volume.affine, rule)
-    found, lesions = lesion_map.mask, lesion_map.lesions
-    inside = volume.brain | truth
-    confusion = _confusion(found, truth, inside)
-    empty = not truth.any()
-    baseline = smoothed_intensity(volume)
-    counts = Counts.of(probability[inside], truth[inside], 0.0, 1.0)
-    by_threshold = _by_threshold(probability, truth, inside, voxel_ml, rule)
-    base = Counts.of(baseline[inside], truth[inside], *BASELINE_RANGE)
-    row: dict[str, Any] = {"patient": name, **confusion_metrics(confusion)}
-    row["lesion_ml"], row["found_ml"] = float(truth.sum()) * voxel_ml, float(found.sum()) * voxel_ml
-    row["dice_oracle"] = best_dice(confusion, by_threshold) if not empty else float("nan")
-    row["baseline_dice_oracle"] = float(base.dice_curve().max()) if not empty else float("nan")
-    row["auprc"] = counts.auprc()
-    row["hd95_mm"] = _hd95(found, truth, volume.spacing)
-    row |= _lesion_wise(found, truth)
-    row["score"] = max((lesion.peak_probability for lesion in lesions), default=float(probability.max()))
-    bearing: np.ndarray = np.any(truth, axis=(0, 1))
-    on_bearing = _confusion(found[:, :, bearing], truth[:, :, bearing], inside[:, :, bearing])
-    row["dice_bearing"] = confusion_metrics(on_bearing)["dice"]
-    wrong = found[inside] != truth[inside]
-    order = np.argsort(-uncertainty[inside], kind="stable")
-    kept = []
-    for share in LEFT_OUT:
-        some = order[int(share * len(order)) :]
-        kept.append(_confusion(found[inside][some], truth[inside][some], np.ones(len(some), bool))[:3])
-    edges = np.minimum((probability[inside] * 10).astype(int), 9)
-    summed = (None, probability[inside], truth[inside].astype(float))
-    calibration = np.stack([np.bincount(edges, w, minlength=10) for w in summed], 1)
-    z = int(truth.sum(axis=(0, 1)).argmax()) if not empty else int(probability.sum(axis=(0, 1)).argmax())
-    filled = volume.brain.any(axis=(0, 1))
-    return CaseMetrics(
-        row=row,
-        patient=patient,
-        probability=counts,
-        baseline=base,
-        uncertainty=Counts.of(np.log10(uncertainty[inside] + 1e-12), wrong, *UNCERTAINTY_RANGE),
-        confusion=confusion,
-        by_threshold=by_threshold,
-        left_out=np.array(kept),
-        calibration=calibration,
-        slice_score=_slice_scores(probability, volume.spacing)[filled],
-        slice_label=bearing[filled],
-        bearing=on_bearing,
-        picture={
-            "image": volume.normalised("flair")[:, :, z].T if "flair" in volume.images else probability[:, :, z].T,
-            "found": found[:, :, z].T, "truth": truth[:, :, z].T, "uncertainty": uncertainty[:, :, z].T,
-        },
-    )  # fmt: skip
+def rejection_curve(
+    mask: Mask, truth: Mask, uncertainty: Floats, shares: Sequence[float]
+) -> NDArray[np.int64]:
+    """What is left where the least certain voxels are left out.
+
+    Parameters
+    ----------
+    mask, truth, uncertainty : (n,) voxels inside the brain
+    shares : of voxels left out, in [0, 1]
+
+    Returns
+    -------
+    (len(shares), 3) int64
+        True positive, false positive, false negative.
+    """
+    order = np.argsort(-uncertainty, kind="stable")
+    rows = []
+    for share in shares:
+        kept = order[int(share * len(order)) :]
+        rows.append(confusion(mask[kept], truth[kept], np.ones(len(kept), bool))[:3])
+    return np.array(rows)
 
 
-def _slice_scores(probability: np.ndarray, spacing: Sequence[float]) -> np.ndarray:
-    """Mean of the most probable SLICE_SCORE_MM2 of every slice (Z,)."""
+def calibration_bins(probability: Floats, event: Mask) -> NDArray[np.float64]:
+    """(CALIBRATION_BINS, 3): how many, sum of the probabilities, events, in equal bins of probability."""
+    bins = np.clip((probability * CALIBRATION_BINS).astype(np.int64), 0, CALIBRATION_BINS - 1)
+    weights = (None, probability, event.astype(np.float64))
+    return np.stack([np.bincount(bins, w, minlength=CALIBRATION_BINS).astype(np.float64) for w in weights], 1)
+
+
+def calibration_error(bins: NDArray[np.float64]) -> float:
+    """Expected calibration error: mean of |share of events - mean probability| over what is in the bins."""
+    if not bins[:, 0].sum():
+        return float("nan")
+    return float(np.abs(bins[:, 1] - bins[:, 2]).sum() / bins[:, 0].sum())
+
+
+def slice_scores(probability: Floats, spacing_mm: Sequence[float], area_mm2: float) -> Floats:
+    """Mean probability (Z,) of the most probable `area_mm2` of each slice of (X, Y, Z)."""
     flat = probability.reshape(-1, probability.shape[2])
-    count = min(max(1, round(SLICE_SCORE_MM2 / (spacing[0] * spacing[1]))), len(flat))
-    return np.partition(flat, len(flat) - count, axis=0)[-count:].mean(axis=0)
+    count = min(max(1, round(area_mm2 / (spacing_mm[0] * spacing_mm[1]))), len(flat))
+    scores: Floats = np.partition(flat, len(flat) - count, axis=0)[-count:].mean(axis=0)
+    return scores
+
+
+def auroc(labels: Mask, scores: ArrayLike) -> float:
+    """Area under the ROC curve (scikit-learn); NaN where one class is empty."""
+    from sklearn.metrics import roc_auc_score
+
+    return float(roc_auc_score(labels, scores)) if 0 < labels.sum() < len(labels) else float("nan")

@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 
 from ddmd.cohort.splits import read_split
+from ddmd.evaluation.case_metrics import THRESHOLDS
 from ddmd.evaluation.evaluate import evaluate_case
-from ddmd.evaluation.metrics import THRESHOLDS, dice_scores
+from ddmd.evaluation.metrics import dice_scores
 from ddmd.inference.detector import Detector
 from ddmd.models import checkpoint
 from ddmd.training.config import read_run

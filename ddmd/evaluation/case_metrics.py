@@ -1,0 +1,175 @@
+"""One case: its maps compared with an annotator's mask, and what is kept of them to be pooled."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ddmd.evaluation.baselines import smoothed_intensity
+from ddmd.evaluation.draws import DrawMetrics
+from ddmd.evaluation.metrics import (
+    Floats,
+    Histogram,
+    Mask,
+    best_dice,
+    calibration_bins,
+    confusion,
+    confusion_metrics,
+    hausdorff_95,
+    lesion_wise,
+    rejection_curve,
+    slice_scores,
+)
+from ddmd.inference.postprocess import LesionCriteria, find_lesions, label_components, lesion_score
+from ddmd.io.volume import Volume
+
+BASELINE_RANGE = (-4.0, 6.0)  # of the smoothed robust z-score
+VARIANCE_RANGE = (-10.0, 0.0)  # decimal logarithm: ranks small variances apart, alike for all cases
+SLICE_SCORE_MM2 = 25.0  # a slice's score is the mean probability of so much of it, the most probable
+THRESHOLDS = np.linspace(0.05, 0.95, 19)  # of probability: at each all criteria are tried
+REJECTED_SHARES = (0.0, 0.01, 0.02, 0.05, 0.10)  # of the least certain voxels
+
+
+@dataclass(frozen=True)
+class CaseMetrics:
+    """What is kept of one case: `row` goes to the table of cases, the rest is pooled.
+
+    Parameters
+    ----------
+    row : column -> value; "patient" is the name of the case
+    patient : whose examination it is, the unit of the bootstrap
+    probability : Histogram of the probability, lesion against other tissue
+    baseline : the same of the smoothed intensity
+    uncertainty, bernoulli : Histograms of log10 of the variance over samples and of p (1 - p), voxels where the
+        mask is wrong against the others
+    confusion : (4,), see `metrics.confusion`
+    by_threshold : (len(THRESHOLDS), 4), the same with each threshold
+    rejection : (len(REJECTED_SHARES), 3), see `metrics.rejection_curve`
+    calibration : (10, 3), see `metrics.calibration_bins`
+    slice_score, slice_label : (Z,), of slices that hold brain
+    lesion_slices : (4,), `confusion` on slices that hold lesion
+    picture : name -> (Y, X), one slice to draw
+    draws : DrawMetrics, where draws were kept
+    """
+
+    row: dict[str, Any]
+    patient: str
+    probability: Histogram
+    baseline: Histogram
+    uncertainty: Histogram
+    bernoulli: Histogram
+    confusion: NDArray[np.int64]
+    by_threshold: NDArray[np.int64]
+    rejection: NDArray[np.int64]
+    calibration: NDArray[np.float64]
+    slice_score: Floats
+    slice_label: Mask
+    lesion_slices: NDArray[np.int64]
+    picture: dict[str, NDArray[Any]] = field(default_factory=dict)
+    draws: DrawMetrics | None = None
+
+
+def _by_threshold(
+    probability: Floats, truth: Mask, inside: Mask, voxel_ml: float, criteria: LesionCriteria
+) -> NDArray[np.int64]:
+    """`confusion` with each of THRESHOLDS; computed in the box that holds all candidates and lesions."""
+    at = np.argwhere((probability >= THRESHOLDS[0]) | truth)
+    low, high = (at.min(0), at.max(0) + 1) if len(at) else (np.zeros(3, int), np.ones(3, int))
+    box = tuple(slice(a, b) for a, b in zip(low, high, strict=True))
+    masks = (
+        label_components(probability[box], voxel_ml, replace(criteria, threshold=float(threshold))) > 0
+        for threshold in THRESHOLDS
+    )
+    counts = np.array([confusion(mask, truth[box], inside[box]) for mask in masks])
+    counts[:, 3] += int(inside.sum() - inside[box].sum())
+    return counts
+
+
+def _log10(variance: Floats) -> Floats:
+    logarithm: Floats = np.log10(variance + 1e-12)
+    return logarithm
+
+
+def case_metrics(
+    name: str,
+    patient: str,
+    volume: Volume,
+    probability: Floats,
+    uncertainty: Floats,
+    truth: Mask,
+    criteria: LesionCriteria,
+    draws: DrawMetrics | None = None,
+) -> CaseMetrics:
+    """Compare the maps (X, Y, Z) of one case with the annotator's mask.
+
+    Parameters
+    ----------
+    name : of the case
+    patient : whose examination it is
+    volume : Volume, the image on the grid of the maps
+    probability, uncertainty : (X, Y, Z) float32, mean and variance over the samples
+    truth : (X, Y, Z) bool
+    criteria : LesionCriteria
+    draws : DrawMetrics, where draws were kept
+    """
+    voxel_ml = float(np.prod(volume.spacing)) / 1000
+    lesion_map = find_lesions(probability, uncertainty, volume.affine, criteria)
+    mask, inside = lesion_map.mask, volume.brain | truth
+    counts = confusion(mask, truth, inside)
+    empty = not truth.any()
+    p, true_voxels, wrong = probability[inside], truth[inside], mask[inside] != truth[inside]
+    histogram = Histogram.count(p, true_voxels, 0.0, 1.0)
+    baseline = Histogram.count(smoothed_intensity(volume)[inside], true_voxels, *BASELINE_RANGE)
+    variance = Histogram.count(_log10(uncertainty[inside]), wrong, *VARIANCE_RANGE)
+    bernoulli = Histogram.count(_log10(p * (1 - p)), wrong, *VARIANCE_RANGE)
+    by_threshold = _by_threshold(probability, truth, inside, voxel_ml, criteria)
+    has_lesion: Mask = np.any(truth, axis=(0, 1))
+    lesion_slices = confusion(mask[:, :, has_lesion], truth[:, :, has_lesion], inside[:, :, has_lesion])
+    row: dict[str, Any] = {
+        "patient": name,
+        **confusion_metrics(counts),
+        "lesion_ml": float(truth.sum()) * voxel_ml,
+        "detected_ml": float(mask.sum()) * voxel_ml,
+        "false_positive_ml": float(counts[1]) * voxel_ml,
+        "dice_oracle": float("nan") if empty else best_dice(counts, by_threshold),
+        "baseline_dice_oracle": float("nan") if empty else float(baseline.dice_curve().max()),
+        "auprc": histogram.average_precision(),
+        "hd95_mm": hausdorff_95(mask, truth, volume.spacing),
+        **lesion_wise(mask, truth),
+        "score": lesion_score(probability, voxel_ml, bool(lesion_map.lesions)),
+        "dice_lesion_slices": confusion_metrics(lesion_slices)["dice"],
+        "uncertainty_auroc": variance.auroc(),
+        "bernoulli_auroc": bernoulli.auroc(),
+        **(draws.row if draws else {}),
+    }
+    filled = volume.brain.any(axis=(0, 1))
+    return CaseMetrics(
+        row=row,
+        patient=patient,
+        probability=histogram,
+        baseline=baseline,
+        uncertainty=variance,
+        bernoulli=bernoulli,
+        confusion=counts,
+        by_threshold=by_threshold,
+        rejection=rejection_curve(mask[inside], true_voxels, uncertainty[inside], REJECTED_SHARES),
+        calibration=calibration_bins(p, true_voxels),
+        slice_score=slice_scores(probability, volume.spacing, SLICE_SCORE_MM2)[filled],
+        slice_label=has_lesion[filled],
+        lesion_slices=lesion_slices,
+        picture=_picture(volume, probability, mask, truth),
+        draws=draws,
+    )
+
+
+def _picture(volume: Volume, probability: Floats, mask: Mask, truth: Mask) -> dict[str, NDArray[Any]]:
+    """The slice with most lesion, or the most probable one."""
+    area = truth.sum(axis=(0, 1)) if truth.any() else probability.sum(axis=(0, 1))
+    z = int(area.argmax())
+    image = volume.normalised("flair") if "flair" in volume.images else probability
+    planes: Sequence[tuple[str, NDArray[Any]]] = (("image", image), ("mask", mask), ("truth", truth))
+    return {name: values[:, :, z].T.copy() for name, values in planes}

@@ -1,0 +1,195 @@
+"""Figures of draws: do sampled masks vary as annotators do, and do their intervals hold the truth?"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ddmd.evaluation.metrics import Floats, Mask, calibration_bins
+
+CHUNK_VOXELS = 1 << 20  # voxels of a matrix product at once: counts in it stay exact in float32
+INTERVAL = 0.9
+
+
+@dataclass(frozen=True)
+class EnergyDistance:
+    """How far the distribution of draws is from that of raters, and what it is made of.
+
+    Parameters
+    ----------
+    distance : generalized energy distance, 2 E d(draw, rater) - E d(draw, draw') - E d(rater, rater')
+    diversity : E d(draw, draw')
+    rater_diversity : E d(rater, rater')
+    best_match_dice : mean over raters of the highest Dice of any draw
+    """
+
+    distance: float
+    diversity: float
+    rater_diversity: float
+    best_match_dice: float
+
+
+@dataclass(frozen=True)
+class DrawMetrics:
+    """What draws say of one case.
+
+    Parameters
+    ----------
+    row : name -> figure, for the table of cases
+    existence : (CALIBRATION_BINS, 3), of the probability that a lesion exists; see `calibration_bins`
+    covered : whether the annotator's volume lies in the interval of the draws' volumes
+    """
+
+    row: dict[str, float]
+    existence: NDArray[np.float64]
+    covered: bool
+
+
+def intersections(a: Mask, b: Mask) -> NDArray[np.float64]:
+    """Voxels (len(a), len(b)) that each mask of a (n, ...) shares with each of b (m, ...)."""
+    a, b = a.reshape(len(a), -1), b.reshape(len(b), -1)
+    total = np.zeros((len(a), len(b)))
+    for first in range(0, a.shape[1], CHUNK_VOXELS):
+        part = slice(first, first + CHUNK_VOXELS)
+        total += a[:, part].astype(np.float32) @ b[:, part].astype(np.float32).T
+    return total
+
+
+def iou_distances(a: Mask, b: Mask) -> NDArray[np.float64]:
+    """1 - IoU (len(a), len(b)) of each mask of a (n, ...) with each of b (m, ...); 0 where both are empty."""
+    shared = intersections(a, b)
+    sizes = [m.reshape(len(m), -1).sum(1, dtype=np.int64) for m in (a, b)]
+    union = sizes[0][:, None] + sizes[1][None] - shared
+    distances: NDArray[np.float64] = np.where(union > 0, 1 - shared / np.maximum(union, 1), 0.0)
+    return distances
+
+
+def energy_distance(draws: Mask, raters: Mask) -> EnergyDistance:
+    """Generalized energy distance of whole volumes, with d = 1 - IoU (Kohl et al., 2018, arXiv 1806.05034).
+
+    Expectations are means over all pairs, a mask with itself among them.
+
+    Parameters
+    ----------
+    draws : (S, X, Y, Z) bool
+    raters : (R, X, Y, Z) bool
+
+    Examples
+    --------
+    >>> masks = np.array([[True, False], [True, True]])
+    >>> energy_distance(masks, masks).distance
+    0.0
+    """
+    across = iou_distances(draws, raters)
+    diversity, rater_diversity = (float(iou_distances(m, m).mean()) for m in (draws, raters))
+    # IoU = D / (2 - D), so the best Dice is that of the least distance
+    best_iou = 1 - across.min(axis=0)
+    return EnergyDistance(
+        distance=2 * float(across.mean()) - diversity - rater_diversity,
+        diversity=diversity,
+        rater_diversity=rater_diversity,
+        best_match_dice=float((2 * best_iou / (1 + best_iou)).mean()),
+    )
+
+
+def random_thresholds(probability: Floats, count: int, rng: np.random.Generator) -> Mask:
+    """The baseline for draws: (count, ...) masks of a mean probability, each at a uniformly random threshold."""
+    levels = rng.uniform(size=count).astype(np.float32)
+    masks = np.empty((count, *probability.shape), bool)
+    for mask, level in zip(masks, levels, strict=True):
+        np.greater(probability, level, out=mask)
+    return masks
+
+
+def between_share(draws: Floats) -> float:
+    """Share of the spread of a voxel's label that lies between draws; the rest lies inside each draw.
+
+    By the law of total variance, with p_s the probability of draw s and p their mean:
+    p (1 - p) = var_s(p_s) + mean_s(p_s (1 - p_s)), summed over voxels.
+
+    Parameters
+    ----------
+    draws : (S, X, Y, Z) float32 in [0, 1]
+    """
+    between = inside = 0.0
+    for z in range(draws.shape[-1]):
+        plane = draws[..., z].astype(np.float64)
+        between += float(plane.var(axis=0).sum())
+        inside += float((plane * (1 - plane)).mean(axis=0).sum())
+    total = between + inside
+    return between / total if total else float("nan")
+
+
+def lesion_existence(labels: NDArray[np.integer], draws: Mask) -> NDArray[np.float64]:
+    """Share of the draws that mark any voxel of each lesion: (n,), the probability that it exists.
+
+    Parameters
+    ----------
+    labels : (X, Y, Z) int, n lesions numbered from 1
+    draws : (S, X, Y, Z) bool
+    """
+    count = int(labels.max(initial=0))
+    marked = np.zeros(count + 1)
+    voxels = labels > 0
+    numbers = labels[voxels]
+    for draw in draws:
+        marked += np.bincount(numbers[draw[voxels]], minlength=count + 1) > 0
+    share: NDArray[np.float64] = marked[1:] / len(draws)
+    return share
+
+
+def volume_interval(volumes_ml: Floats, level: float = INTERVAL) -> tuple[float, float]:
+    """Central interval of the draws' volumes: quantiles by linear interpolation."""
+    low, high = np.quantile(volumes_ml, ((1 - level) / 2, (1 + level) / 2))
+    return float(low), float(high)
+
+
+def draw_metrics(
+    draws: Floats,
+    labels: NDArray[np.integer],
+    truth: Mask,
+    voxel_ml: float,
+    raters: Mask | None = None,
+    one_step: Floats | None = None,
+    threshold: float = 0.5,
+    seed: int = 0,
+) -> DrawMetrics:
+    """Everything that draws say of one case, beside two baselines.
+
+    The baselines are draws of one step, and the mean probability of the draws at random thresholds.
+
+    Parameters
+    ----------
+    draws : (S, X, Y, Z) float32 in [0, 1]
+    labels : (X, Y, Z) int, the lesions found, numbered from 1
+    truth : (X, Y, Z) bool, the annotator's mask
+    voxel_ml : volume of a voxel in ml
+    raters : (R, X, Y, Z) bool, masks of two annotators or more; energy distances need them
+    one_step : (S, X, Y, Z) float32, draws of one denoising step
+    threshold : from which a voxel of a draw is lesion
+    seed : of the random thresholds
+    """
+    masks = draws >= threshold
+    volumes = np.array([mask.sum() * voxel_ml for mask in masks])
+    low, high = volume_interval(volumes)
+    true_ml = float(truth.sum()) * voxel_ml
+    count = int(labels.max(initial=0))
+    exists = np.zeros(count, bool)
+    exists[np.unique(labels[truth & (labels > 0)]) - 1] = True
+    row = {
+        "draws_between_share": between_share(draws),
+        "volume_low_ml": low,
+        "volume_high_ml": high,
+        "volume_interval_ml": high - low,
+    }
+    if raters is not None and len(raters) > 1:
+        baseline = random_thresholds(draws.mean(axis=0), len(draws), np.random.default_rng(seed))
+        sets = {"draws": masks, "random_thresholds": baseline}
+        if one_step is not None:
+            sets["one_step_draws"] = one_step >= threshold
+        for name, chosen in sets.items():
+            row |= {f"{name}_{key}": value for key, value in asdict(energy_distance(chosen, raters)).items()}
+    existence = calibration_bins(lesion_existence(labels, masks), exists)
+    return DrawMetrics(row, existence, low <= true_ml <= high)
