@@ -80,13 +80,20 @@ class Pool {
 std::mutex owner;
 Pool *pool = nullptr;  // never freed: its threads may outlive static destructors
 
+using GompParallel = void (*)(void (*)(void *), void *, unsigned, unsigned);
+std::atomic<GompParallel> gomp{nullptr};
+
+// In a forked child the threads of the pool and of OpenMP are gone, and libgomp would wait for them.
 void forget_after_fork() {
-  pool = nullptr;  // the threads did not come along
+  pool = nullptr;
+  gomp.store(nullptr);
   new (&owner) std::mutex();
 }
 
-using GompParallel = void (*)(void (*)(void *), void *, unsigned, unsigned);
-std::atomic<GompParallel> gomp{nullptr};
+void watch_forks() {
+  static const int registered = pthread_atfork(nullptr, nullptr, forget_after_fork);
+  (void)registered;
+}
 
 struct Team {
   std::atomic<int> next{0};
@@ -104,7 +111,10 @@ void team_member(void *data) {
 
 }  // namespace
 
-void use_openmp(uintptr_t gomp_parallel) { gomp.store(reinterpret_cast<GompParallel>(gomp_parallel)); }
+void use_openmp(uintptr_t gomp_parallel) {
+  watch_forks();
+  gomp.store(reinterpret_cast<GompParallel>(gomp_parallel));
+}
 
 void parallel_for(int64_t size, int64_t grain, int threads, const std::function<void(int64_t, int64_t)> &work) {
   if (size <= 0) return;
@@ -124,8 +134,7 @@ void parallel_for(int64_t size, int64_t grain, int threads, const std::function<
     return;
   }
   if (pool == nullptr || pool->workers() < parts - 1) {
-    static const int registered = pthread_atfork(nullptr, nullptr, forget_after_fork);
-    (void)registered;
+    watch_forks();
     pool = new Pool(parts - 1);
   }
   pool->run(parts, [&](int i) { work(size * i / parts, size * (i + 1) / parts); });

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from ddmd._register_ops import register_with_torch
+
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
@@ -30,6 +32,9 @@ _FACE = {
 __all__ = [
     "Detection", "Detector", "OutputError", "Volume", "VolumeError", "WeightsError", "detect", "evaluate", "train",
 ]  # fmt: skip
+
+
+register_with_torch()
 
 
 def __getattr__(name: str) -> Any:

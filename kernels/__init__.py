@@ -1,4 +1,4 @@
-"""Triton kernels for CUDA, one op family a file; launchers with the names and arguments of `ddmd.reference`.
+"""Triton kernels for CUDA, one op family a file; launchers with the names and arguments of `ddmd.ops.reference`.
 
 With TRITON_INTERPRET=1 set before the import they run on CPU tensors, one element at a time: for tests.
 """

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from ddmd.kernels.launch import INTERPRETED, on
 from torch import Tensor
 from triton.language.random import philox_impl
+
+from ddmd.kernels.launch import INTERPRETED, float32, on
 
 POSITIONS = 256  # Philox counters a program: four elements each
 
@@ -28,14 +29,14 @@ def _cos_sin(angle, FAST: tl.constexpr):
 def _pair(r, v, FAST: tl.constexpr):
     """Box-Muller: two normal draws of two 32-bit words, as `reference.normal` has it."""
     u = ((r >> 8).to(tl.int32) + 1).to(tl.float32) * (1.0 / 16777216.0)
-    turn = (v >> 8).to(tl.int32).to(tl.float32) * (1.0 / 16777216.0)
+    revolutions = (v >> 8).to(tl.int32).to(tl.float32) * (1.0 / 16777216.0)
     radius = tl.sqrt(-2.0 * tl.log(u))
-    cosine, sine = _cos_sin((turn - 0.5) * 6.283185307179586, FAST)
+    cosine, sine = _cos_sin((revolutions - 0.5) * 6.283185307179586, FAST)
     return -radius * cosine, -radius * sine
 
 
 @triton.jit
-def _words(position, step, sample, place, seed):
+def _words(position, step, sample, slice_index, seed):
     """Four Philox words of each position; counter (position, step, sample, slice), key seed."""
     c0 = position.to(tl.uint32)
     zero = c0 * 0
@@ -43,7 +44,7 @@ def _words(position, step, sample, place, seed):
         c0,
         zero + step.to(tl.uint32),
         zero + sample.to(tl.uint32),
-        zero + place.to(tl.uint32),
+        zero + slice_index.to(tl.uint32),
         (seed & 0xFFFFFFFF).to(tl.uint32),
         ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32),
         10,
@@ -51,9 +52,9 @@ def _words(position, step, sample, place, seed):
 
 
 @triton.jit
-def _normal(position, step, sample, place, seed, BP: tl.constexpr, FAST: tl.constexpr):
+def _normal(position, step, sample, slice_index, seed, BP: tl.constexpr, FAST: tl.constexpr):
     """(4 BP,) normal draws of elements 4 position and on, in their order."""
-    w0, w1, w2, w3 = _words(position, step, sample, place, seed)
+    w0, w1, w2, w3 = _words(position, step, sample, slice_index, seed)
     z0, z1 = _pair(w0, w1, FAST)
     z2, z3 = _pair(w2, w3, FAST)
     return tl.reshape(tl.join(tl.join(z0, z2), tl.join(z1, z3)), (4 * BP,))
@@ -70,7 +71,8 @@ def denoise_step_fwd_kernel(
     sample_ptr,  # (R,) int64
     slice_ptr,  # (R,) int64
     row_size,
-    MEMORY: tl.constexpr,
+    table_rows,  # N; NaN is written for a step outside it
+    HAS_PREVIOUS_X0: tl.constexpr,
     BP: tl.constexpr,
     FAST: tl.constexpr,
 ):
@@ -79,16 +81,21 @@ def denoise_step_fwd_kernel(
     block = tl.program_id(0) % blocks
     step = tl.load(step_ptr)
     table = table_ptr + step * 8
-    from_x, from_output = tl.load(table), tl.load(table + 1)
-    to_x0, to_x, to_output = tl.load(table + 2), tl.load(table + 3), tl.load(table + 4)
-    to_previous, sigma, clip = tl.load(table + 5), tl.load(table + 6), tl.load(table + 7)
-    element = block * (4 * BP) + tl.arange(0, 4 * BP)
-    inside = element < row_size
-    at = row.to(tl.int64) * row_size + element
-    x = tl.load(x_ptr + at, inside, other=0.0).to(tl.float32)
-    output = tl.load(output_ptr + at, inside, other=0.0).to(tl.float32)
-    predicted = from_x * x + from_output * output
-    predicted = tl.minimum(tl.maximum(predicted, -clip), clip)
+    valid = (step >= 0) & (step < table_rows)
+    nan = float("nan")
+    x0_from_x, x0_from_output = tl.load(table, valid, other=nan), tl.load(table + 1, valid, other=nan)
+    to_x0, to_x = tl.load(table + 2, valid, other=nan), tl.load(table + 3, valid, other=nan)
+    to_output, to_previous = tl.load(table + 4, valid, other=nan), tl.load(table + 5, valid, other=nan)
+    sigma, clip = tl.load(table + 6, valid, other=nan), tl.load(table + 7, valid, other=nan)
+    first = block.to(tl.int64) * (4 * BP)  # 64-bit starts, 32-bit offsets
+    element = tl.arange(0, 4 * BP)
+    inside = element < tl.minimum(row_size - first, 4 * BP).to(tl.int32)
+    start = row.to(tl.int64) * row_size + first
+    x = tl.load(x_ptr + start + element, inside, other=0.0).to(tl.float32)
+    output = tl.load(output_ptr + start + element, inside, other=0.0).to(tl.float32)
+    predicted = x0_from_x * x + x0_from_output * output
+    predicted = tl.maximum(predicted, -clip, propagate_nan=tl.PropagateNan.ALL)
+    predicted = tl.minimum(predicted, clip, propagate_nan=tl.PropagateNan.ALL)
     new = to_x0 * predicted + to_x * x + to_output * output
     if sigma != 0.0:
         position = block * BP + tl.arange(0, BP)
@@ -96,11 +103,11 @@ def denoise_step_fwd_kernel(
             position, step, tl.load(sample_ptr + row), tl.load(slice_ptr + row), tl.load(seed_ptr), BP, FAST
         )
         new += sigma * z
-    if MEMORY:
-        previous = tl.load(x0_ptr + at, inside, other=0.0).to(tl.float32)
+    if HAS_PREVIOUS_X0:
+        previous = tl.load(x0_ptr + start + element, inside, other=0.0).to(tl.float32)
         new += to_previous * previous
-        tl.store(x0_ptr + at, predicted.to(x0_ptr.dtype.element_ty), inside)
-    tl.store(x_ptr + at, new.to(x_ptr.dtype.element_ty), inside)
+        tl.store(x0_ptr + start + element, predicted.to(x0_ptr.dtype.element_ty), inside)
+    tl.store(x_ptr + start + element, new.to(x_ptr.dtype.element_ty), inside)
 
 
 @triton.jit
@@ -114,18 +121,22 @@ def noise_fwd_kernel(
     sample_ptr,  # (R,) int64
     slice_ptr,  # (R,) int64
     row_size,
+    table_rows,  # T; NaN is written for a t outside it
     BP: tl.constexpr,
     FAST: tl.constexpr,
 ):
     blocks = tl.cdiv(row_size, 4 * BP)
     row = tl.program_id(0) // blocks
     block = tl.program_id(0) % blocks
-    table = table_ptr + tl.load(t_ptr + row) * 2
-    signal, sigma = tl.load(table), tl.load(table + 1)
-    element = block * (4 * BP) + tl.arange(0, 4 * BP)
-    inside = element < row_size
-    at = row.to(tl.int64) * row_size + element
-    x0 = tl.load(x0_ptr + at, inside, other=0.0).to(tl.float32)
+    t = tl.load(t_ptr + row)
+    valid = (t >= 0) & (t < table_rows)
+    signal = tl.load(table_ptr + t * 2, valid, other=float("nan"))
+    sigma = tl.load(table_ptr + t * 2 + 1, valid, other=float("nan"))
+    first = block.to(tl.int64) * (4 * BP)  # 64-bit starts, 32-bit offsets
+    element = tl.arange(0, 4 * BP)
+    inside = element < tl.minimum(row_size - first, 4 * BP).to(tl.int32)
+    start = row.to(tl.int64) * row_size + first
+    x0 = tl.load(x0_ptr + start + element, inside, other=0.0).to(tl.float32)
     position = block * BP + tl.arange(0, BP)
     z = _normal(
         position,
@@ -136,11 +147,11 @@ def noise_fwd_kernel(
         BP,
         FAST,
     )
-    tl.store(x_ptr + at, (signal * x0 + sigma * z).to(x_ptr.dtype.element_ty), inside)
+    tl.store(x_ptr + start + element, (signal * x0 + sigma * z).to(x_ptr.dtype.element_ty), inside)
 
 
 @triton.jit
-def philox_kernel(counter_ptr, key_ptr, word_ptr, n, BP: tl.constexpr):
+def philox_fwd_kernel(counter_ptr, key_ptr, word_ptr, n, BP: tl.constexpr):
     """Words (4, n) int32 of counters (4, n) int32 under a key () int64: for tests of the stream."""
     i = tl.program_id(0) * BP + tl.arange(0, BP)
     inside = i < n
@@ -170,7 +181,7 @@ def philox(counters: Tensor, seed: Tensor) -> Tensor:
     words = torch.empty_like(counters)
     n = counters.shape[1]
     with on(counters):
-        philox_kernel[(triton.cdiv(n, POSITIONS),)](counters, seed, words, n, POSITIONS)
+        philox_fwd_kernel[(triton.cdiv(n, POSITIONS),)](counters, seed, words, n, POSITIONS)
     return words
 
 
@@ -186,17 +197,18 @@ def denoise_step(
 ) -> None:
     if x.numel() == 0:
         return
-    state, memory = x.contiguous(), None if x0 is None else x0.contiguous()
+    state, previous = x.contiguous(), None if x0 is None else x0.contiguous()
     grid, row_size = _grid(x)
     with on(x):
         denoise_step_fwd_kernel[grid](
-            state, output.contiguous(), state if memory is None else memory, table.float().contiguous(), step, seed,
-            sample.contiguous(), slice_index.contiguous(), row_size, memory is not None, POSITIONS, not INTERPRETED,
+            state, output.contiguous(), state if previous is None else previous, float32(table), step, seed,
+            sample.contiguous(), slice_index.contiguous(), row_size, len(table), previous is not None, POSITIONS,
+            not INTERPRETED,
         )  # fmt: skip
     if state is not x:
         x.copy_(state)
-    if x0 is not None and memory is not None and memory is not x0:
-        x0.copy_(memory)
+    if x0 is not None and previous is not None and previous is not x0:
+        x0.copy_(previous)
 
 
 def noise(
@@ -208,7 +220,7 @@ def noise(
     grid, row_size = _grid(x0)
     with on(x0):
         noise_fwd_kernel[grid](
-            x0.contiguous(), out, t.contiguous(), table.float().contiguous(), step, seed, sample.contiguous(),
-            slice_index.contiguous(), row_size, POSITIONS, not INTERPRETED,
+            x0.contiguous(), out, t.contiguous(), float32(table), step, seed, sample.contiguous(),
+            slice_index.contiguous(), row_size, len(table), POSITIONS, not INTERPRETED,
         )  # fmt: skip
     return out

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from ddmd.kernels.launch import on
 from torch import Tensor
+
+from ddmd.kernels.launch import empty_float32, on
 
 PIXELS = 1024  # a program's
 
@@ -26,33 +27,34 @@ def discrepancy_maps_fwd_kernel(
 ):
     blocks = tl.cdiv(pixels, BLOCK)
     z = (tl.program_id(0) // blocks).to(tl.int64)
-    pixel = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
-    inside = pixel < pixels
+    first = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK  # 64-bit starts, 32-bit offsets
+    pixel = tl.arange(0, BLOCK)
+    inside = pixel < tl.minimum(pixels - first, BLOCK).to(tl.int32)
     stride = tl.cast(slices, tl.int64) * channels * pixels  # `slices` of 1 is a constant and has no .to
     inter = tl.zeros((BLOCK,), tl.float32)
     intra = tl.zeros((BLOCK,), tl.float32)
     c = 0
     while c < channels:
-        at = (z * channels + c) * pixels + pixel
+        start = (z * channels + c) * pixels + first
         mean_a = tl.zeros((BLOCK,), tl.float32)
         mean_b = tl.zeros((BLOCK,), tl.float32)
         for k in tl.static_range(KA):  # Welford: the deviation needs no second read
-            value = tl.load(a_ptr + k * stride + at, inside, other=0.0).to(tl.float32)
+            value = tl.load(a_ptr + (k * stride + start) + pixel, inside, other=0.0).to(tl.float32)
             delta = value - mean_a
             mean_a += delta * (1.0 / (k + 1))
             intra += delta * (value - mean_a)
         for k in tl.static_range(KB):
-            mean_b += tl.load(b_ptr + k * stride + at, inside, other=0.0).to(tl.float32)
+            mean_b += tl.load(b_ptr + (k * stride + start) + pixel, inside, other=0.0).to(tl.float32)
         inter += tl.abs(mean_b * (1.0 / KB) - mean_a)
         c += 1
-    at = z * pixels + pixel
-    tl.store(inter_ptr + at, inter / channels, inside)
-    tl.store(intra_ptr + at, tl.sqrt(intra / (channels * KA)), inside)
+    start = z * pixels + first
+    tl.store(inter_ptr + start + pixel, inter / channels, inside)
+    tl.store(intra_ptr + start + pixel, tl.sqrt(intra / (channels * KA)), inside)
 
 
 def discrepancy_maps(recon_a: Tensor, recon_b: Tensor) -> tuple[Tensor, Tensor]:
     members, slices, channels, height, width = recon_a.shape
-    inter = torch.empty(slices, 1, height, width, device=recon_a.device)
+    inter = empty_float32((slices, 1, height, width), recon_a)
     intra = torch.empty_like(inter)
     pixels = height * width
     if slices * pixels == 0:

@@ -9,8 +9,10 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from ddmd.kernels.launch import on, power_of_two
 from torch import Tensor
+
+from ddmd.kernels.launch import empty_float32, on, power_of_two
+from ddmd.ops import reference
 
 TILE = 4096  # elements a program holds at a time
 
@@ -27,7 +29,7 @@ def group_norm_moments_fwd_kernel(
     BC: tl.constexpr,
 ):
     image = (tl.program_id(0) // chunks).to(tl.int64)
-    chunk = tl.program_id(0) % chunks
+    chunk = (tl.program_id(0) % chunks).to(tl.int64)
     c = tl.arange(0, BC)
     pixel = chunk * BP + tl.arange(0, BP)
     where = (pixel < pixels)[:, None] & (c < channels)[None, :]
@@ -45,17 +47,26 @@ def group_norm_moments_fwd_kernel(
 def group_norm_merge_fwd_kernel(
     part_mean_ptr,  # (N, chunks, C) float32
     part_m2_ptr,  # (N, chunks, C) float32
+    weight_ptr,  # (C,)
+    bias_ptr,  # (C,)
+    scale_ptr,  # (N, C), or weight_ptr
+    shift_ptr,  # (N, C), or weight_ptr
     mean_ptr,  # (N, G) float32, written
     rstd_ptr,  # (N, G) float32, written
+    gain_ptr,  # (N, C) float32, written
+    offset_ptr,  # (N, C) float32, written
     pixels,
     channels,
     chunks,
     groups,
     eps,
+    HAS_SCALE: tl.constexpr,
+    HAS_SHIFT: tl.constexpr,
     BP: tl.constexpr,  # pixels of a chunk
     BK: tl.constexpr,  # chunks at a time
     BG: tl.constexpr,  # channels of a group, at least
 ):
+    """Statistics of one group of one image; silu(gain x + offset) is the result for each of its channels."""
     image = (tl.program_id(0) // groups).to(tl.int64)
     g = tl.program_id(0) % groups
     per_group = channels // groups
@@ -66,10 +77,10 @@ def group_norm_merge_fwd_kernel(
         k = start + tl.arange(0, BK)
         where = (k < chunks)[:, None] & (c < per_group)[None, :]
         at = (image * chunks + k[:, None]) * channels + g * per_group + c[None, :]
-        count = tl.minimum(pixels - k * BP, BP).to(tl.float32)
+        count = tl.minimum(pixels - k.to(tl.int64) * BP, BP).to(tl.float32)
         total += tl.load(part_mean_ptr + at, where, other=0.0) * count[:, None]
         start += BK
-    size = (per_group * pixels).to(tl.float32)
+    size = (per_group.to(tl.int64) * pixels).to(tl.float32)  # 2^31 elements and more
     mean = tl.sum(tl.sum(total, 1), 0) / size
     square = tl.zeros((BK, BG), tl.float32)
     start = g * 0
@@ -77,15 +88,28 @@ def group_norm_merge_fwd_kernel(
         k = start + tl.arange(0, BK)
         where = (k < chunks)[:, None] & (c < per_group)[None, :]
         at = (image * chunks + k[:, None]) * channels + g * per_group + c[None, :]
-        count = tl.minimum(pixels - k * BP, BP).to(tl.float32)
+        count = tl.minimum(pixels - k.to(tl.int64) * BP, BP).to(tl.float32)
         delta = tl.load(part_mean_ptr + at, where, other=0.0) - mean
         square += tl.where(
             where, tl.load(part_m2_ptr + at, where, other=0.0) + delta * delta * count[:, None], 0.0
         )
         start += BK
-    variance = tl.sum(tl.sum(square, 1), 0) / size
+    rstd = 1.0 / tl.sqrt(tl.sum(tl.sum(square, 1), 0) / size + eps)
     tl.store(mean_ptr + image * groups + g, mean)
-    tl.store(rstd_ptr + image * groups + g, 1.0 / tl.sqrt(variance + eps))
+    tl.store(rstd_ptr + image * groups + g, rstd)
+    channel = g * per_group + c
+    inside = c < per_group
+    gain = tl.load(weight_ptr + channel, inside, other=0.0).to(tl.float32)
+    offset = tl.load(bias_ptr + channel, inside, other=0.0).to(tl.float32)
+    if HAS_SCALE:
+        factor = 1.0 + tl.load(scale_ptr + image * channels + channel, inside, other=0.0).to(tl.float32)
+        gain *= factor
+        offset *= factor
+    offset -= mean * rstd * gain
+    if HAS_SHIFT:
+        offset += tl.load(shift_ptr + image * channels + channel, inside, other=0.0).to(tl.float32)
+    tl.store(gain_ptr + image * channels + channel, gain * rstd, inside)
+    tl.store(offset_ptr + image * channels + channel, offset, inside)
 
 
 @triton.jit
@@ -98,12 +122,12 @@ def group_norm_silu_fwd_kernel(
     pixels,
     channels,
     chunks,
-    RESIDUAL: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
     BP: tl.constexpr,
     BC: tl.constexpr,
 ):
     image = (tl.program_id(0) // chunks).to(tl.int64)
-    chunk = tl.program_id(0) % chunks
+    chunk = (tl.program_id(0) % chunks).to(tl.int64)
     c = tl.arange(0, BC)
     pixel = chunk * BP + tl.arange(0, BP)
     where = (pixel < pixels)[:, None] & (c < channels)[None, :]
@@ -112,13 +136,13 @@ def group_norm_silu_fwd_kernel(
     offset = tl.load(offset_ptr + image * channels + c, c < channels, other=0.0)
     value = tl.load(x_ptr + at, where, other=0.0).to(tl.float32) * gain[None, :] + offset[None, :]
     y = value * tl.sigmoid(value)
-    if RESIDUAL:
+    if HAS_RESIDUAL:
         y += tl.load(residual_ptr + at, where, other=0.0).to(tl.float32)
     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), where)
 
 
 @triton.jit
-def _slope(value):
+def _silu_slope(value):
     """Derivative of silu."""
     s = tl.sigmoid(value)
     return s * (1.0 + value * (1.0 - s))
@@ -141,7 +165,7 @@ def group_norm_sums_bwd_kernel(
     BC: tl.constexpr,
 ):
     image = (tl.program_id(0) // chunks).to(tl.int64)
-    chunk = tl.program_id(0) % chunks
+    chunk = (tl.program_id(0) % chunks).to(tl.int64)
     c = tl.arange(0, BC)
     inside = c < channels
     pixel = chunk * BP + tl.arange(0, BP)
@@ -154,7 +178,7 @@ def group_norm_sums_bwd_kernel(
     centre = tl.load(centre_ptr + of, inside, other=0.0)
     x = tl.load(x_ptr + at, where, other=0.0).to(tl.float32)
     grad = tl.load(grad_ptr + at, where, other=0.0).to(tl.float32)
-    g = grad * _slope(x * gain[None, :] + offset[None, :])
+    g = grad * _silu_slope(x * gain[None, :] + offset[None, :])
     h = x * multiple[None, :] + centre[None, :]
     out = (image * chunks + chunk) * channels + c
     tl.store(sum_ptr + out, tl.sum(g, 0), inside)
@@ -180,7 +204,7 @@ def group_norm_silu_bwd_kernel(
     BC: tl.constexpr,
 ):
     image = (tl.program_id(0) // chunks).to(tl.int64)
-    chunk = tl.program_id(0) % chunks
+    chunk = (tl.program_id(0) % chunks).to(tl.int64)
     c = tl.arange(0, BC)
     inside = c < channels
     pixel = chunk * BP + tl.arange(0, BP)
@@ -196,13 +220,13 @@ def group_norm_silu_bwd_kernel(
     mean_gh = tl.load(mean_gh_ptr + of, inside, other=0.0)
     x = tl.load(x_ptr + at, where, other=0.0).to(tl.float32)
     grad = tl.load(grad_ptr + at, where, other=0.0).to(tl.float32)
-    g = grad * _slope(x * gain[None, :] + offset[None, :])
+    g = grad * _silu_slope(x * gain[None, :] + offset[None, :])
     h = x * multiple[None, :] + centre[None, :]
     d_x = multiple[None, :] * (g * inner[None, :] - mean_g[None, :] - h * mean_gh[None, :])
     tl.store(d_x_ptr + at, d_x.to(d_x_ptr.dtype.element_ty), where)
 
 
-def _layout(x: Tensor) -> tuple[Tensor, torch.memory_format]:
+def _channels_last(x: Tensor) -> tuple[Tensor, torch.memory_format]:
     """x with channels last in memory, and the format that the result goes back to."""
     if x.ndim != 4:
         flat = x.reshape(*x.shape[:2], -1, 1)
@@ -216,9 +240,9 @@ def _layout(x: Tensor) -> tuple[Tensor, torch.memory_format]:
 def _extents(x: Tensor) -> tuple[int, int, int, int, int]:
     """pixels, channels, chunks, pixels of a tile, channels of a tile."""
     channels, pixels = x.shape[1], x.shape[2] * x.shape[3]
-    wide = power_of_two(channels)
-    tall = max(1, TILE // wide)
-    return pixels, channels, triton.cdiv(pixels, tall), tall, wide
+    tile_channels = power_of_two(channels)
+    tile_pixels = max(1, TILE // tile_channels)
+    return pixels, channels, triton.cdiv(pixels, tile_pixels), tile_pixels, tile_channels
 
 
 def _coefficients(
@@ -234,10 +258,10 @@ def _coefficients(
     per_group = len(weight) // num_groups
     multiple = rstd.repeat_interleave(per_group, 1)
     centre = -mean.repeat_interleave(per_group, 1) * multiple
-    up = torch.ones_like(multiple) if scale is None else 1.0 + scale.float()
-    inner = weight.float() * up
+    factor = torch.ones_like(multiple) if scale is None else 1.0 + scale.float()
+    inner = weight.float() * factor
     gain = inner * multiple
-    offset = bias.float() * up + centre * inner
+    offset = bias.float() * factor + centre * inner
     if shift is not None:
         offset = offset + shift.float()
     return (
@@ -259,26 +283,31 @@ def group_norm_silu(
     residual: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    laid, layout = _layout(x)
+    if x.numel() == 0:
+        return reference.group_norm_silu(x, num_groups, weight, bias, scale, shift, residual, eps)
+    last, layout = _channels_last(x)
     n = x.shape[0]
-    pixels, channels, chunks, tall, wide = _extents(laid)
-    part = torch.empty(2, n, chunks, channels, device=x.device)
-    mean, rstd = torch.empty(n, num_groups, device=x.device), torch.empty(n, num_groups, device=x.device)
-    y = torch.empty_like(laid)
-    per_group = power_of_two(channels // num_groups)
+    pixels, channels, chunks, tile_pixels, tile_channels = _extents(last)
+    part_mean, part_m2 = (empty_float32((n, chunks, channels), x) for _ in range(2))
+    mean, rstd = (empty_float32((n, num_groups), x) for _ in range(2))
+    gain, offset = (empty_float32((n, channels), x) for _ in range(2))
+    y = torch.empty_like(last)
+    group_channels = power_of_two(channels // num_groups)
+    weight, bias = weight.contiguous(), bias.contiguous()
     with on(x):
         group_norm_moments_fwd_kernel[(n * chunks,)](
-            laid, part[0], part[1], pixels, channels, chunks, tall, wide
+            last, part_mean, part_m2, pixels, channels, chunks, tile_pixels, tile_channels
         )
         group_norm_merge_fwd_kernel[(n * num_groups,)](
-            part[0], part[1], mean, rstd, pixels, channels, chunks, num_groups, eps, tall,
-            max(1, 1024 // per_group), per_group,
+            part_mean, part_m2, weight, bias, weight if scale is None else scale.contiguous(),
+            weight if shift is None else shift.contiguous(), mean, rstd, gain, offset, pixels, channels, chunks,
+            num_groups, eps, scale is not None, shift is not None, tile_pixels, max(1, 1024 // group_channels),
+            group_channels,
         )  # fmt: skip
-        gain, offset, *_ = _coefficients(num_groups, weight, bias, scale, shift, mean, rstd)
-        added = laid if residual is None else _layout(residual)[0]
         group_norm_silu_fwd_kernel[(n * chunks,)](
-            laid, gain, offset, added, y, pixels, channels, chunks, residual is not None, tall, wide
-        )
+            last, gain, offset, last if residual is None else _channels_last(residual)[0], y, pixels, channels, chunks,
+            residual is not None, tile_pixels, tile_channels,
+        )  # fmt: skip
     return y.reshape(x.shape).contiguous(memory_format=layout), mean, rstd
 
 
@@ -293,17 +322,19 @@ def group_norm_silu_backward(
     mean: Tensor,
     rstd: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    laid, layout = _layout(x)
-    laid_grad = _layout(grad)[0]
+    if x.numel() == 0:
+        return reference.group_norm_silu_backward(grad, x, num_groups, weight, bias, scale, shift, mean, rstd)
+    last, layout = _channels_last(x)
+    last_grad = _channels_last(grad)[0]
     n = x.shape[0]
-    pixels, channels, chunks, tall, wide = _extents(laid)
-    part = torch.empty(2, n, chunks, channels, device=x.device)
-    d_x = torch.empty_like(laid)
+    pixels, channels, chunks, tile_pixels, tile_channels = _extents(last)
+    part = empty_float32((2, n, chunks, channels), x)
+    d_x = torch.empty_like(last)
     gain, offset, inner, multiple, centre = _coefficients(num_groups, weight, bias, scale, shift, mean, rstd)
     with on(x):
         group_norm_sums_bwd_kernel[(n * chunks,)](
-            laid_grad,
-            laid,
+            last_grad,
+            last,
             gain,
             offset,
             multiple,
@@ -313,8 +344,8 @@ def group_norm_silu_backward(
             pixels,
             channels,
             chunks,
-            tall,
-            wide,
+            tile_pixels,
+            tile_channels,
         )
         sums_g, sums_gh = part.sum(2)
         size = channels // num_groups * pixels
@@ -325,10 +356,10 @@ def group_norm_silu_backward(
             for s in (sums_g, sums_gh)
         )
         group_norm_silu_bwd_kernel[(n * chunks,)](
-            laid_grad, laid, gain, offset, multiple, centre, inner, mean_g.contiguous(), mean_gh.contiguous(), d_x,
-            pixels, channels, chunks, tall, wide,
+            last_grad, last, gain, offset, multiple, centre, inner, mean_g.contiguous(), mean_gh.contiguous(), d_x,
+            pixels, channels, chunks, tile_pixels, tile_channels,
         )  # fmt: skip
     d_scale = sums_gh * weight.float() + sums_g * bias.float()
-    up = 1.0 if scale is None else 1.0 + scale.float()
+    factor = 1.0 if scale is None else 1.0 + scale.float()
     d_x = d_x.reshape(x.shape).contiguous(memory_format=layout)
-    return d_x, (sums_gh * up).sum(0), (sums_g * up).sum(0), d_scale, sums_g
+    return d_x, (sums_gh * factor).sum(0), (sums_g * factor).sum(0), d_scale, sums_g

@@ -8,8 +8,9 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from ddmd.kernels.launch import on, power_of_two
 from torch import Tensor
+
+from ddmd.kernels.launch import empty_float32, on, power_of_two
 
 BLOCK = 1024
 PARTIALS = 512  # most programs of a first pass
@@ -21,9 +22,9 @@ def gaussian_kl_fwd_kernel(
     logvar_q_ptr,  # (n,)
     mu_p_ptr,  # (n,)
     logvar_p_ptr,  # (n,)
-    out_ptr,  # (n,) float32 where MAP, else (programs,) float32 partial sums
+    out_ptr,  # (n,) float32 where ELEMENTWISE, else (programs,) float32 partial sums
     n,
-    MAP: tl.constexpr,
+    ELEMENTWISE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     programs = tl.num_programs(0)
@@ -44,18 +45,18 @@ def gaussian_kl_fwd_kernel(
             + difference * difference * tl.exp(-logvar_p)
             - 1.0
         )
-        if MAP:
+        if ELEMENTWISE:
             tl.store(out_ptr + at, kl, inside)
         else:
             total += tl.where(inside, kl, 0.0)
         start += programs.to(tl.int64) * BLOCK
-    if not MAP:
+    if not ELEMENTWISE:
         tl.store(out_ptr + tl.program_id(0), tl.sum(total))
 
 
 @triton.jit
 def gaussian_kl_bwd_kernel(
-    grad_ptr,  # (n,) where MAP, else ()
+    grad_ptr,  # (n,) where ELEMENTWISE, else ()
     mu_q_ptr,  # (n,), as are the next three
     logvar_q_ptr,
     mu_p_ptr,
@@ -66,12 +67,12 @@ def gaussian_kl_bwd_kernel(
     d_logvar_p_ptr,
     scale,
     n,
-    MAP: tl.constexpr,
+    ELEMENTWISE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < n
-    if MAP:
+    if ELEMENTWISE:
         grad = tl.load(grad_ptr + at, inside, other=0.0).to(tl.float32)
     else:
         grad = tl.load(grad_ptr).to(tl.float32) * scale
@@ -136,12 +137,15 @@ def pairwise_sqdist_fwd_kernel(
     partial_ptr,  # (programs,) float32, written
     n,
     d,
+    groups,  # G; the sum is NaN where a code's group is outside it
     BN: tl.constexpr,
     BD: tl.constexpr,
 ):
     row = tl.program_id(0) * BN + tl.arange(0, BN)
     group = tl.load(group_ptr + row, row < n, other=0)
-    count = tl.load(count_ptr + group, row < n, other=0.0)
+    valid = (group >= 0) & (group < groups)
+    count = tl.load(count_ptr + group, (row < n) & valid, other=float("nan"))
+    count = tl.where(row < n, count, 0.0)
     total = tl.zeros((BN,), tl.float32)
     start = tl.program_id(0) * 0
     while start < d:
@@ -150,7 +154,8 @@ def pairwise_sqdist_fwd_kernel(
         values = tl.load(z_ptr + row.to(tl.int64)[:, None] * d + column[None, :], where, other=0.0).to(
             tl.float32
         )
-        centre = tl.load(centroid_ptr + group[:, None] * d + column[None, :], where, other=0.0)
+        known = where & valid[:, None]
+        centre = tl.load(centroid_ptr + group[:, None] * d + column[None, :], known, other=0.0)
         total += tl.sum((values - centre) * (values - centre), 1)
         start += BD
     tl.store(partial_ptr + tl.program_id(0), tl.sum(total * count))
@@ -166,22 +171,25 @@ def pairwise_sqdist_bwd_kernel(
     d_z_ptr,  # (n, d), written
     n,
     d,
+    groups,  # G; NaN is written for a code whose group is outside it
     BN: tl.constexpr,
     BD: tl.constexpr,
 ):
     row = tl.program_id(0) * BN + tl.arange(0, BN)
     column = tl.program_id(1) * BD + tl.arange(0, BD)
     group = tl.load(group_ptr + row, row < n, other=0)
-    weight = tl.load(count_ptr + group, row < n, other=0.0) * (2.0 * tl.load(grad_ptr).to(tl.float32))
+    valid = (group >= 0) & (group < groups) & (row < n)
+    count = tl.load(count_ptr + group, valid, other=float("nan"))
+    weight = count * (2.0 * tl.load(grad_ptr).to(tl.float32))
     where = (row < n)[:, None] & (column < d)[None, :]
     at = row.to(tl.int64)[:, None] * d + column[None, :]
     values = tl.load(z_ptr + at, where, other=0.0).to(tl.float32)
-    centre = tl.load(centroid_ptr + group[:, None] * d + column[None, :], where, other=0.0)
+    centre = tl.load(centroid_ptr + group[:, None] * d + column[None, :], where & valid[:, None], other=0.0)
     tl.store(d_z_ptr + at, (weight[:, None] * (values - centre)).to(d_z_ptr.dtype.element_ty), where)
 
 
 def _total(partial: Tensor, scale: float) -> Tensor:
-    out = torch.empty((), device=partial.device)
+    out = empty_float32((), partial)
     sum_fwd_kernel[(1,)](partial, out, len(partial), scale, power_of_two(len(partial)))
     return out
 
@@ -191,16 +199,16 @@ def gaussian_kl(
 ) -> Tensor:
     n, each = mu_q.numel(), [t.contiguous() for t in (mu_q, logvar_q, mu_p, logvar_p)]
     if reduction == "none":
-        out = torch.empty(mu_q.shape, device=mu_q.device)
+        out = empty_float32(mu_q.shape, mu_q)
         if n:
             with on(mu_q):
                 gaussian_kl_fwd_kernel[(triton.cdiv(n, BLOCK),)](*each, out, n, True, BLOCK)
         return out
     scale = 1.0 if reduction == "sum" else (1.0 / n if n else float("nan"))
     if not n:
-        return torch.full((), 0.0 if reduction == "sum" else scale, device=mu_q.device)
+        return torch.full((), 0.0 if reduction == "sum" else scale, dtype=torch.float32, device=mu_q.device)
     programs = min(triton.cdiv(n, BLOCK), PARTIALS)
-    partial = torch.empty(programs, device=mu_q.device)
+    partial = empty_float32((programs,), mu_q)
     with on(mu_q):
         gaussian_kl_fwd_kernel[(programs,)](*each, partial, n, False, BLOCK)
         return _total(partial, scale)
@@ -227,8 +235,8 @@ def _tile(d: int) -> tuple[int, int]:
 
 def _centroids(z: Tensor, group: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
     n, d = z.shape
-    centroid = torch.empty(num_groups, d, device=z.device)
-    count = torch.empty(num_groups, device=z.device)
+    centroid = empty_float32((num_groups, d), z)
+    count = empty_float32((num_groups,), z)
     rows, columns = _tile(d)
     centroid_fwd_kernel[(num_groups, triton.cdiv(d, columns))](z, group, centroid, count, n, d, rows, columns)
     return centroid, count
@@ -237,13 +245,15 @@ def _centroids(z: Tensor, group: Tensor, num_groups: int) -> tuple[Tensor, Tenso
 def pairwise_sqdist(z: Tensor, group: Tensor, num_groups: int) -> Tensor:
     n, d = z.shape
     if z.numel() == 0:
-        return torch.zeros((), device=z.device)
+        return torch.zeros((), dtype=torch.float32, device=z.device)
     z, group = z.contiguous(), group.contiguous()
     rows, columns = _tile(d)
     with on(z):
         centroid, count = _centroids(z, group, num_groups)
-        partial = torch.empty(triton.cdiv(n, rows), device=z.device)
-        pairwise_sqdist_fwd_kernel[(len(partial),)](z, group, centroid, count, partial, n, d, rows, columns)
+        partial = empty_float32((triton.cdiv(n, rows),), z)
+        pairwise_sqdist_fwd_kernel[(len(partial),)](
+            z, group, centroid, count, partial, n, d, num_groups, rows, columns
+        )
         return _total(partial, 1.0)
 
 
@@ -256,5 +266,7 @@ def pairwise_sqdist_backward(grad: Tensor, z: Tensor, group: Tensor, num_groups:
         with on(z):
             centroid, count = _centroids(z, group, num_groups)
             grid = (triton.cdiv(n, rows), triton.cdiv(d, columns))
-            pairwise_sqdist_bwd_kernel[grid](grad, z, group, centroid, count, d_z, n, d, rows, columns)
+            pairwise_sqdist_bwd_kernel[grid](
+                grad, z, group, centroid, count, d_z, n, d, num_groups, rows, columns
+            )
     return d_z

@@ -35,15 +35,16 @@ def triton_kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], boo
         "sample_ptr": I64,
         "slice_ptr": I64,
         "row_size": I,
+        "table_rows": I,
     }
     tile = {"pixels": I, "channels": I, "chunks": I}
     table: dict[str, tuple[Any, dict[str, str], dict[str, Any], bool]] = {}
     for kind, t in (("f32", F), ("bf16", H)):
         step = {"x_ptr": t, "output_ptr": t, "x0_ptr": t, **rows}
-        for memory in (False, True):
-            table[f"denoise_step_{kind}{'_2m' if memory else ''}"] = (
+        for previous in (False, True):
+            table[f"denoise_step_{kind}{'_2m' if previous else ''}"] = (
                 denoise.denoise_step_fwd_kernel, step,
-                {"MEMORY": memory, "BP": denoise.POSITIONS, "FAST": True}, True,
+                {"HAS_PREVIOUS_X0": previous, "BP": denoise.POSITIONS, "FAST": True}, True,
             )  # fmt: skip
         table[f"noise_{kind}"] = (
             denoise.noise_fwd_kernel, {"x0_ptr": t, "x_ptr": t, "t_ptr": I64, **rows},
@@ -58,12 +59,12 @@ def triton_kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], boo
         for reduced in (False, True):
             table[f"gaussian_kl_{kind}{'_sum' if reduced else '_map'}"] = (
                 losses.gaussian_kl_fwd_kernel, {**four, "out_ptr": F, "n": I},
-                {"MAP": not reduced, "BLOCK": losses.BLOCK}, True,
+                {"ELEMENTWISE": not reduced, "BLOCK": losses.BLOCK}, True,
             )  # fmt: skip
         table[f"gaussian_kl_backward_{kind}"] = (
             losses.gaussian_kl_bwd_kernel,
             {"grad_ptr": F, **four, **{f"d_{k}": v for k, v in four.items()}, "scale": "fp32", "n": I},
-            {"MAP": True, "BLOCK": losses.BLOCK}, True,
+            {"ELEMENTWISE": True, "BLOCK": losses.BLOCK}, True,
         )  # fmt: skip
         of = {"centroid_ptr": F, "count_ptr": F}
         shape, block = {"n": I, "d": I}, {"BN": 32, "BD": 128}
@@ -72,11 +73,11 @@ def triton_kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], boo
         )  # fmt: skip
         table[f"pairwise_sqdist_{kind}"] = (
             losses.pairwise_sqdist_fwd_kernel,
-            {"z_ptr": t, "group_ptr": I64, **of, "partial_ptr": F, **shape}, block, True,
+            {"z_ptr": t, "group_ptr": I64, **of, "partial_ptr": F, **shape, "groups": I}, block, True,
         )  # fmt: skip
         table[f"pairwise_sqdist_backward_{kind}"] = (
             losses.pairwise_sqdist_bwd_kernel,
-            {"grad_ptr": F, "z_ptr": t, "group_ptr": I64, **of, "d_z_ptr": t, **shape}, block, True,
+            {"grad_ptr": F, "z_ptr": t, "group_ptr": I64, **of, "d_z_ptr": t, **shape, "groups": I}, block, True,
         )  # fmt: skip
         extents = {"BP": group_norm.TILE // 64, "BC": 64}
         table[f"group_norm_moments_{kind}"] = (
@@ -85,7 +86,7 @@ def triton_kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], boo
         table[f"group_norm_silu_{kind}"] = (
             group_norm.group_norm_silu_fwd_kernel,
             {"x_ptr": t, "gain_ptr": F, "offset_ptr": F, "residual_ptr": t, "y_ptr": t, **tile},
-            {"RESIDUAL": True, **extents}, True,
+            {"HAS_RESIDUAL": True, **extents}, True,
         )  # fmt: skip
         channels = {"gain_ptr": F, "offset_ptr": F, "multiple_ptr": F, "centre_ptr": F}
         table[f"group_norm_sums_backward_{kind}"] = (
@@ -99,8 +100,9 @@ def triton_kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], boo
         )  # fmt: skip
     table["group_norm_merge"] = (
         group_norm.group_norm_merge_fwd_kernel,
-        {"part_mean_ptr": F, "part_m2_ptr": F, "mean_ptr": F, "rstd_ptr": F, **tile, "groups": I, "eps": "fp32"},
-        {"BP": 64, "BK": 128, "BG": 8}, False,
+        {"part_mean_ptr": F, "part_m2_ptr": F, "weight_ptr": F, "bias_ptr": F, "scale_ptr": F, "shift_ptr": F,
+         "mean_ptr": F, "rstd_ptr": F, "gain_ptr": F, "offset_ptr": F, **tile, "groups": I, "eps": "fp32"},
+        {"HAS_SCALE": True, "HAS_SHIFT": True, "BP": 64, "BK": 128, "BG": 8}, False,
     )  # fmt: skip
     table["sum"] = (
         losses.sum_fwd_kernel,

@@ -1,6 +1,7 @@
-"""Every op of ddmd as a documented function: it checks its arguments and calls `torch.ops.ddmd.<name>`.
+"""Every op of ddmd as a documented function that calls `torch.ops.ddmd.<name>`.
 
-What is registered under these names, and which backend serves which device, is `ddmd.registry`.
+`ddmd.ops.checks` has what each op requires of its arguments, `ddmd.ops.registry` what is registered
+under these names and which backend serves which device, `ddmd.ops.reference` the formulas.
 """
 
 from __future__ import annotations
@@ -8,70 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ddmd.ops.checks import require_int, require_tensors
 from ddmd.ops.reference import COLUMNS
 from ddmd.ops.registry import OPS, SCHEMAS, backend, serving
 
 __all__ = ["COLUMNS", "OPS", "SCHEMAS", "backend", "serving", *OPS]
-
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-SERVED = (*FLOATS, torch.float64)
-
-# --------------------------------------------------------------------------- argument checks
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
-
-
-def _check_float(op: str, **tensors: Tensor | None) -> None:
-    """All floating, of an allowed type, on one device."""
-    device = None
-    for name, tensor in tensors.items():
-        if tensor is None:
-            continue
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{op}: {name} is {type(tensor).__name__}; allowed is a torch.Tensor")
-        if tensor.dtype not in SERVED:
-            raise TypeError(
-                f"{op}: {name} has dtype {tensor.dtype}; allowed are float32, bfloat16 and float16 "
-                "(and float64, served by the reference)"
-            )
-        device = device or tensor.device
-        if tensor.device != device:
-            raise ValueError(
-                f"{op}: {name} is on {tensor.device}; allowed is {device}, where the first tensor is"
-            )
-
-
-def _check_shape(op: str, name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
-    if tensor.shape != shape:  # messages are not written before they are needed: checks are run at every call
-        raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}; allowed is {tuple(shape)}")
-
-
-def _check_inference(op: str, **tensors: Tensor | None) -> None:
-    for name, tensor in tensors.items():
-        _require(
-            tensor is None or not (tensor.requires_grad and torch.is_grad_enabled()),
-            f"{op}: {name} requires grad, and {op} has no gradient; detach it, or call under torch.no_grad()",
-        )
-
-
-def _check_rows(op: str, x: Tensor, step: Tensor, seed: Tensor, sample: Tensor, slice_index: Tensor) -> None:
-    _require(x.ndim >= 2, f"{op}: x has {x.ndim} dimensions; allowed are (R, ...) with at least 2")
-    for name, tensor in (("step", step), ("seed", seed), ("sample", sample), ("slice_index", slice_index)):
-        _require(tensor.dtype == torch.int64, f"{op}: {name} has dtype {tensor.dtype}; allowed is int64")
-        _require(
-            tensor.device == x.device,
-            f"{op}: {name} is on {tensor.device}; allowed is {x.device}, where x is",
-        )
-    for name, tensor in (("step", step), ("seed", seed)):
-        _check_shape(op, name, tensor, ())
-    for name, tensor in (("sample", sample), ("slice_index", slice_index)):
-        _check_shape(op, name, tensor, (x.shape[0],))
-
-
-# --------------------------------------------------------------------------- the functions
 
 
 def noise(
@@ -101,16 +43,13 @@ def noise(
     TypeError, ValueError
         Naming the argument, its value and what is allowed.
     """
-    _check_float("noise", x0=x0, table=table)
-    _check_inference("noise", x0=x0)
-    _check_rows("noise", x0, step, seed, sample, slice_index)
-    _check_shape("noise", "t", t, (x0.shape[0],))
-    _require(t.dtype == torch.int64, f"noise: t has dtype {t.dtype}; allowed is int64")
-    _require(
-        table.ndim == 2 and table.shape[1] == 2,
-        f"noise: table has shape {tuple(table.shape)}; allowed is (T, 2)",
+    require_tensors(
+        "noise",
+        ("x0", "t", "table", "step", "seed", "sample", "slice_index"),
+        (x0, t, table, step, seed, sample, slice_index),
     )
-    return torch.ops.ddmd.noise(x0, t, table, step, seed, sample, slice_index)
+    result: Tensor = torch.ops.ddmd.noise(x0, t, table, step, seed, sample, slice_index)
+    return result
 
 
 def denoise_step(
@@ -142,7 +81,7 @@ def denoise_step(
     seed : () int64
     sample, slice_index : (R,) int64
         Coordinates of the noise.
-    x0 : (R, ...) of x's type, optional
+    x0 : (R, ...) float32, bfloat16 or float16, optional
         Holds the previous step's predicted x_0, gets this one's (needed by 2M).
 
     Returns
@@ -154,15 +93,10 @@ def denoise_step(
     TypeError, ValueError
         Naming the argument, its value and what is allowed.
     """
-    _check_float("denoise_step", x=x, output=output, table=table, x0=x0)
-    _check_inference("denoise_step", x=x, output=output, x0=x0)
-    _check_rows("denoise_step", x, step, seed, sample, slice_index)
-    _check_shape("denoise_step", "output", output, tuple(x.shape))
-    if x0 is not None:
-        _check_shape("denoise_step", "x0", x0, tuple(x.shape))
-    _require(
-        table.ndim == 2 and table.shape[1] == len(COLUMNS),
-        f"denoise_step: table has shape {tuple(table.shape)}; allowed is (N, {len(COLUMNS)})",
+    require_tensors(
+        "denoise_step",
+        ("x", "output", "table", "step", "seed", "sample", "slice_index", "x0"),
+        (x, output, table, step, seed, sample, slice_index, x0),
     )
     torch.ops.ddmd.denoise_step(x, output, table, step, seed, sample, slice_index, x0)
     return x
@@ -189,20 +123,9 @@ def discrepancy_maps(recon_a: Tensor, recon_b: Tensor) -> tuple[Tensor, Tensor]:
     TypeError, ValueError
         Naming the argument, its value and what is allowed.
     """
-    _check_float("discrepancy_maps", recon_a=recon_a, recon_b=recon_b)
-    _check_inference("discrepancy_maps", recon_a=recon_a, recon_b=recon_b)
-    for name, recon in (("recon_a", recon_a), ("recon_b", recon_b)):
-        _require(
-            recon.ndim == 5 and recon.shape[0] > 0 and recon.shape[2] > 0,
-            f"discrepancy_maps: {name} has shape {tuple(recon.shape)}; allowed is (K, Z, C, H, W) "
-            "with K and C at least 1",
-        )
-    _check_shape("discrepancy_maps", "recon_b", recon_b, (recon_b.shape[0], *recon_a.shape[1:]))
-    _require(
-        recon_b.dtype == recon_a.dtype,
-        f"discrepancy_maps: recon_b has dtype {recon_b.dtype}; allowed is recon_a's {recon_a.dtype}",
-    )
-    return torch.ops.ddmd.discrepancy_maps(recon_a, recon_b)
+    require_tensors("discrepancy_maps", ("recon_a", "recon_b"), (recon_a, recon_b))
+    result: tuple[Tensor, Tensor] = torch.ops.ddmd.discrepancy_maps(recon_a, recon_b)
+    return result
 
 
 def gaussian_kl(
@@ -226,14 +149,9 @@ def gaussian_kl(
     TypeError, ValueError
         Naming the argument, its value and what is allowed.
     """
-    _check_float("gaussian_kl", mu_q=mu_q, logvar_q=logvar_q, mu_p=mu_p, logvar_p=logvar_p)
-    for name, tensor in (("logvar_q", logvar_q), ("mu_p", mu_p), ("logvar_p", logvar_p)):
-        _check_shape("gaussian_kl", name, tensor, tuple(mu_q.shape))
-    _require(
-        reduction in ("none", "mean", "sum"),
-        f"gaussian_kl: reduction is {reduction!r}; allowed are 'none', 'mean' and 'sum'",
-    )
-    return torch.ops.ddmd.gaussian_kl(mu_q, logvar_q, mu_p, logvar_p, reduction)
+    require_tensors("gaussian_kl", ("mu_q", "logvar_q", "mu_p", "logvar_p"), (mu_q, logvar_q, mu_p, logvar_p))
+    result: Tensor = torch.ops.ddmd.gaussian_kl(mu_q, logvar_q, mu_p, logvar_p, reduction)
+    return result
 
 
 def pairwise_sqdist(z: Tensor, group: Tensor, num_groups: int) -> Tensor:
@@ -258,18 +176,10 @@ def pairwise_sqdist(z: Tensor, group: Tensor, num_groups: int) -> Tensor:
     TypeError, ValueError
         Naming the argument, its value and what is allowed.
     """
-    _check_float("pairwise_sqdist", z=z)
-    _require(z.ndim == 2, f"pairwise_sqdist: z has shape {tuple(z.shape)}; allowed is (n, d)")
-    _check_shape("pairwise_sqdist", "group", group, (z.shape[0],))
-    _require(group.dtype == torch.int64, f"pairwise_sqdist: group has dtype {group.dtype}; allowed is int64")
-    _require(num_groups >= 1, f"pairwise_sqdist: num_groups is {num_groups}; allowed is at least 1")
-    if group.device.type == "cpu" and len(group):  # on a GPU, looking would be a synchronisation
-        low, high = int(group.min()), int(group.max())
-        _require(
-            low >= 0 and high < num_groups,
-            f"pairwise_sqdist: group holds {low if low < 0 else high}; allowed are 0 to {num_groups - 1}",
-        )
-    return torch.ops.ddmd.pairwise_sqdist(z, group, num_groups)
+    require_tensors("pairwise_sqdist", ("z", "group"), (z, group))
+    num_groups = require_int("pairwise_sqdist", "num_groups", num_groups)
+    result: Tensor = torch.ops.ddmd.pairwise_sqdist(z, group, num_groups)
+    return result
 
 
 def ensemble_variance(samples: Tensor, *, correction: int = 1) -> tuple[Tensor, Tensor]:
@@ -290,15 +200,10 @@ def ensemble_variance(samples: Tensor, *, correction: int = 1) -> tuple[Tensor, 
     TypeError, ValueError
         Naming the argument, its value and what is allowed.
     """
-    _check_float("ensemble_variance", samples=samples)
-    _check_inference("ensemble_variance", samples=samples)
-    _require(correction in (0, 1), f"ensemble_variance: correction is {correction}; allowed are 0 and 1")
-    _require(
-        samples.ndim >= 1 and samples.shape[0] > correction,
-        f"ensemble_variance: samples has shape {tuple(samples.shape)}; allowed is (S, ...) with S at "
-        f"least {correction + 1} for correction={correction}",
-    )
-    return torch.ops.ddmd.ensemble_variance(samples, correction=correction)
+    require_tensors("ensemble_variance", ("samples",), (samples,))
+    correction = require_int("ensemble_variance", "correction", correction)
+    result: tuple[Tensor, Tensor] = torch.ops.ddmd.ensemble_variance(samples, correction=correction)
+    return result
 
 
 def ensemble_update(mean: Tensor, m2: Tensor, count: int, samples: Tensor) -> int:
@@ -320,13 +225,8 @@ def ensemble_update(mean: Tensor, m2: Tensor, count: int, samples: Tensor) -> in
     TypeError, ValueError
         Naming the argument, its value and what is allowed.
     """
-    _check_float("ensemble_update", mean=mean, m2=m2, samples=samples)
-    _check_inference("ensemble_update", mean=mean, m2=m2, samples=samples)
-    _check_state("ensemble_update", mean, m2, count)
-    _check_shape("ensemble_update", "samples", samples, (*samples.shape[:1], *mean.shape))
-    if count == 0:
-        mean.zero_()
-        m2.zero_()
+    require_tensors("ensemble_update", ("mean", "m2", "samples"), (mean, m2, samples))
+    count = require_int("ensemble_update", "count", count)
     torch.ops.ddmd.ensemble_update(mean, m2, count, samples)
     return count + samples.shape[0]
 
@@ -350,27 +250,11 @@ def ensemble_merge(
     TypeError, ValueError
         Naming the argument, its value and what is allowed.
     """
-    _check_float("ensemble_merge", mean=mean, m2=m2, other_mean=other_mean, other_m2=other_m2)
-    _check_inference("ensemble_merge", mean=mean, m2=m2, other_mean=other_mean, other_m2=other_m2)
-    _check_state("ensemble_merge", mean, m2, count)
-    _check_state("ensemble_merge", other_mean, other_m2, other_count)
-    _check_shape("ensemble_merge", "other_mean", other_mean, tuple(mean.shape))
-    if other_count:
-        if count == 0:
-            mean.zero_()
-            m2.zero_()
-        torch.ops.ddmd.ensemble_merge(mean, m2, count, other_mean, other_m2, other_count)
+    op = "ensemble_merge"
+    require_tensors(op, ("mean", "m2", "other_mean", "other_m2"), (mean, m2, other_mean, other_m2))
+    count, other_count = require_int(op, "count", count), require_int(op, "other_count", other_count)
+    torch.ops.ddmd.ensemble_merge(mean, m2, count, other_mean, other_m2, other_count)
     return count + other_count
-
-
-def _check_state(op: str, mean: Tensor, m2: Tensor, count: int) -> None:
-    for name, tensor in (("mean", mean), ("m2", m2)):
-        _require(
-            tensor.dtype in (torch.float32, torch.float64) and tensor.is_contiguous(),
-            f"{op}: {name} is {tensor.dtype} with strides {tensor.stride()}; allowed is contiguous float32",
-        )
-    _check_shape(op, "m2", m2, tuple(mean.shape))
-    _require(count >= 0, f"{op}: count is {count}; allowed is 0 or more")
 
 
 def group_norm_silu(
@@ -406,27 +290,11 @@ def group_norm_silu(
     TypeError, ValueError
         Naming the argument, its value and what is allowed.
     """
-    _check_float(
-        "group_norm_silu", x=x, weight=weight, bias=bias, scale=scale, shift=shift, residual=residual
+    require_tensors(
+        "group_norm_silu",
+        ("x", "weight", "bias", "scale", "shift", "residual"),
+        (x, weight, bias, scale, shift, residual),
     )
-    if x.ndim < 2:
-        raise ValueError(f"group_norm_silu: x has shape {tuple(x.shape)}; allowed is (N, C, ...)")
-    n, channels = x.shape[:2]
-    if num_groups < 1 or channels % num_groups:
-        raise ValueError(
-            f"group_norm_silu: num_groups is {num_groups}; allowed is a divisor of the {channels} channels"
-        )
-    for name, tensor, shape in (
-        ("weight", weight, (channels,)),
-        ("bias", bias, (channels,)),
-        ("scale", scale, (n, channels)),
-        ("shift", shift, (n, channels)),
-        ("residual", residual, x.shape),
-    ):
-        if tensor is not None:
-            _check_shape("group_norm_silu", name, tensor, shape)
-    if residual is not None and residual.dtype != x.dtype:
-        raise ValueError(f"group_norm_silu: residual has dtype {residual.dtype}; allowed is x's {x.dtype}")
-    if x.numel() == 0:
-        return x.clone()
-    return torch.ops.ddmd.group_norm_silu(x, num_groups, weight, bias, scale, shift, residual, eps)[0]
+    num_groups = require_int("group_norm_silu", "num_groups", num_groups)
+    y: Tensor = torch.ops.ddmd.group_norm_silu(x, num_groups, weight, bias, scale, shift, residual, eps)[0]
+    return y

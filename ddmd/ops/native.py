@@ -1,12 +1,13 @@
 """The C++ and CUDA ops for tensors: pointers and strides go in, the module `ddmd._C` does the work.
 
-Functions have the names and arguments of `ddmd.reference`; `ddmd.ops` has checked the arguments.
+Functions have the names and arguments of `ddmd.ops.reference`; `ddmd.ops.checks` has checked the arguments.
 """
 
 from __future__ import annotations
 
 import ctypes
 import importlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ else:
     _REASON = None
 
 
-def _share_torchs_threads() -> bool:
+def _use_torch_threads() -> bool:
     """Run on the OpenMP threads torch already has: a second set would wait busily against the first."""
     for path in sorted(Path(torch.__file__).parent.glob("lib/libgomp*.so*")):
         try:
@@ -36,9 +37,9 @@ def _share_torchs_threads() -> bool:
     return False
 
 
-_SHARED = _C is not None and _share_torchs_threads()
+_USES_TORCH_THREADS = _C is not None and _use_torch_threads()
 
-_MOST_CHANNELS = 4096  # of GroupNorm: the size of the scratch in csrc/kernels.cpp
+_MAX_CHANNELS = 4096  # of GroupNorm: the size of the scratch in csrc/group_norm.inl
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -62,8 +63,19 @@ def _stream(x: Tensor) -> int:
     return int(torch.cuda.current_stream(x.device).cuda_stream)
 
 
-def _float(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.float().contiguous()
+def _empty(shape: Sequence[int], like: Tensor) -> Tensor:
+    """An uninitialised float32 result, whatever torch's default dtype and device are."""
+    return torch.empty(shape, dtype=torch.float32, device=like.device)
+
+
+def _float(x: Tensor) -> Tensor:
+    if x.dtype is torch.float32 and x.is_contiguous():
+        return x
+    return x.to(torch.float32).contiguous()
+
+
+def _float_or_none(x: Tensor | None) -> Tensor | None:
+    return None if x is None else _float(x)
 
 
 def philox(counters: Tensor, seed: int) -> Tensor:
@@ -79,7 +91,7 @@ def ensemble_variance(
 ) -> tuple[Tensor, Tensor]:
     """Mean and variance; `out` reuses contiguous float32 buffers."""
     shape, strides = list(samples.shape[1:]), list(samples.stride()[1:])
-    mean, variance = out or (torch.empty(shape, device=samples.device) for _ in range(2))
+    mean, variance = out or (_empty(shape, samples), _empty(shape, samples))
     count, stride, kind = samples.shape[0], samples.stride(0), _TYPES[samples.dtype]
     if samples.device.type == "cuda":
         with torch.cuda.device(samples.device):
@@ -116,6 +128,8 @@ def ensemble_update(mean: Tensor, m2: Tensor, count: int, samples: Tensor) -> No
 def ensemble_merge(
     mean: Tensor, m2: Tensor, count: int, other_mean: Tensor, other_m2: Tensor, other_count: int
 ) -> None:
+    if other_count == 0 or mean.numel() == 0:
+        return
     pointers = (
         mean.data_ptr(),
         m2.data_ptr(),
@@ -147,22 +161,20 @@ def denoise_step(
 ) -> None:
     if x.numel() == 0:
         return
-    row = int(step)
-    if not 0 <= row < len(table):
-        raise IndexError(f"denoise_step: step is {row}; allowed are 0 to {len(table) - 1}")
-    state = x.contiguous()
-    memory = None if x0 is None else x0.contiguous()
-    output, table = output.contiguous(), table.float().contiguous()
+    dtype = x.dtype if x0 is None or x0.dtype == x.dtype else torch.float32  # the core has one type for both
+    state = x.to(dtype).contiguous()
+    previous = None if x0 is None else x0.to(dtype).contiguous()
+    output, table = output.contiguous(), _float(table)
     sample, slice_index = sample.contiguous(), slice_index.contiguous()
     _C.denoise_step(
-        state.data_ptr(), _TYPES[x.dtype], output.data_ptr(), _TYPES[output.dtype], _pointer(memory),
-        table.data_ptr(), row, int(seed), sample.data_ptr(), slice_index.data_ptr(), x.shape[0],
+        state.data_ptr(), _TYPES[dtype], output.data_ptr(), _TYPES[output.dtype], _pointer(previous),
+        table.data_ptr(), int(step), int(seed), sample.data_ptr(), slice_index.data_ptr(), x.shape[0],
         _row_size(x), torch.get_num_threads(),
     )  # fmt: skip
     if state is not x:
         x.copy_(state)
-    if x0 is not None and memory is not None and memory is not x0:
-        x0.copy_(memory)
+    if x0 is not None and previous is not None and previous is not x0:
+        x0.copy_(previous)
 
 
 def noise(
@@ -171,9 +183,7 @@ def noise(
     out = torch.empty_like(x0, memory_format=torch.contiguous_format)
     if x0.numel() == 0:
         return out
-    if bool((t < 0).any() | (t >= len(table)).any()):
-        raise IndexError(f"noise: t is outside the table; allowed are 0 to {len(table) - 1}")
-    x0, t, table = x0.contiguous(), t.contiguous(), table.float().contiguous()
+    x0, t, table = x0.contiguous(), t.contiguous(), _float(table)
     sample, slice_index = sample.contiguous(), slice_index.contiguous()
     _C.noise(
         x0.data_ptr(), out.data_ptr(), _TYPES[x0.dtype], t.data_ptr(), table.data_ptr(), int(step), int(seed),
@@ -188,19 +198,12 @@ def discrepancy_maps(
     """X and Y; `out` reuses contiguous float32 buffers."""
     recon_a, recon_b = recon_a.contiguous(), recon_b.contiguous()
     members, z, c, h, w = recon_a.shape
-    inter, intra = out or (torch.empty(z, 1, h, w) for _ in range(2))
+    inter, intra = out or (_empty((z, 1, h, w), recon_a), _empty((z, 1, h, w), recon_a))
     _C.discrepancy_maps(
         recon_a.data_ptr(), recon_b.data_ptr(), _TYPES[recon_a.dtype], members, recon_b.shape[0], z, c,
         h * w, inter.data_ptr(), intra.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return inter, intra
-
-
-def _laid_out(x: Tensor) -> tuple[Tensor, bool]:
-    """x in one of the two layouts the core knows, and whether channels are last."""
-    if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
-        return x, True
-    return x.contiguous(), False
 
 
 def group_norm_silu(
@@ -213,17 +216,20 @@ def group_norm_silu(
     residual: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if x.shape[1] > _MOST_CHANNELS:
+    if x.shape[1] > _MAX_CHANNELS:
         return reference.group_norm_silu(x, num_groups, weight, bias, scale, shift, residual, eps)
-    x, last = _laid_out(x)
+    layout = reference.norm_layout(x)
     n, channels = x.shape[:2]
+    y = torch.empty_like(x, memory_format=layout)
+    mean, rstd = _empty((n, num_groups), x), _empty((n, num_groups), x)
+    if x.numel() == 0:
+        return y, mean.zero_(), rstd.zero_()
+    x = x.contiguous(memory_format=layout)
     if residual is not None:
-        residual = residual.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
-    weight, bias, scale, shift = (_float(v) for v in (weight, bias, scale, shift))  # type: ignore[assignment]
-    y = torch.empty_like(x)
-    mean, rstd = torch.empty(n, num_groups), torch.empty(n, num_groups)
+        residual = residual.contiguous(memory_format=layout)
+    weight, bias, scale, shift = _float(weight), _float(bias), _float_or_none(scale), _float_or_none(shift)
     _C.group_norm_silu(
-        x.data_ptr(), _TYPES[x.dtype], last, n, channels, x.numel() // (n * channels), num_groups,
+        x.data_ptr(), _TYPES[x.dtype], layout == torch.channels_last, n, channels, x.numel() // (n * channels), num_groups,
         _pointer(weight), _pointer(bias), _pointer(scale), _pointer(shift), _pointer(residual), eps,
         y.data_ptr(), mean.data_ptr(), rstd.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
@@ -241,23 +247,24 @@ def group_norm_silu_backward(
     mean: Tensor,
     rstd: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    if x.shape[1] > _MOST_CHANNELS:
+    if x.shape[1] > _MAX_CHANNELS:
         return reference.group_norm_silu_backward(grad, x, num_groups, weight, bias, scale, shift, mean, rstd)
-    x, last = _laid_out(x)
+    if x.numel() == 0:
+        return reference.group_norm_silu_backward(grad, x, num_groups, weight, bias, scale, shift, mean, rstd)
+    layout = reference.norm_layout(x)
+    x = x.contiguous(memory_format=layout)
     n, channels = x.shape[:2]
-    layout = torch.channels_last if last else torch.contiguous_format
     grad = grad.to(x.dtype).contiguous(memory_format=layout)
-    w, b, wide_scale, wide_shift = (_float(v) for v in (weight, bias, scale, shift))
-    assert w is not None
-    assert b is not None
-    d_x = torch.empty_like(x)
-    sums_g, sums_gh = torch.empty(n, channels), torch.empty(n, channels)
+    w, b, mean, rstd = _float(weight), _float(bias), _float(mean), _float(rstd)
+    scale, shift = _float_or_none(scale), _float_or_none(shift)
+    d_x = torch.empty_like(x, memory_format=layout)
+    sums_g, sums_gh = _empty((n, channels), x), _empty((n, channels), x)
     _C.group_norm_silu_backward(
-        grad.data_ptr(), x.data_ptr(), _TYPES[x.dtype], last, n, channels, x.numel() // (n * channels),
-        num_groups, _pointer(w), _pointer(b), _pointer(wide_scale), _pointer(wide_shift),
+        grad.data_ptr(), x.data_ptr(), _TYPES[x.dtype], layout == torch.channels_last, n, channels, x.numel() // (n * channels),
+        num_groups, _pointer(w), _pointer(b), _pointer(scale), _pointer(shift),
         mean.data_ptr(), rstd.data_ptr(), d_x.data_ptr(), sums_g.data_ptr(), sums_gh.data_ptr(),
         torch.get_num_threads(),
     )  # fmt: skip
     d_scale = sums_gh * w + sums_g * b
-    gain = 1.0 if wide_scale is None else 1.0 + wide_scale
+    gain = 1.0 if scale is None else 1.0 + scale
     return d_x, (sums_gh * gain).sum(0), (sums_g * gain).sum(0), d_scale, sums_g

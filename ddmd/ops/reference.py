@@ -1,7 +1,7 @@
 """Every op of ddmd in plain torch, accumulating in float32: what "correct" means.
 
 Tests and benchmarks compare every other backend with these functions. Each takes and returns
-exactly what the function of the same name in `ddmd.ops` does; none of them checks its arguments.
+exactly what the function of the same name in `ddmd.ops` does; `ddmd.ops.checks` has checked them.
 float64 input is computed in float64, so that the reference itself can be held against it.
 
 Letters of shapes: R rows (one sample of one slice each), S samples, Z slices, C sequences or
@@ -21,7 +21,7 @@ _MASK = 0xFFFFFFFF
 COLUMNS = ("x0_from_x", "x0_from_output", "to_x0", "to_x", "to_output", "to_previous", "sigma", "clip")
 
 
-def wide(x: Tensor) -> Tensor:
+def upcast(x: Tensor) -> Tensor:
     """The tensor in the type it is accumulated in: float64 stays, everything else is float32."""
     return x if x.dtype == torch.float64 else x.float()
 
@@ -61,7 +61,7 @@ def normal(
     z = sqrt(-2 ln u) (cos 2 pi v, sin 2 pi v).
     """
     device = sample.device
-    position = torch.arange((row_size + 3) // 4, device=device)[None, :]
+    position = torch.arange((row_size + 3) // 4, dtype=torch.int64, device=device)[None, :]
     seed, step = seed.to(device), step.to(device)
     zero = torch.zeros_like(position)
     words = philox(
@@ -89,10 +89,11 @@ def noise(
     x0: Tensor, t: Tensor, table: Tensor, step: Tensor, seed: Tensor, sample: Tensor, slice_index: Tensor
 ) -> Tensor:
     """q(x_t | x_0): table[t, 0] x_0 + table[t, 1] z, with z from `normal`."""
-    x = wide(x0)
+    x = upcast(x0)
     z = normal(x0[0].numel() if len(x0) else 0, step, seed, sample, slice_index, x.dtype)
     rows = table.to(x.dtype)[t]
-    return (_per_row(rows[:, 0], x) * x + _per_row(rows[:, 1], x) * z.reshape(x.shape)).to(x0.dtype)
+    x_t = _per_row(rows[:, 0], x) * x + _per_row(rows[:, 1], x) * z.reshape(x.shape)
+    return x_t.to(x0.dtype).contiguous()
 
 
 def denoise_step(
@@ -110,9 +111,7 @@ def denoise_step(
     predicted = x0_from_x x + x0_from_output output, clamped to [-clip, clip];
     x <- to_x0 predicted + to_x x + to_output output + to_previous x0 + sigma z; x0 <- predicted.
     """
-    state, out = wide(x), wide(output)
-    if x.device.type == "cpu" and not 0 <= int(step) < len(table):
-        raise IndexError(f"denoise_step: step is {int(step)}; allowed are 0 to {len(table) - 1}")
+    state, out = upcast(x), upcast(output)
     x0_from_x, x0_from_output, to_x0, to_x, to_output, to_previous, sigma, clip = table.to(state.dtype)[
         step
     ].unbind()
@@ -120,29 +119,29 @@ def denoise_step(
     z = normal(x[0].numel() if len(x) else 0, step, seed, sample, slice_index, state.dtype)
     new = to_x0 * predicted + to_x * state + to_output * out + sigma * z.reshape(x.shape)
     if x0 is not None:
-        new = new + to_previous * wide(x0)
+        new = new + to_previous * upcast(x0)
         x0.copy_(predicted)
     x.copy_(new)
 
 
 def discrepancy_maps(recon_a: Tensor, recon_b: Tensor) -> tuple[Tensor, Tensor]:
     """X = mean_C |mu_B - mu_A| and Y = sqrt(mean_{K,C} (recon_A - mu_A)^2), each (Z, 1, H, W)."""
-    a, b = wide(recon_a), wide(recon_b)
+    a, b = upcast(recon_a), upcast(recon_b)
     mu_a, mu_b = a.mean(0), b.mean(0)
     inter = (mu_b - mu_a).abs().mean(1, keepdim=True)
     intra = (a - mu_a).square().mean(0).mean(1, keepdim=True).sqrt()
-    return inter, intra
+    return inter.contiguous(), intra.contiguous()
 
 
 def gaussian_kl(
     mu_q: Tensor, logvar_q: Tensor, mu_p: Tensor, logvar_p: Tensor, reduction: str = "sum"
 ) -> Tensor:
     """KL(q || p) of diagonal Gaussians, elementwise, summed or averaged over the elements."""
-    mu_q, logvar_q, mu_p, logvar_p = map(wide, (mu_q, logvar_q, mu_p, logvar_p))
+    mu_q, logvar_q, mu_p, logvar_p = map(upcast, (mu_q, logvar_q, mu_p, logvar_p))
     ratio = torch.exp(logvar_q - logvar_p)
     kl = 0.5 * (logvar_p - logvar_q + ratio + (mu_q - mu_p).square() * torch.exp(-logvar_p) - 1.0)
     if reduction == "none":
-        return kl
+        return kl.contiguous()
     return kl.mean() if reduction == "mean" else kl.sum()
 
 
@@ -151,7 +150,7 @@ def gaussian_kl_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of `gaussian_kl` for its four tensors, each in its own type."""
     inputs = (mu_q, logvar_q, mu_p, logvar_p)
-    mu_q, logvar_q, mu_p, logvar_p = map(wide, inputs)
+    mu_q, logvar_q, mu_p, logvar_p = map(upcast, inputs)
     scale = grad / mu_q.numel() if reduction == "mean" else grad
     precision, ratio = torch.exp(-logvar_p), torch.exp(logvar_q - logvar_p)
     difference = mu_q - mu_p
@@ -159,7 +158,7 @@ def gaussian_kl_backward(
     d_logvar_q = scale * 0.5 * (ratio - 1.0)
     d_logvar_p = scale * 0.5 * (1.0 - ratio - difference.square() * precision)
     grads = (d_mu, d_logvar_q, -d_mu, d_logvar_p)
-    a, b, c, d = (g.to(i.dtype) for g, i in zip(grads, inputs, strict=True))
+    a, b, c, d = (g.to(i.dtype).contiguous() for g, i in zip(grads, inputs, strict=True))
     return a, b, c, d
 
 
@@ -172,32 +171,33 @@ def _centroids(z: Tensor, group: Tensor, num_groups: int) -> tuple[Tensor, Tenso
 
 def pairwise_sqdist(z: Tensor, group: Tensor, num_groups: int) -> Tensor:
     """Sum over groups of ||z_i - z_j||^2 over unordered pairs = sum_g n_g sum_i ||z_i - mean_g||^2."""
-    codes = wide(z)
+    codes = upcast(z)
     counts, centres = _centroids(codes, group, num_groups)
     return (counts[group] * (codes - centres[group]).square().sum(1)).sum()
 
 
 def pairwise_sqdist_backward(grad: Tensor, z: Tensor, group: Tensor, num_groups: int) -> Tensor:
     """d/dz_i = 2 n_g (z_i - mean_g)."""
-    codes = wide(z)
+    codes = upcast(z)
     counts, centres = _centroids(codes, group, num_groups)
-    return (grad * 2.0 * counts[group][:, None] * (codes - centres[group])).to(z.dtype)
+    return (grad * 2.0 * counts[group][:, None] * (codes - centres[group])).to(z.dtype).contiguous()
 
 
 def ensemble_variance(samples: Tensor, correction: int = 1) -> tuple[Tensor, Tensor]:
     """Mean and variance over dimension 0, dividing by S - correction."""
-    values = wide(samples)
+    values = upcast(samples)
     mean = values.mean(0)
-    return mean, (values - mean).square().sum(0) / (len(samples) - correction)
+    variance = (values - mean).square().sum(0) / (len(samples) - correction)
+    return mean.contiguous(), variance.contiguous()
 
 
 def ensemble_merge(
     mean: Tensor, m2: Tensor, count: int, other_mean: Tensor, other_m2: Tensor, other_count: int
 ) -> None:
     """Merge a second (mean, M2, count) into the first in place (Chan, Golub, LeVeque 1979)."""
-    total = count + other_count
-    if total == 0:
+    if other_count == 0:
         return
+    total = count + other_count
     delta = other_mean - mean
     mean.add_(delta * (other_count / total))
     m2.add_(other_m2 + delta.square() * (count * other_count / total))
@@ -207,9 +207,16 @@ def ensemble_update(mean: Tensor, m2: Tensor, count: int, samples: Tensor) -> No
     """Merge new samples (S, ...) into the running mean and sum of squared deviations M2 in place."""
     if len(samples) == 0:
         return
-    values = wide(samples)
+    values = upcast(samples)
     other = values.mean(0)
     ensemble_merge(mean, m2, count, other, (values - other).square().sum(0), len(samples))
+
+
+def norm_layout(x: Tensor) -> torch.memory_format:
+    """The memory format of group_norm_silu's result: channels last where x is and is not contiguous too."""
+    if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
+        return torch.channels_last
+    return torch.contiguous_format
 
 
 def group_norm_silu(
@@ -223,18 +230,19 @@ def group_norm_silu(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """silu(group_norm(x) (1 + scale) + shift) + residual; and each group's mean and 1 / std."""
-    values = wide(x)
+    values = upcast(x)
+    layout = norm_layout(x)
+    if x.numel() == 0:
+        mean, rstd = (values.new_zeros(x.shape[0], num_groups) for _ in range(2))
+        return torch.empty_like(x, memory_format=layout), mean, rstd
     grouped = values.reshape(x.shape[0], num_groups, -1)
     mean = grouped.mean(2)
     rstd = torch.rsqrt((grouped - mean[..., None]).square().mean(2) + eps)
     y = _modulated(values, mean, rstd, num_groups, weight, bias, scale, shift)
     y = y * torch.sigmoid(y)
     if residual is not None:
-        y = y + wide(residual)
-    y = y.to(x.dtype)
-    if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
-        y = y.contiguous(memory_format=torch.channels_last)
-    return y, mean, rstd
+        y = y + upcast(residual)
+    return y.to(x.dtype).contiguous(memory_format=layout), mean, rstd
 
 
 def _modulated(
@@ -251,11 +259,11 @@ def _modulated(
     shape = (-1, values.shape[1], *[1] * (values.ndim - 2))
     mean = mean.repeat_interleave(per_channel, 1).reshape(shape)
     rstd = rstd.repeat_interleave(per_channel, 1).reshape(shape)
-    y = (values - mean) * rstd * wide(weight).reshape(shape) + wide(bias).reshape(shape)
+    y = (values - mean) * rstd * upcast(weight).reshape(shape) + upcast(bias).reshape(shape)
     if scale is not None:
-        y = y * (1.0 + wide(scale).reshape(shape))
+        y = y * (1.0 + upcast(scale).reshape(shape))
     if shift is not None:
-        y = y + wide(shift).reshape(shape)
+        y = y + upcast(shift).reshape(shape)
     return y
 
 
@@ -275,16 +283,21 @@ def group_norm_silu_backward(
     With h = normalised x, y = (h weight + bias)(1 + scale) + shift and g = d silu(y):
     d h = g (1 + scale) weight; d x = rstd (d h - mean(d h) - h mean(d h h)) over each group.
     """
-    values, g = wide(x), wide(grad)
+    values, g = upcast(x), upcast(grad)
     n, channels = x.shape[:2]
+    layout = norm_layout(x)
+    if x.numel() == 0:
+        d_weight, d_bias = values.new_zeros(channels), values.new_zeros(channels)
+        d_scale, d_shift = values.new_zeros(n, channels), values.new_zeros(n, channels)
+        return torch.empty_like(x, memory_format=layout), d_weight, d_bias, d_scale, d_shift
     y = _modulated(values, mean, rstd, num_groups, weight, bias, scale, shift)
     sigmoid = torch.sigmoid(y)
     g = g * sigmoid * (1.0 + y * (1.0 - sigmoid))
     h = (values.reshape(n, num_groups, -1) - mean[..., None]) * rstd[..., None]
     g, h = g.reshape(n, channels, -1), h.reshape(n, channels, -1)
     d_shift, g_h = g.sum(2), (g * h).sum(2)  # (N, C)
-    w, b = wide(weight), wide(bias)
-    gain = 1.0 + wide(scale) if scale is not None else torch.ones_like(d_shift)
+    w, b = upcast(weight), upcast(bias)
+    gain = 1.0 + upcast(scale) if scale is not None else torch.ones_like(d_shift)
     d_scale = g_h * w + d_shift * b
     d_weight, d_bias = (g_h * gain).sum(0), (d_shift * gain).sum(0)
     d_h = (g * (gain * w)[..., None]).reshape(n, num_groups, -1)
@@ -292,7 +305,5 @@ def group_norm_silu_backward(
     d_x = rstd[..., None] * (
         d_h - d_h.mean(2, keepdim=True) - grouped_h * (d_h * grouped_h).mean(2, keepdim=True)
     )
-    d_x = d_x.reshape(x.shape).to(x.dtype)
-    if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
-        d_x = d_x.contiguous(memory_format=torch.channels_last)
+    d_x = d_x.reshape(x.shape).to(x.dtype).contiguous(memory_format=layout)
     return d_x, d_weight, d_bias, d_scale, d_shift

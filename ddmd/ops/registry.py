@@ -1,17 +1,19 @@
 """The registry of ops: schema, shape rule and gradient of each, and which backend serves which device.
 
-`torch.ops.ddmd.<name>` is the registered op; the function of the same name in `ddmd.ops` checks its
-arguments, and calls it. Backends, best first:
+`torch.ops.ddmd.<name>` is the registered op; the function of the same name in `ddmd.ops` documents it
+and calls it. Every call is checked here, by `ddmd.ops.checks`, before it reaches a backend. Backends,
+best first:
 
-* C++ (`ddmd.native`) on CPU, and its CUDA half for the ensemble ops;
+* C++ (`ddmd.ops.native`) on CPU, and its CUDA half for the ensemble ops;
 * Triton (`ddmd.kernels`) on CUDA;
-* `ddmd.reference`, plain torch, everywhere else, and for everything when the environment
-  variable DDMD_BACKEND is "reference" (or inside `with backend("reference")`).
+* `ddmd.ops.reference`, plain torch, everywhere else, for float64, and for everything when the
+  environment variable DDMD_BACKEND is "reference" (or inside `with backend("reference")`).
 """
 
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import functools
 import os
 from collections.abc import Callable, Iterator
@@ -19,8 +21,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch import autograd_function as functorch_autograd
 
-from ddmd.ops import reference
+from ddmd.ops import checks, reference
 
 SCHEMAS = {
     "noise": "(Tensor x0, Tensor t, Tensor table, Tensor step, Tensor seed, Tensor sample, "
@@ -54,33 +57,44 @@ _NATIVE_CPU = {
 _NATIVE_CUDA = {"ensemble_variance", "ensemble_update", "ensemble_merge"}
 _TRITON = set(SCHEMAS) - _NATIVE_CUDA
 
-_forced: list[str] = [os.environ.get("DDMD_BACKEND", "auto")]
-if _forced[0] not in ("auto", "reference"):
-    raise ValueError(f"DDMD_BACKEND is {_forced[0]!r}; allowed are 'auto' and 'reference'")
+BACKENDS = ("auto", "reference")
+_DEFAULT = os.environ.get("DDMD_BACKEND", "auto")
+if _DEFAULT not in BACKENDS:
+    raise ValueError(f"DDMD_BACKEND is {_DEFAULT!r}; allowed are 'auto' and 'reference'")
+
+# The blocks of `backend` that this thread or task is in, innermost last: (mark of the block, name).
+_blocks: contextvars.ContextVar[tuple[tuple[object, str], ...]] = contextvars.ContextVar(
+    "ddmd_backend", default=((None, _DEFAULT),)
+)
 
 
 @contextlib.contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Use "auto" or "reference" backends inside the block.
+    """Use "auto" or "reference" backends inside the block, in this thread (or asyncio task) alone.
 
     Raises
     ------
     ValueError
         If the name is neither.
     """
-    if name not in ("auto", "reference"):
+    if name not in BACKENDS:
         raise ValueError(f"backend is {name!r}; allowed are 'auto' and 'reference'")
-    _forced.append(name)
+    mark = object()
+    _blocks.set((*_blocks.get(), (mark, name)))
     try:
         yield
-    finally:
-        _forced.pop()
+    finally:  # blocks may end in another order than they began
+        _blocks.set(tuple(block for block in _blocks.get() if block[0] is not mark))
+
+
+def _chosen() -> str:
+    return _blocks.get()[-1][1]
 
 
 def serving(op: str, device: str) -> tuple[str, str | None]:
     """The backend that serves an op on "cpu" or "cuda", and why it is not a faster one (or None)."""
     _, name, reason = _route(op, device)
-    if _forced[-1] == "reference":
+    if _chosen() == "reference":
         return "reference", "DDMD_BACKEND=reference"
     return name, reason
 
@@ -88,7 +102,7 @@ def serving(op: str, device: str) -> tuple[str, str | None]:
 @functools.cache
 def _route(op: str, device: str) -> tuple[Callable[..., Any], str, str | None]:
     plain = getattr(reference, op)
-    if op in (_NATIVE_CPU if device == "cpu" else _NATIVE_CUDA):
+    if op in {"cpu": _NATIVE_CPU, "cuda": _NATIVE_CUDA}.get(device, ()):
         from ddmd.ops import native
 
         reason = native.why_not(device)
@@ -105,45 +119,92 @@ def _route(op: str, device: str) -> tuple[Callable[..., Any], str, str | None]:
 
 # --------------------------------------------------------------------------- registration
 
-_library = torch.library.Library("ddmd", "DEF")
+_library: Any = torch.library.Library("ddmd", "DEF")  # type: ignore[no-untyped-call]
 
 
 def _implementation(op: str, device: str) -> Callable[..., Any]:
+    """Check the arguments, then call the backend that serves the op on "cpu", "cuda" or "other"."""
     plain = getattr(reference, op)
+    check = getattr(checks, op)
+    check_values = checks.VALUES.get(op) if device == "cpu" else None
+    names = tuple(a.name for a in getattr(torch.ops.ddmd, op).default._schema.arguments)
+    writes = op in checks.WRITTEN
+    running = op in ("ensemble_update", "ensemble_merge")
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        if _forced[-1] == "reference" or any(
-            isinstance(a, Tensor) and a.dtype == torch.float64 for a in args
-        ):
+        use_reference = check(*args, **kwargs)
+        if writes:
+            checks.memory(op, names, args)
+        if check_values is not None:
+            check_values(*args)
+        if running and args[2] == 0:  # what a state of no samples holds is of no meaning
+            args[0].zero_()
+            args[1].zero_()
+        if use_reference or _chosen() == "reference":
             return plain(*args, **kwargs)
         return _route(op, device)[0](*args, **kwargs)
 
     return call
 
 
-def _wide_empty(like: Tensor, shape: tuple[int, ...] | torch.Size) -> Tensor:
+def _resolved(op: str) -> Callable[..., Any]:
+    """The op on views with a negative or conjugate bit: kernels read memory, where the bit is not."""
+    overload = getattr(torch.ops.ddmd, op).default
+    names = tuple(a.name for a in overload._schema.arguments)
+    written = checks.WRITTEN.get(op, ())
+
+    def plain(value: Any) -> Any:
+        return value.resolve_conj().resolve_neg() if isinstance(value, Tensor) else value
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        values = [plain(a) for a in args]
+        result = overload(*values, **{k: plain(v) for k, v in kwargs.items()})
+        for name, old, new in zip(names, args, values, strict=False):
+            if name in written and new is not old and isinstance(old, Tensor):
+                old.copy_(new)
+        return result
+
+    return call
+
+
+def _fake(op: str) -> Callable[..., Any]:
+    """Shapes, dtypes and strides of the result, by the same checks as a call's."""
+    check, rule = getattr(checks, op), _FAKES[op]
+
+    def fake(*args: Any, **kwargs: Any) -> Any:
+        check(*args, **kwargs)
+        return rule(*args, **kwargs)
+
+    return fake
+
+
+def _accumulator(like: Tensor, shape: tuple[int, ...] | torch.Size) -> Tensor:
     return like.new_empty(shape, dtype=torch.float64 if like.dtype == torch.float64 else torch.float32)
+
+
+def _contiguous(like: Tensor) -> Tensor:
+    return torch.empty_like(like, memory_format=torch.contiguous_format)
 
 
 def _fake_maps(recon_a: Tensor, recon_b: Tensor) -> tuple[Tensor, Tensor]:
     _, z, _, h, w = recon_a.shape
-    return _wide_empty(recon_a, (z, 1, h, w)), _wide_empty(recon_a, (z, 1, h, w))
+    return _accumulator(recon_a, (z, 1, h, w)), _accumulator(recon_a, (z, 1, h, w))
 
 
 def _fake_kl(
     mu_q: Tensor, logvar_q: Tensor, mu_p: Tensor, logvar_p: Tensor, reduction: str = "sum"
 ) -> Tensor:
-    return _wide_empty(mu_q, mu_q.shape if reduction == "none" else ())
+    return _accumulator(mu_q, mu_q.shape if reduction == "none" else ())
 
 
 def _fake_kl_backward(
     grad: Tensor, mu_q: Tensor, logvar_q: Tensor, mu_p: Tensor, logvar_p: Tensor, reduction: str
 ) -> tuple[Tensor, ...]:
-    return tuple(torch.empty_like(t) for t in (mu_q, logvar_q, mu_p, logvar_p))
+    return tuple(_contiguous(t) for t in (mu_q, logvar_q, mu_p, logvar_p))
 
 
 def _fake_variance(samples: Tensor, *, correction: int = 1) -> tuple[Tensor, Tensor]:
-    return _wide_empty(samples, samples.shape[1:]), _wide_empty(samples, samples.shape[1:])
+    return _accumulator(samples, samples.shape[1:]), _accumulator(samples, samples.shape[1:])
 
 
 def _fake_norm(
@@ -151,7 +212,8 @@ def _fake_norm(
     shift: Tensor | None, residual: Tensor | None, eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     statistics = (x.shape[0], num_groups)
-    return torch.empty_like(x), _wide_empty(x, statistics), _wide_empty(x, statistics)
+    y = torch.empty_like(x, memory_format=reference.norm_layout(x))
+    return y, _accumulator(x, statistics), _accumulator(x, statistics)
 
 
 def _fake_norm_backward(
@@ -160,17 +222,18 @@ def _fake_norm_backward(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     n, channels = x.shape[:2]
     shapes = ((channels,), (channels,), (n, channels), (n, channels))
-    return torch.empty_like(x), *(_wide_empty(x, shape) for shape in shapes)
+    d_x = torch.empty_like(x, memory_format=reference.norm_layout(x))
+    return d_x, *(_accumulator(x, shape) for shape in shapes)
 
 
 _FAKES: dict[str, Callable[..., Any]] = {
-    "noise": lambda x0, *_: torch.empty_like(x0),
+    "noise": lambda x0, *_: _contiguous(x0),
     "denoise_step": lambda *_, **__: None,
     "discrepancy_maps": _fake_maps,
     "gaussian_kl": _fake_kl,
     "gaussian_kl_backward": _fake_kl_backward,
-    "pairwise_sqdist": lambda z, group, num_groups: _wide_empty(z, ()),
-    "pairwise_sqdist_backward": lambda grad, z, group, num_groups: torch.empty_like(z),
+    "pairwise_sqdist": lambda z, group, num_groups: _accumulator(z, ()),
+    "pairwise_sqdist_backward": lambda grad, z, group, num_groups: _contiguous(z),
     "ensemble_variance": _fake_variance,
     "ensemble_update": lambda *_: None,
     "ensemble_merge": lambda *_: None,
@@ -182,7 +245,55 @@ for _name, _schema in SCHEMAS.items():
     _library.define(_name + _schema, tags=torch.Tag.pt2_compliant_tag)
     _library.impl(_name, _implementation(_name, "cpu"), "CPU")
     _library.impl(_name, _implementation(_name, "cuda"), "CUDA")
-    torch.library.register_fake(f"ddmd::{_name}", _FAKES[_name], lib=_library)
+    # every other device, and layouts such as sparse, which the checks refuse in plain words
+    _library.impl(_name, _implementation(_name, "other"), "CompositeExplicitAutograd")
+    for _key in ("Negative", "Conjugate"):
+        _library.impl(_name, _resolved(_name), _key)
+    torch.library.register_fake(f"ddmd::{_name}", _fake(_name), lib=_library)
+
+
+def _register_gradient(
+    op: str, setup: Callable[..., None], backward: Callable[..., tuple[Tensor | None, ...]]
+) -> None:
+    """Give an op its gradient: what `torch.library.register_autograd` does, and for torch.func.grad too.
+
+    The gradient is run by the backend of its forward call, since autograd may run it in another thread.
+    """
+    overload = getattr(torch.ops.ddmd, op).default
+    defaults = [a.default_value if a.has_default_value() else None for a in overload._schema.arguments]
+
+    def below(keys: Any, args: tuple[Any, ...]) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return overload.redispatch(keys & torch._C._after_autograd_keyset, *args)
+
+    class Gradient(torch.autograd.function._SingleLevelFunction):
+        @staticmethod
+        def forward(ctx: Any, keys: Any, *args: Any) -> Any:
+            result = below(keys, args)
+            ctx.backend = _chosen()
+            setup(ctx, args, result)
+            return result
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            if ctx.backend == _chosen():
+                return None, *backward(ctx, *grads)
+            with backend(ctx.backend):
+                return None, *backward(ctx, *grads)
+
+    Gradient.__name__ = Gradient.__qualname__ = f"{op}_gradient"
+    apply = Gradient.apply  # type: ignore[attr-defined]
+
+    def call(keys: Any, *args: Any) -> Any:
+        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
+            args = (*args, *defaults[len(args) :])  # the dispatcher leaves out what is the default
+            if torch._C._are_functorch_transforms_active():
+                with functorch_autograd.enable_single_level_autograd_function():  # type: ignore[attr-defined]
+                    return apply(keys, *args)
+            return apply(keys, *args)
+        return below(keys, args)
+
+    _library.impl(op, call, "Autograd", with_keyset=True)
 
 
 def _kl_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -230,9 +341,6 @@ def _norm_backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Te
     )
 
 
-for _name, _backward, _setup in (
-    ("gaussian_kl", _kl_backward, _kl_setup),
-    ("pairwise_sqdist", _pairs_backward, _pairs_setup),
-    ("group_norm_silu", _norm_backward, _norm_setup),
-):
-    torch.library.register_autograd(f"ddmd::{_name}", _backward, setup_context=_setup, lib=_library)
+_register_gradient("gaussian_kl", _kl_setup, _kl_backward)
+_register_gradient("pairwise_sqdist", _pairs_setup, _pairs_backward)
+_register_gradient("group_norm_silu", _norm_setup, _norm_backward)
