@@ -51,6 +51,36 @@ def test_denoise_step_without_noise_and_into_a_strided_state():
     assert_close(base[..., ::2], wanted)
 
 
+def test_nan_and_infinity_are_the_references():
+    special = torch.tensor([float("nan"), float("inf"), -float("inf"), 0.0, -1e30, 1e30], device=DEVICE)
+    x, out = special.repeat(3, 1), special.roll(2).repeat(3, 1)
+    x0, table, at = special.roll(1).repeat(3, 1), torch.rand(3, 8, device=DEVICE) + 0.1, rows(3, DEVICE)
+    wanted, wanted_x0 = x.clone(), x0.clone()
+    kernels.denoise_step(x, out, table, *at, x0)
+    reference.denoise_step(wanted, out, table, *at, wanted_x0)
+    for ours, plain in ((x, wanted), (x0, wanted_x0)):
+        torch.testing.assert_close(ours, plain, equal_nan=True)
+    assert x0.isnan().any()
+
+
+@pytest.mark.parametrize("outside", [-1, 3, 2**40])
+def test_what_is_outside_a_table_gives_nan_and_touches_no_other_memory(outside):
+    where = torch.tensor(outside, device=DEVICE)
+    x, at = randn(3, 1, 4, 4), rows(3, DEVICE)
+    kernels.denoise_step(x, randn(3, 1, 4, 4), torch.rand(3, 8, device=DEVICE), where, *at[1:])
+    assert x.isnan().all()
+    t = torch.stack([torch.zeros_like(where), where])
+    at = rows(2, DEVICE)
+    noisy = kernels.noise(randn(2, 9), t, torch.rand(3, 2, device=DEVICE), *at)
+    assert noisy[0].isfinite().all()
+    assert noisy[1].isnan().all()
+    codes, group = randn(2, 5), t
+    assert kernels.pairwise_sqdist(codes, group, 3).isnan()
+    d_codes = kernels.pairwise_sqdist_backward(randn(1)[0], codes, group, 3)
+    assert d_codes[0].isfinite().all()
+    assert d_codes[1].isnan().all()
+
+
 @each_type
 def test_noise(dtype):
     x0, t = randn(3, 1, 21, 13, dtype=dtype), torch.randint(0, 10, (3,), device=DEVICE)
