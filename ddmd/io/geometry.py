@@ -71,7 +71,7 @@ def _no_voxels(shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _native(image: nib.Nifti1Pair, shape: tuple[int, int, int]) -> nib.Nifti1Image:
-    kind = nib.Nifti2Image if isinstance(image, nib.Nifti2Pair) else nib.Nifti1Image
+    kind = nib.Nifti2Image if isinstance(image.header, nib.Nifti2Header) else nib.Nifti1Image
     header: Any = kind.header_class()
     header.set_data_dtype(np.uint8)
     header.set_data_shape(shape)
@@ -98,9 +98,9 @@ def _notes(image: nib.Nifti1Pair, name: str) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def unit_of(image: nib.Nifti1Pair) -> tuple[str, float]:
-    """The unit of length in an image's header, and how many mm it is; what is not known is mm."""
-    return UNITS.get(int(image.header["xyzt_units"]) & UNIT_BITS, UNITS[0])
+def unit_of(header: Any) -> tuple[str, float]:
+    """The unit of length in a NIfTI header, and how many mm it is; what is not known is mm."""
+    return UNITS.get(int(header["xyzt_units"]) & UNIT_BITS, UNITS[0])
 
 
 def check_shape(shape: tuple[int, ...], name: str) -> tuple[int, int, int]:
@@ -137,11 +137,7 @@ def affine_of(image: nib.Nifti1Pair, name: str) -> np.ndarray:
     VolumeError
         If it is singular, not finite or of no head's size, or sform and qform disagree.
     """
-    unit, millimetres = unit_of(image)
-    scale = np.diag([millimetres, millimetres, millimetres, 1.0])
-    affine: np.ndarray = scale @ np.asarray(image.affine, dtype=np.float64)
-    check_affine(affine, name)
-    check_extent(image.shape, affine, name, unit)
+    affine, scale = checked_affine(image.header, image.affine, image.shape, name)
     header: Any = image.header
     if header["sform_code"] > 0 and header["qform_code"] > 0:
         try:
@@ -159,6 +155,25 @@ def affine_of(image: nib.Nifti1Pair, name: str) -> np.ndarray:
                 "nibabel, image.set_qform(None, 0) keeps the sform, image.set_sform(None, 0) the qform"
             )
     return affine
+
+
+def checked_affine(
+    header: Any, affine: Any, shape: tuple[int, ...], name: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """An affine (4, 4) in the unit of its header as one in mm, and the matrix (4, 4) that converts.
+
+    Raises
+    ------
+    VolumeError
+        If it is singular, not finite or of no head's size.
+    """
+    unit, millimetres = unit_of(header)
+    scale = np.diag([millimetres, millimetres, millimetres, 1.0])
+    with np.errstate(invalid="ignore", over="ignore"):
+        converted: np.ndarray = scale @ np.asarray(affine, dtype=np.float64)
+    check_affine(converted, name)
+    check_extent(shape, converted, name, unit)
+    return converted, scale
 
 
 def _without_shears(affine: np.ndarray) -> np.ndarray:

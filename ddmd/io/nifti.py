@@ -27,7 +27,7 @@ from ddmd.io.compression import (
     short,
 )
 from ddmd.io.errors import VolumeError
-from ddmd.io.geometry import affine_of, check_affine, check_shape, grid_gap
+from ddmd.io.geometry import affine_of, check_affine, check_extent, check_shape, checked_affine, grid_gap
 from ddmd.io.intensities import Stored, values_of
 from ddmd.io.sequences import SEQUENCES, sequence_of, stem
 
@@ -127,7 +127,7 @@ def open_image(path: str | os.PathLike[str]) -> nib.Nifti1Image:
     header = _header(path, head)
     if voxels_path != header_path:
         state = check_file(voxels_path)
-    elif isinstance(header, nib.nifti1.Nifti1PairHeader) and not header.is_single:
+    elif not header.is_single:
         raise VolumeError(
             f"{path}: the header of a pair whose voxels are in another file; name it .hdr or .img"
         )
@@ -145,11 +145,14 @@ def open_image(path: str | os.PathLike[str]) -> nib.Nifti1Image:
         ) from None
     _check_claims(path, shape, dtype, offset)
     _check_held(voxels_path, state, shape, dtype, offset)
+    checked_affine(header, affine, shape, str(path))
     proxy = FileVoxels(voxels_path, state, shape, dtype, offset, slope, intercept)
-    single: Any = nib.Nifti2Image if isinstance(header, nib.nifti2.Nifti2Header) else nib.Nifti1Image
-    plain = single.header_class.from_header(header, check=False)
-    image: nib.Nifti1Image = single(proxy, affine, plain)
-    image.set_filename(str(path))
+    single: Any = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
+    with _quiet():
+        header["vox_offset"] = 0  # where the voxels begin in this file is for the proxy alone to know
+        plain = single.header_class.from_header(header, check=False)
+        image: nib.Nifti1Image = single(proxy, affine, plain)
+    image.file_map["image"].filename = str(path)
     return image
 
 
@@ -266,9 +269,10 @@ def _mgh_image(path: Path, head: bytes, state: FileState) -> nib.Nifti1Image:
         raise VolumeError(f"{path}: not an MGH file ({_said(error)}); convert it, with mri_convert") from None
     _check_claims(path, shape, dtype, offset)
     check_affine(np.asarray(affine, dtype=np.float64), str(path))
+    check_extent(shape, np.asarray(affine, dtype=np.float64), str(path))
     image = nib.Nifti1Image(FileVoxels(path, state, shape, dtype, offset), affine)
     _set_scanner_forms(image, affine)
-    image.set_filename(str(path))
+    image.file_map["image"].filename = str(path)
     return image
 
 
@@ -290,6 +294,7 @@ def as_nifti(image: Any, name: str) -> nib.Nifti1Pair:
         return image
     if isinstance(image, nib.MGHImage):
         check_affine(np.asarray(image.affine, dtype=np.float64), name)
+        check_extent(image.shape, np.asarray(image.affine, dtype=np.float64), name)
         converted = nib.Nifti1Image(image.dataobj, image.affine)
         _set_scanner_forms(converted, image.affine)
         return converted
