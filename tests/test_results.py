@@ -29,7 +29,7 @@ from ddmd.io.results import (
     result_paths,
     sidecar_path,
 )
-from ddmd.io.text import printable, table_text
+from ddmd.io.text import json_text, printable, table_text
 
 MAPS = tuple(results.SUFFIXES)
 

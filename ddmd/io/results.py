@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
-import math
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,8 +16,7 @@ import nibabel as nib
 import numpy as np
 
 from ddmd.io.atomic import MAX_NAME_BYTES, BusyError, FileSet, claim
-from ddmd.io.naming import file_stem
-from ddmd.io.text import printable, table_text
+from ddmd.io.text import json_text, table_text
 
 SUFFIXES = {
     "mask": "desc-lesion_mask",
@@ -267,43 +265,3 @@ def compressed(content: bytes) -> bytes:
         return gzip.compress(content, GZIP_LEVEL, mtime=0)
     member: bytes = igzip.compress(content, GZIP_LEVEL, mtime=0)
     return member
-
-
-def json_text(value: Any) -> str:
-    """A value as JSON in ASCII, numpy scalars and arrays included; what is not finite is null.
-
-    Examples
-    --------
-    >>> print(json_text({"samples": np.int64(5), "score": float("nan")}))
-    {
-     "samples": 5,
-     "score": null
-    }
-    <BLANKLINE>
-    """
-    return json.dumps(_plain(value), indent=1, allow_nan=False) + "\n"
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, np.generic | np.ndarray):
-        value = value.tolist()
-    if isinstance(value, Mapping):
-        return {_plain_text(str(k)): _plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
-        return [_plain(v) for v in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if value is None or isinstance(value, bool | int):
-        return value
-    if isinstance(value, os.PathLike):
-        return _plain_text(os.path.basename(os.fspath(value)))
-    return _plain_text(str(value))
-
-
-def _plain_text(text: str) -> str:
-    """Text without lone surrogates, which strict readers of JSON refuse."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return printable(text)
-    return text

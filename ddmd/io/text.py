@@ -1,11 +1,15 @@
-"""User strings (names, paths, messages) as text that is safe to print, to draw and to tabulate."""
+"""User strings and values as text that is safe to print, to draw, to tabulate and to read back as JSON."""
 
 from __future__ import annotations
 
 import csv
 import io
+import json
+import math
+import os
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 _ESCAPED = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # control, format (right-to-left marks), surrogates, separators
 _JOINERS = "\u200c\u200d"  # of category Cf, but parts of words and of emoji
@@ -98,3 +102,48 @@ def table_text(rows: Iterable[Mapping[str, object]], columns: Sequence[str], del
     for row in rows:
         writer.writerow([table_cell(row.get(column, "")) for column in columns])
     return text.getvalue()
+
+
+def json_text(value: Any) -> str:
+    """A value as JSON in ASCII, numpy scalars and arrays included; what is not finite is null.
+
+    Examples
+    --------
+    >>> print(json_text({"samples": 5, "score": float("nan")}))
+    {
+     "samples": 5,
+     "score": null
+    }
+    <BLANKLINE>
+    """
+    return json.dumps(_plain(value), indent=1, allow_nan=False) + "\n"
+
+
+def json_line(value: Any) -> str:
+    """A value as JSON on one line, by the rules of `json_text`."""
+    return json.dumps(_plain(value), allow_nan=False)
+
+
+def _plain(value: Any) -> Any:
+    if type(value).__module__.split(".")[0] == "numpy" and hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        return {_plain_text(str(k)): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(v) for v in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, bool | int):
+        return value
+    if isinstance(value, os.PathLike):
+        return _plain_text(os.path.basename(os.fspath(value)))
+    return _plain_text(str(value))
+
+
+def _plain_text(text: str) -> str:
+    """Text without lone surrogates, which strict readers of JSON refuse."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return printable(text)
+    return text

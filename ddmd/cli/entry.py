@@ -1,0 +1,115 @@
+"""The entry point: signals, exit codes, and one line for whatever goes wrong."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Callable, Iterable
+from types import FrameType
+from typing import Any, NoReturn, ParamSpec, TypeVar
+
+import typer
+
+from ddmd.cli import console
+
+SOME_FAILED, BAD_USAGE, INTERRUPTED = 1, 2, 128 + signal.SIGINT
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class Terminated(BaseException):
+    """A signal asked the process to end; cleaning up happens on the way out."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    for other in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+        signal.signal(other, signal.SIG_IGN)  # one is enough: cleaning up must end
+    raise Terminated(number)
+
+
+def run(app: Callable[[], Any]) -> NoReturn:
+    """Run the command line and exit: 0 done, 1 something failed, 2 bad usage, 128 + n ended by signal n."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) == signal.SIG_DFL:  # not where nohup has it ignored
+            signal.signal(number, _terminate)
+    warnings.showwarning = _show_warning
+    code: Any = 0
+    try:
+        app()
+    except SystemExit as ended:
+        code = ended.code
+    except Terminated as ended:
+        console.error(f"ended by {signal.Signals(ended.number).name}; unfinished files were removed")
+        code = 128 + ended.number
+    except KeyboardInterrupt:
+        console.error("interrupted")
+        code = INTERRUPTED
+    except BrokenPipeError:
+        code = 0
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    raise SystemExit(code)
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: Any = None,
+    line: Any = None,
+) -> None:
+    """A change of names that concerns the user is one line; other warnings are for developers."""
+    if issubclass(category, FutureWarning) or os.environ.get("DDMD_DEBUG"):
+        console.warning(message)
+
+
+def command(function: Callable[P, R]) -> Callable[P, R]:
+    """A command that ends in one line and an exit code, whatever is raised in it; --debug shows the traceback."""
+
+    @functools.wraps(function)
+    def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
+        if kwargs.get("debug"):
+            os.environ["DDMD_DEBUG"] = "1"
+        try:
+            return function(*args, **kwargs)
+        except typer.Exit:
+            raise
+        except KeyboardInterrupt:
+            console.error("interrupted")
+            raise typer.Exit(INTERRUPTED) from None
+        except Exception as failure:
+            console.debug_traceback(failure)
+            console.error(console.explain(failure))
+            raise typer.Exit(SOME_FAILED) from None
+
+    return guarded
+
+
+def bad_usage(message: object) -> typer.Exit:
+    """Say what is wrong with the options; the exception to raise."""
+    console.error(message)
+    return typer.Exit(BAD_USAGE)
+
+
+def require_extra(extra: str, modules: Iterable[str]) -> None:
+    """Exit with one line that names the extra to install, where one of its modules cannot be imported."""
+    for module in modules:
+        try:
+            importlib.import_module(module)
+        except ImportError as missing:
+            raise bad_usage(
+                f"this command needs {module.split('.')[0]} ({missing}); install it with: pip install 'ddmd[{extra}]'"
+            ) from None

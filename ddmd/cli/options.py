@@ -1,0 +1,48 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import Annotated
+
+import typer
+
+from ddmd.cli.entry import bad_usage
+
+Weights = Annotated[
+    str, typer.Option("--weights", metavar="NAME|FILE", help="Name of a shipped system, or a weights file.")
+]
+Samples = Annotated[int | None, typer.Option("--samples", metavar="S", help="Masks drawn for each slice.")]
+Steps = Annotated[int | None, typer.Option("--steps", metavar="N", help="Denoising steps of each mask.")]
+Device = Annotated[
+    str, typer.Option("--device", metavar="DEVICE", help="auto, cpu, gpu, gpu:N, cuda, cuda:N or N.")
+]
+Threads = Annotated[
+    int | None,
+    typer.Option("--threads", metavar="N", help="CPU threads to compute with; by default all cores."),
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace earlier results.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error (or set DDMD_DEBUG=1).")]
+
+
+def device_name(device: str) -> str:
+    """A device as torch names it: gpu is cuda, and a number is the CUDA device of that number."""
+    text = device.strip().lower()
+    if re.fullmatch(r"\d+", text):
+        return f"cuda:{text}"
+    return re.sub(r"^gpu(?=$|:)", "cuda", text)
+
+
+def set_threads(threads: int | None) -> None:
+    """Compute with so many CPU threads; called before anything else imports torch."""
+    if threads is None:
+        return
+    if threads < 1:
+        raise bad_usage(f"--threads is {threads}; allowed is at least 1")
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    import torch
+
+    torch.set_num_threads(threads)

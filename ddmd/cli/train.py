@@ -1,0 +1,37 @@
+"""`ddmd train`: train a system from a configuration."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ddmd.cli import console
+from ddmd.cli.entry import bad_usage, require_extra
+from ddmd.cli.options import Debug, Threads, set_threads
+
+EXTRA = ("accelerate", "tensorboard", "monai")
+
+
+def command(
+    config: Annotated[
+        Path, typer.Argument(metavar="CONFIG", help="TOML file; see those in ddmd/training/recipes.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="RUN", help="Folder of the run.")],
+    threads: Threads = None,
+    debug: Debug = False,
+) -> None:
+    """Train a system, or go on with a run that was killed."""
+    import logging
+    import sys
+
+    set_threads(threads)
+    require_extra("train", EXTRA)
+    from ddmd.training import train
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
+    try:
+        console.say(f"weights: {train(config, output)}")
+    except ValueError as error:
+        raise bad_usage(error) from None
