@@ -1,14 +1,21 @@
 """The shell: exit codes, what is printed, what is written, what is refused before any work."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import nibabel as nib
 import pytest
 from typer.testing import CliRunner
 
-from ddmd.cli import app
+from ddmd.cli import app, console
+from ddmd.cli.options import device_name
+from ddmd.inference.detector import Detector
+from ddmd.io.results import read_result
 from ddmd.models import checkpoint
 from tests.volumes import head, tiny_system, write
 
@@ -98,6 +105,8 @@ def test_sequences_on_other_grids_are_refused_then_resampled(tiny, tmp_path, rng
     (["--threshold", "2"], "--threshold is 2.0"), (["--steps", "0"], "steps is 0"), (["--samples", "0"], "samples is 0"),
     (["--sampler", "magic"], "sampler is 'magic'"), (["--device", "tpu"], "device is 'tpu'"),
     (["--sequence", "pd"], "--sequence is 'pd'"), (["--weights", "nothing"], "no such weights"),
+    (["--maps", "mask,lesion"], "--maps has 'lesion'"), (["--skull", "no"], "--skull is 'no'"),
+    (["--bias", "yes"], "--bias is 'yes'"), (["--threads", "0"], "--threads is 0"),
 ])  # fmt: skip
 def test_bad_usage_exits_with_two_and_writes_nothing(tiny, flair, tmp_path, extra, message):
     args = [
@@ -119,8 +128,17 @@ def test_output_that_cannot_be_written_is_refused_before_the_work(tiny, flair, t
     code, text = _run("detect", flair, "-o", tmp_path / "file", "--weights", tiny)
     assert code == 2
     assert "is a file" in text
-    assert _run("detect", tmp_path / "nothing.nii", "-o", tmp_path / "out", "--weights", tiny)[0] == 2
     assert _run("detect", flair)[0] == 2
+    assert _run("detect", "-o", tmp_path / "out")[0] == 2
+
+
+def test_a_missing_file_fails_like_an_unreadable_one(tiny, tmp_path):
+    (tmp_path / "bad_flair.nii.gz").write_bytes(b"not an image at all")
+    for name in ("nothing_flair.nii", "bad_flair.nii.gz"):
+        code, text = _run("detect", tmp_path / name, "-o", tmp_path / "out", "--weights", tiny)
+        assert code == 1
+        assert text.count(name) == 1, "named, and once"
+        assert not (tmp_path / "out").exists()
 
 
 def test_info_names_every_op_and_its_backend():
@@ -140,3 +158,234 @@ def test_importing_is_light_and_touches_no_gpu():
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout) == [[], False]
+
+
+def _shell(*args, **kwargs):
+    environment = {**os.environ, **kwargs.pop("env", {})}
+    command = [sys.executable, "-m", "ddmd", *map(os.fspath, args)]
+    return subprocess.run(command, capture_output=True, env=environment, **kwargs)
+
+
+def test_help_version_and_completion_come_without_torch():
+    script = (
+        "import sys\n"
+        "from ddmd.cli import main\n"
+        "sys.argv = ['ddmd', *sys.argv[1:]]\n"
+        "try: main()\n"
+        "except SystemExit as end: code = end.code\n"
+        "heavy = [m for m in ('torch', 'nibabel', 'scipy', 'numpy') if m in sys.modules]\n"
+        "print(code, heavy)"
+    )
+    for args in (["--help"], ["-h"], ["detect", "-h"], ["evaluate", "--help"], ["--version"]):
+        done = subprocess.run(
+            [sys.executable, "-c", script, *args], capture_output=True, text=True, check=True
+        )
+        assert done.stdout.splitlines()[-1] == "0 []", args
+        assert "<" not in done.stdout, "no Python types"
+    assert "--show-completion" in _run("--help")[1]
+
+
+def test_devices_have_the_names_people_use():
+    names = {
+        "gpu": "cuda",
+        "gpu:1": "cuda:1",
+        "2": "cuda:2",
+        "cuda:0": "cuda:0",
+        "GPU": "cuda",
+        "cpu": "cpu",
+        "auto": "auto",
+    }
+    assert {name: device_name(name) for name in names} == names
+    assert device_name("gpuX") == "gpux"
+
+
+@pytest.mark.parametrize("failure", [
+    MemoryError(), RuntimeError("CUDA out of memory\nmany\nlines"), UnicodeEncodeError("utf-8", "\udce9", 0, 1, "no"),
+    KeyError("x"), RecursionError("deep"), ZeroDivisionError("division by zero"),
+], ids=lambda e: type(e).__name__)  # fmt: skip
+def test_any_exception_in_a_case_is_that_cases_failure(tiny, tmp_path, rng, monkeypatch, failure):
+    for name in "abc":
+        (tmp_path / "in" / name).mkdir(parents=True)
+        write(tmp_path / "in" / name / "flair.nii.gz", *head(rng))
+    detect = Detector.detect
+
+    def broken(self, prepared, **options):
+        if prepared.volume.name == "b":
+            raise failure
+        return detect(self, prepared, **options)
+
+    monkeypatch.setattr(Detector, "detect", broken)
+    code, text = _run("detect", tmp_path / "in", "-o", tmp_path / "out", "--weights", tiny, "--steps", 1)
+    assert code == 1
+    assert f"error: b: {type(failure).__name__}" in text
+    assert str(tmp_path / "in" / "b" / "flair.nii.gz") in text
+    assert "Traceback" not in text
+    assert sorted(p.name[0] for p in (tmp_path / "out").glob("*_result.json")) == ["a", "c"]
+    code, text = _run(
+        "detect", tmp_path / "in", "-o", tmp_path / "new", "--weights", tiny, "--steps", 1, "--debug"
+    )
+    assert (code, "Traceback" in text) == (1, True)
+    os.environ.pop("DDMD_DEBUG", None)
+
+
+def test_the_same_command_goes_on_where_it_was(tiny, tmp_path, rng):
+    for name in "ab":
+        (tmp_path / "in" / name).mkdir(parents=True)
+        write(tmp_path / "in" / name / "flair.nii.gz", *head(rng))
+    good = (tmp_path / "in" / "b" / "flair.nii.gz").read_bytes()
+    (tmp_path / "in" / "b" / "flair.nii.gz").write_bytes(good[:100])
+    command = ("detect", tmp_path / "in", "-o", tmp_path / "out", "--weights", tiny, "--steps", 1)
+    assert _run(*command)[0] == 1
+    first = (tmp_path / "out" / "a_result.json").stat().st_mtime_ns
+    (tmp_path / "in" / "b" / "flair.nii.gz").write_bytes(good)
+    code, text = _run(*command)
+    assert code == 0
+    assert "a: done before" in text
+    assert (tmp_path / "out" / "a_result.json").stat().st_mtime_ns == first
+    assert read_result("b", tmp_path / "out") is not None
+    code, text = _run(*command, "--seed", 1)
+    assert code == 2, "other options give another result"
+    assert "--overwrite" in text
+    write(tmp_path / "in" / "a" / "flair.nii.gz", *head(rng))
+    assert _run(*command)[0] == 2, "another image gives another result"
+    assert _run(*command, "--overwrite")[0] == 0
+
+
+def test_maps_are_chosen_and_json_is_one_line_a_case(tiny, flair, tmp_path):
+    result = runner.invoke(
+        app,
+        [
+            "detect",
+            "-i",
+            flair,
+            "-o",
+            str(tmp_path / "out"),
+            "--weights",
+            tiny,
+            "--maps",
+            "mask, labels",
+            "--json",
+        ],
+    )
+    assert result.exit_code == 0, result.output
+    (line,) = result.stdout.splitlines()
+    said = json.loads(line)
+    assert said["Name"] == "p1"
+    assert set(said["Files"]) == {"mask", "labels", "lesions", "overlay", "result"}
+    assert all(Path(path).is_file() for path in said["Files"].values())
+    facts = json.loads(runner.invoke(app, ["info", "--json"]).stdout)
+    assert set(facts["ops"]["noise"]) == {"cpu", "cuda", "reasons"}
+    assert "flair-image-labels" in facts["weights"]
+
+
+@pytest.mark.parametrize(
+    "name", ["a[/b]", "a[red]b", "p$^$", "a\nb", os.fsdecode(b"p\xe9ter"), "-x", "\u202exyz", "\x1b[31mred"]
+)
+def test_names_are_shown_safely_and_written(tiny, tmp_path, rng, name):
+    folder = tmp_path / "in [x]"
+    folder.mkdir()
+    path = folder / f"{name}_flair.nii.gz"
+    path.parent.mkdir(exist_ok=True)  # a[/b] has a folder in it
+    write(tmp_path / "plain.nii.gz", *head(rng))
+    (tmp_path / "plain.nii.gz").rename(path)
+    args = ["detect", "--weights", tiny, "--steps", "1", "--output"]
+    done = runner.invoke(app, [*args, str(tmp_path / "o [bold]"), "--", str(path)])
+    assert done.exit_code == 0, done.output
+    assert "\x1b" not in done.stdout
+    assert "\u202e" not in done.stdout
+    assert str(tmp_path / "o [bold]") in done.stdout
+    assert len(list((tmp_path / "o [bold]").glob("*_result.json"))) == 1
+    path.write_bytes(b"")
+    done = runner.invoke(app, [*args, str(tmp_path / "other"), "--", str(path)])
+    assert done.exit_code == 1
+    (line,) = done.stderr.splitlines()
+    assert console.printable(path) in line
+
+
+def test_any_encoding_of_the_terminal_takes_the_output(tiny, tmp_path, rng):
+    path = write(tmp_path / "患者_flair.nii.gz", *head(rng))
+    done = _shell(
+        "detect",
+        path,
+        "-o",
+        tmp_path / "out",
+        "--weights",
+        tiny,
+        env={"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.isascii()
+
+
+def test_a_closed_pipe_is_no_error(tiny, flair, tmp_path):
+    read, write_end = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "ddmd", "detect", flair, "-o", str(tmp_path / "out"), "--weights", tiny]
+    done = subprocess.run(command, stdout=write_end, stderr=subprocess.PIPE, check=False)
+    os.close(write_end)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert read_result("p1", tmp_path / "out") is not None
+
+
+SLOW = """
+import sys, time
+from ddmd.io import atomic
+create = atomic._create
+def slow(path, content=b""):
+    mode = create(path, content)
+    if "journal" not in path.name:
+        print("writing", flush=True)
+        time.sleep(0.2)
+    return mode
+atomic._create = slow
+sys.argv = ["ddmd", *sys.argv[1:]]
+from ddmd.cli import main
+main()
+"""
+
+
+@pytest.mark.parametrize(("number", "word"), [
+    (signal.SIGTERM, "SIGTERM"), (signal.SIGHUP, "SIGHUP"), (signal.SIGINT, "interrupted"),
+])  # fmt: skip
+def test_a_signal_while_saving_leaves_nothing_half_done(tiny, flair, tmp_path, number, word):
+    command = [
+        sys.executable,
+        "-c",
+        SLOW,
+        "detect",
+        flair,
+        "-o",
+        str(tmp_path / "out"),
+        "--weights",
+        tiny,
+        "-q",
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.readline()
+    time.sleep(0.1)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    (line,) = err.splitlines()
+    assert word in line
+    assert [p.name for p in (tmp_path / "out").iterdir()] == []
+
+
+def test_a_command_without_its_extra_names_it(tmp_path, flair):
+    script = (
+        "import sys\n"
+        "for name in ('accelerate', 'tensorboard', 'monai', 'sklearn'): sys.modules[name] = None\n"
+        "sys.argv = ['ddmd', *sys.argv[1:]]\n"
+        "from ddmd.cli import main\nmain()"
+    )
+    (tmp_path / "c.toml").write_text("")
+    for args, extra in (
+        (["train", str(tmp_path / "c.toml"), "-o", str(tmp_path / "run")], "ddmd[train]"),
+        (["evaluate", str(tmp_path), "-o", str(tmp_path / "evaluation")], "ddmd[evaluate]"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-c", script, *args], capture_output=True, text=True, check=False
+        )
+        (line,) = done.stderr.splitlines()
+        assert done.returncode == 2
+        assert extra in line

@@ -20,10 +20,10 @@ from ddmd.inference.detection import Detection
 from ddmd.inference.postprocess import Lesion
 from ddmd.io import results
 from ddmd.io.atomic import FileSet, atomic_path, claim
+from ddmd.io.naming import file_stem
 from ddmd.io.results import (
     OutputError,
     compressed,
-    json_text,
     nifti_bytes,
     read_result,
     result_paths,
@@ -361,7 +361,7 @@ def test_json_takes_numpy_and_says_null_for_what_is_no_number():
 def test_any_name_is_saved_inside_the_folder(rng, tmp_path, name):
     paths = made_up(rng, name).save(tmp_path / "out", overlay=True)
     assert all(path.parent == tmp_path / "out" and path.is_file() for path in paths.values())
-    assert read_result(name, tmp_path / "out") is not None
+    assert read_result(file_stem(name), tmp_path / "out") is not None
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -28,7 +28,7 @@ from ddmd.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from ddmd.cohort.discovery import Examination
+    from ddmd.cohort.cases import Case
     from ddmd.inference.detection import Detection
     from ddmd.inference.detector import Detector, Prepared
 
@@ -43,6 +43,7 @@ class Request:
     output: Path
     overwrite: bool
     maps: tuple[str, ...] | None
+    check_all: bool  # whether the grids of sequences that the weights do not need must agree, too
     reading: dict[str, Any] = field(default_factory=dict)
     computing: dict[str, Any] = field(default_factory=dict)
 
@@ -100,7 +101,9 @@ def command(
     Maps are on the grid of the input. A case whose results are there, from the same input, weights and options, is not done again.
     """
     set_threads(threads)
-    from ddmd.cohort.discovery import examinations
+    from ddmd.cohort.discovery import find_cases
+    from ddmd.cohort.errors import DatasetError
+    from ddmd.cohort.naming import output_stems
     from ddmd.inference.detection import OutputError, check_maps
     from ddmd.io.volume import SEQUENCES, VolumeError
     from ddmd.models.checkpoint import WeightsError
@@ -124,6 +127,7 @@ def command(
         output,
         overwrite,
         wanted,
+        check_all=all(path.is_file() for path in sources),
         reading={k: v for k, v in chosen.items() if v not in (None, "auto")},
         computing={
             "samples": samples,
@@ -134,41 +138,32 @@ def command(
         },
     )
     try:
-        cases = examinations(sources)
-    except VolumeError as error:
-        console.error(error)
-        raise typer.Exit(SOME_FAILED) from None
-    try:
-        _check_names(cases)
         detector = _load(weights, device_name(device), precision)
         options = _options(detector, request, sequence)
-        todo = [case for case in cases if not _is_done(case, request, options)]
-    except (VolumeError, WeightsError, OutputError, ValueError) as error:
+    except (WeightsError, ValueError) as error:
         raise bad_usage(error) from None
-    for case in cases:
-        if case not in todo and not quiet and not json:
-            console.say(f"{case.name}: done before, with the same input, weights and options")
-    failed = _detect_all(todo, detector, request, options, sequence, quiet, json)
+    try:
+        needed = detector.description.sequences
+        cases = find_cases(sources, require=needed, sequence=sequence, annotations=False)
+    except (DatasetError, VolumeError) as error:
+        console.error(error)
+        raise typer.Exit(SOME_FAILED) from None
+    stems = output_stems(case.name for case in cases)
+    try:
+        todo = [case for case in cases if not _is_done(case, stems[case.name], request, options)]
+    except OutputError as error:
+        raise bad_usage(error) from None
+    if not quiet and not json:
+        for note in cases.notes:
+            console.note(note)
+        for case in cases:
+            if case not in todo:
+                console.say(f"{case.name}: done before, with the same input, weights and options")
+    failed = _detect_all(todo, stems, detector, request, options, quiet, json)
     if failed:
         if len(cases) > 1:
             console.error(f"{failed} of {len(cases)} volumes failed")
         raise typer.Exit(SOME_FAILED)
-
-
-def _check_names(cases: Sequence[Examination]) -> None:
-    """Refuse cases whose results would have the same file names."""
-    from ddmd.inference.detection import OutputError
-    from ddmd.io.results import file_stem
-
-    by_stem: dict[str, list[str]] = {}
-    for case in cases:
-        by_stem.setdefault(file_stem(case.name).casefold(), []).append(case.name)
-    for names in by_stem.values():
-        if len(names) > 1:
-            raise OutputError(
-                f"{', '.join(dict.fromkeys(names))}: {len(names)} cases whose results would have the same names; "
-                "detect them one by one, each with a folder of its own"
-            )
 
 
 def _load(weights: str, device: str, precision: str) -> Detector:
@@ -197,27 +192,30 @@ def _options(detector: Detector, request: Request, sequence: str | None) -> dict
     }
 
 
-def _fingerprint(case: Examination, options: dict[str, Any]) -> str:
+def _fingerprint(case: Case, options: dict[str, Any]) -> str:
     """SHA-256 over the options and the content of a case's files."""
     from ddmd.io.results import file_sha256
     from ddmd.io.text import json_line
 
-    files = sorted((str(sequence), file_sha256(path)) for sequence, path in case.files.items())
+    files = sorted(
+        (sequence, [file_sha256(path) for path in paths]) for sequence, paths in case.files.items()
+    )
     return hashlib.sha256(json_line([options, files]).encode()).hexdigest()
 
 
-def _is_done(case: Examination, request: Request, options: dict[str, Any]) -> bool:
+def _is_done(case: Case, stem: str, request: Request, options: dict[str, Any]) -> bool:
     """Whether this very result is there already. Raises OutputError where another one is in the way."""
     from ddmd.io.results import check_output, read_result
 
     if not request.overwrite:
-        earlier = read_result(case.name, request.output)
+        check_output(stem, request.output, True)
+        earlier = read_result(stem, request.output)
         try:
             if earlier is not None and earlier.get("Fingerprint") == _fingerprint(case, options):
                 return True
         except OSError:
             pass  # the input cannot be read: it fails as a case
-    check_output(case.name, request.output, request.overwrite)
+    check_output(stem, request.output, request.overwrite)
     return False
 
 
@@ -228,19 +226,20 @@ class _Ready:
 
 
 def _detect_all(
-    cases: Sequence[Examination],
+    cases: Sequence[Case],
+    stems: dict[str, str],
     detector: Detector,
     request: Request,
     options: dict[str, Any],
-    sequence: str | None,
     quiet: bool,
     json: bool,
 ) -> int:
     """Detect one case after another; how many failed."""
     from ddmd.inference.prefetch import prefetch
 
-    def prepare(case: Examination) -> _Ready:
-        return _Ready(_prepare(detector, sequence, request.reading, case), _fingerprint(case, options))
+    def prepare(case: Case) -> _Ready:
+        volume = case.volume(detector.description.sequences, check_all=request.check_all, **request.reading)
+        return _Ready(detector.prepare(volume), _fingerprint(case, options))
 
     failed = 0
     with console.progress(not quiet and not json) as bar:
@@ -256,11 +255,12 @@ def _detect_all(
                     maps=request.maps,
                     overlay=True,
                     extra={"Fingerprint": case_input.fingerprint},
+                    stem=stems[case.name],
                 )
             except Exception as failure:
                 bar.stop()
                 failed += 1
-                source = ", ".join(str(path) for path in case.files.values())
+                source = ", ".join(str(paths[0]) for paths in case.files.values())
                 words = console.explain(failure, source)
                 console.debug_traceback(failure)
                 console.error(f"{case.name}: {words}")
@@ -275,22 +275,6 @@ def _detect_all(
             elif not quiet:
                 _report(detection, paths, time.monotonic() - begun)
     return failed
-
-
-def _prepare(
-    detector: Detector, sequence: str | None, reading: dict[str, Any], case: Examination
-) -> Prepared:
-    """A case's volume, read and cut into slices."""
-    from ddmd.io.volume import Volume
-
-    needed = detector.description.sequences
-    files = {s: path for s, path in case.files.items() if s is not None}
-    if len(case.files) == 1 and (sequence is not None or not files):
-        source: Any = next(iter(case.files.values()))
-        volume = Volume.read(source, sequences=sequence, require=needed, **reading)
-    else:
-        volume = Volume.read(files, require=needed, check_all=True, **reading)
-    return detector.prepare(replace(volume, name=case.name))
 
 
 def _report(detection: Detection, paths: dict[str, Path], seconds: float) -> None:

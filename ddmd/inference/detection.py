@@ -13,6 +13,7 @@ import numpy as np
 
 from ddmd.inference.postprocess import Lesion
 from ddmd.io.atomic import atomic_path
+from ddmd.io.naming import file_stem
 from ddmd.io.results import SUFFIXES, CaseResult, OutputError, check_output, write_result
 
 __all__ = ["Detection", "OutputError", "check_output"]
@@ -112,6 +113,7 @@ class Detection:
         maps: Iterable[str] | None = None,
         overlay: bool = False,
         extra: Mapping[str, Any] | None = None,
+        stem: str | None = None,
     ) -> dict[str, Path]:
         """Write the maps, a JSON sidecar each, the table of lesions, and a JSON that lists them.
 
@@ -125,6 +127,7 @@ class Detection:
             "intra_discrepancy"; by default all there are.
         overlay : whether the picture is written, too
         extra : further keys of the JSON files
+        stem : what the names of the files begin with; by default the name, without what no file system takes
 
         Returns
         -------
@@ -142,6 +145,7 @@ class Detection:
         wanted = check_maps(maps)
         result = CaseResult(
             name=self.name,
+            stem=stem or file_stem(self.name),
             maps={key: image for key, image in there.items() if key in wanted},
             description={**self.description(), **(extra or {})},
             lesions=self.lesion_rows(),

@@ -18,7 +18,7 @@ from ddmd.inference.detection import Detection
 from ddmd.inference.ensemble import Maps, Progress, detect_slices
 from ddmd.inference.postprocess import LesionCriteria, find_lesions, lesion_score
 from ddmd.inference.prefetch import prefetch
-from ddmd.inference.provenance import provenance
+from ddmd.inference.provenance import provenance, without_folders
 from ddmd.inference.session import SamplingConfig
 from ddmd.inference.slices import SliceGrid, Slices, extract
 from ddmd.io.results import file_sha256
@@ -240,7 +240,7 @@ class Detector:
             image=volume.to_native(volume.images[self.description.sequences[0]]),
             score=lesion_score(maps.probability, float(np.prod(volume.spacing)) / 1000, bool(found.lesions)),
             lesions=found.lesions,
-            notes=volume.notes,
+            notes=tuple(without_folders(note, volume.sources) for note in volume.notes),
             provenance=provenance(
                 self.description,
                 self.weights_sha256,

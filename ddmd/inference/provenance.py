@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -65,6 +66,13 @@ def provenance(
         "BrainMl": round(float(volume.brain.sum() * np.prod(volume.spacing)) / 1000, 1),
         "Quality": quality(volume, probability),
     }
+
+
+def without_folders(text: str, sources: Mapping[str, str]) -> str:
+    """The text with the base names of the sources where it has their paths."""
+    for source in sorted(sources.values(), key=len, reverse=True):
+        text = text.replace(source, os.path.basename(source) or source)
+    return text
 
 
 def quality(volume: Volume, probability: NDArray[np.floating]) -> dict[str, Any]:

@@ -104,6 +104,14 @@ def claim(folder: Path, stem: str) -> Iterator[None]:
         os.close(descriptor)
 
 
+def finish_interrupted(folder: Path, stem: str) -> None:
+    """Complete or remove what a killed writer of `stem` left, if there is one and nobody else is at it."""
+    lock = folder / f".{stem}.lock"
+    if os.path.lexists(lock) or os.path.lexists(_journal(folder, stem)):
+        with suppress(OSError), claim(folder, stem):
+            pass
+
+
 def _lock(path: Path) -> tuple[int, bool]:
     """A descriptor of the lock file, and whether it is locked: not where the file system has no locks."""
     import fcntl

@@ -15,7 +15,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 
-from ddmd.io.atomic import MAX_NAME_BYTES, BusyError, FileSet, claim
+from ddmd.io.atomic import MAX_NAME_BYTES, BusyError, FileSet, claim, finish_interrupted
 from ddmd.io.text import json_text, table_text
 
 SUFFIXES = {
@@ -51,7 +51,8 @@ class CaseResult:
 
     Parameters
     ----------
-    name : name of the case
+    name : name of the case, for messages
+    stem : what the names of its files begin with
     maps : keys of `SUFFIXES` -> image
     description : what the JSON files say; numpy scalars and arrays are welcome
     lesions : rows of the table, each {column: value}
@@ -60,6 +61,7 @@ class CaseResult:
     """
 
     name: str
+    stem: str
     maps: Mapping[str, nib.Nifti1Image]
     description: Mapping[str, Any]
     lesions: Sequence[Mapping[str, object]]
@@ -67,19 +69,19 @@ class CaseResult:
     overlay: bytes | None = None
 
 
-def result_paths(name: str, folder: str | Path) -> dict[str, Path]:
+def result_paths(stem: str, folder: str | Path) -> dict[str, Path]:
     """The files of a case's result, by what they hold; each map has a JSON sidecar beside it.
 
     Parameters
     ----------
-    name : name of the case
+    stem : what the names of the case's files begin with; see `file_stem`
     folder : folder of the results
 
     Returns
     -------
     {"mask": path, ..., "lesions": table, "overlay": picture, "result": the JSON that is written last}
     """
-    folder, stem = Path(folder), file_stem(name)
+    folder = Path(folder)
     paths = {key: folder / f"{stem}_{suffix}.nii.gz" for key, suffix in SUFFIXES.items()}
     return paths | {
         "lesions": folder / f"{stem}_lesions.tsv",
@@ -93,21 +95,36 @@ def sidecar_path(path: Path) -> Path:
     return path.with_name(path.name.removesuffix(".nii.gz") + ".json")
 
 
-def _all_paths(name: str, folder: Path) -> list[Path]:
-    paths = result_paths(name, folder)
+def _all_paths(stem: str, folder: Path) -> list[Path]:
+    paths = result_paths(stem, folder)
     return [*paths.values(), *(sidecar_path(paths[key]) for key in SUFFIXES)]
 
 
-def check_output(name: str, folder: str | Path, overwrite: bool) -> None:
-    """Raise OutputError where results could not be written to the folder, before computing them."""
+def check_output(stem: str, folder: str | Path, overwrite: bool) -> None:
+    """Raise OutputError where results could not be written to the folder, before computing them.
+
+    Where an earlier process was killed while it wrote these results, that is completed, or its leftovers are
+    removed, first.
+
+    Parameters
+    ----------
+    stem : what the names of the case's files begin with
+    folder : folder of the results; it need not be there
+    overwrite : whether earlier results may be replaced
+    """
     folder = Path(folder)
+    finish_interrupted(folder, stem)
+    _check_place(stem, folder, overwrite)
+
+
+def _check_place(stem: str, folder: Path, overwrite: bool) -> None:
     if os.path.lexists(folder) and not folder.is_dir():
         raise OutputError(f"{folder}: is a file; name a folder for the results")
-    paths = _all_paths(name, folder)
+    paths = _all_paths(stem, folder)
     longest = max(len(os.fsencode(path.name)) for path in paths)
     if longest > MAX_NAME_BYTES:
         raise OutputError(
-            f"{name[:40]}...: names of result files would have {longest} bytes, and {MAX_NAME_BYTES} are allowed; "
+            f"{stem[:40]}...: names of result files would have {longest} bytes, and {MAX_NAME_BYTES} are allowed; "
             "shorten the name of the case"
         )
     there = [path for path in paths if os.path.lexists(path)]
@@ -147,7 +164,7 @@ def write_result(result: CaseResult, folder: str | Path, overwrite: bool = False
         writes them at this moment, or a map is not finite.
     """
     folder = Path(folder)
-    check_output(result.name, folder, overwrite)
+    check_output(result.stem, folder, overwrite)
     for key, image in result.maps.items():
         wrong = int(np.count_nonzero(~np.isfinite(np.asanyarray(image.dataobj))))
         if wrong:
@@ -156,8 +173,8 @@ def write_result(result: CaseResult, folder: str | Path, overwrite: bool = False
             )
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with claim(folder, file_stem(result.name)):
-            check_output(result.name, folder, overwrite)  # another process may have written them meanwhile
+        with claim(folder, result.stem):
+            _check_place(result.stem, folder, overwrite)  # another process may have written them meanwhile
             return _write_set(result, folder)
     except BusyError:
         raise OutputError(
@@ -171,7 +188,7 @@ def write_result(result: CaseResult, folder: str | Path, overwrite: bool = False
 def _write_set(result: CaseResult, folder: Path) -> dict[str, Path]:
     paths = {
         key: path
-        for key, path in result_paths(result.name, folder).items()
+        for key, path in result_paths(result.stem, folder).items()
         if key in result.maps
         or key in ("lesions", "result")
         or (key == "overlay" and result.overlay is not None)
@@ -183,7 +200,7 @@ def _write_set(result: CaseResult, folder: Path) -> dict[str, Path]:
     contents[paths["lesions"].name] = table_text(result.lesions, result.lesion_columns).encode("utf-8")
     if result.overlay is not None:
         contents[paths["overlay"].name] = result.overlay
-    files = FileSet(folder, file_stem(result.name))
+    files = FileSet(folder, result.stem)
     try:
 
         def write_map(key: str) -> tuple[str, bytes]:
@@ -200,25 +217,25 @@ def _write_set(result: CaseResult, folder: Path) -> dict[str, Path]:
                 files.add(name, content)
         summary = {**result.description, "LesionTable": list(result.lesions), "Files": listed}
         files.add(paths["result"].name, json_text(summary).encode("ascii"))
-        files.commit(paths["result"].name, [path.name for path in _all_paths(result.name, folder)])
+        files.commit(paths["result"].name, [path.name for path in _all_paths(result.stem, folder)])
     finally:
         files.discard()
     return paths
 
 
-def read_result(name: str, folder: str | Path) -> dict[str, Any] | None:
+def read_result(stem: str, folder: str | Path) -> dict[str, Any] | None:
     """What a case's result says of itself, or None where it is not there, not complete, or was changed.
 
     Parameters
     ----------
-    name : name of the case
+    stem : what the names of the case's files begin with
     folder : folder of the results
 
     Returns
     -------
     The JSON written last, whose "Files" are all there with the SHA-256 it states; or None
     """
-    path = result_paths(name, folder)["result"]
+    path = result_paths(stem, folder)["result"]
     try:
         summary = json.loads(path.read_bytes())
         for file, checksum in summary["Files"].items():
