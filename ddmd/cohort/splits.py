@@ -64,7 +64,10 @@ def read_split(path: str | Path) -> dict[str, str]:
         If the file cannot be read, or is not such a mapping, with each patient in one known part.
     """
     advice = "give the split.json of a run"
-    text = read_text(Path(path))
+    try:
+        text = read_text(Path(path))
+    except DatasetError as error:
+        raise DatasetError(f"{error}; {advice}") from None
     try:
         split = json.loads(text, object_pairs_hook=_without_duplicates)
     except (ValueError, RecursionError) as error:
