@@ -19,8 +19,8 @@ from ddmd.inference.detection import Detection
 from ddmd.inference.detector import Detector, Prepared
 from ddmd.inference.session import SamplingConfig
 from ddmd.io.atomic import write_text
-from ddmd.io.results import SUFFIXES, OutputError, check_output, json_text, read_result
-from ddmd.io.text import printable, table_text
+from ddmd.io.results import SUFFIXES, OutputError, check_output, read_result
+from ddmd.io.text import json_text, printable, table_text
 from ddmd.models import checkpoint
 
 COHORT_COLUMNS = (
