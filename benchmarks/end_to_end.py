@@ -1,6 +1,7 @@
-"""One 240 x 240 x 155 volume from file to written maps, part by part, and against MONAI and diffusers.
+"""One 240 x 240 x 155 volume from file to written maps, part by part, from the shell, and against MONAI and diffusers.
 
-`python -m benchmarks.end_to_end [--weights W] [--device D] [--output FOLDER] [--slices Z] [--no-compile]`.
+`python -m benchmarks.end_to_end [--weights W] [--device D] [--output FOLDER] [--slices Z|all] [--steps N ...]
+[--cohort K] [--no-compile]`.
 """
 
 from __future__ import annotations
@@ -11,6 +12,9 @@ import dataclasses
 import datetime
 import json
 import resource
+import shutil
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -32,6 +36,7 @@ from ddmd.inference import ensemble
 from ddmd.inference.detector import Detector, pick_device
 from ddmd.inference.session import Sampling, SamplingConfig
 from ddmd.inference.slices import SliceGrid, Slices, extract
+from ddmd.io.atomic import write_text
 from ddmd.io.volume import Volume
 from ddmd.models import checkpoint
 from ddmd.models.autoencoder import AutoencoderConfig
@@ -39,7 +44,8 @@ from ddmd.models.denoiser import DenoiserConfig
 from ddmd.models.fused_convolution import FusedConv2d
 
 SHAPE = (240, 240, 155)
-MORE_STEPS = 5  # N at which rivals are compared beside the default's
+STEPS = (1, 5, 10)  # N at which rivals are compared
+PROFILE_RUNS = 3
 RESULTS = Path(__file__).with_name("results")
 
 
@@ -136,7 +142,7 @@ class Parts:
 
 
 def split_in_parts(detector: Detector, path: Path, folder: Path) -> dict[str, float]:
-    """Where the seconds of one detection go. On a GPU the loop is one graph, and one part."""
+    """Seconds of each part of one detection. On a GPU the sampling loop is one graph, and one part."""
     system = detector.system
     parts = Parts(system.device)
     with ExitStack() as loop, parts.part("whole, file to files"):
@@ -155,16 +161,16 @@ def split_in_parts(detector: Detector, path: Path, folder: Path) -> dict[str, fl
             parts.inside(ops, "ensemble_update", "statistics"),
             parts.part("detect"),
         ):
-            found = detector.detect(volume)
+            detection = detector.detect(volume)
         named = sum(parts.seconds.values()) - sum(before.values()) - parts.seconds["detect"]
         with parts.part("write"):
-            found.save(folder, overwrite=True)
-            found.overlay(folder / "overlay.png")
+            detection.save(folder, overwrite=True)
+            detection.overlay(folder / "overlay.png")
     parts.seconds["everything else"] = parts.seconds.pop("detect") - named
     return parts.seconds
 
 
-def some(slices: Slices, count: int) -> Slices:
+def middle(slices: Slices, count: int) -> Slices:
     """The middle `count` slices."""
     first = max(0, (len(slices) - count) // 2)
     part = slice(first, first + count)
@@ -175,7 +181,7 @@ def some(slices: Slices, count: int) -> Slices:
 
 def peaks(device: str) -> dict[str, float]:
     """FLOP/s of a convolution like the network's and of a matrix product, in float32 and bfloat16."""
-    found = {}
+    rates = {}
     for dtype in (torch.float32, torch.bfloat16):
         x = torch.randn(8, 64, 96, 96, device=device).to(dtype, memory_format=torch.channels_last)
         w = torch.randn(64, 64, 3, 3, device=device).to(dtype, memory_format=torch.channels_last)
@@ -190,13 +196,13 @@ def peaks(device: str) -> dict[str, float]:
                 7,
             )
         work = {"convolution": 2 * x.numel() * 64 * 9, "matrix product": 2 * 2048**3}
-        found |= {f"{name}, {str(dtype)[6:]}": work[name] / seconds[name] for name in work}
-    return found
+        rates |= {f"{name}, {str(dtype)[6:]}": work[name] / seconds[name] for name in work}
+    return rates
 
 
 @contextmanager
-def folded_on(*devices: str) -> Iterator[None]:
-    """Convolutions are folded on these devices, and on no other."""
+def fused_on(*devices: str) -> Iterator[None]:
+    """Convolutions are fused on these devices, and on no other."""
     kept, FusedConv2d.folded_on = FusedConv2d.folded_on, devices
     try:
         yield
@@ -206,50 +212,49 @@ def folded_on(*devices: str) -> Iterator[None]:
 
 def flops(detector: Detector, slices: Slices, config: SamplingConfig) -> int:
     """Multiplications and additions of the networks in one `detect_slices`; counted on the CPU, where no
-    replayed graph hides them, but folded as on the detector's device."""
+    replayed graph hides them, with convolutions fused as on the detector's device."""
     system = detector.system
     parts = {name: copy.deepcopy(part).cpu() for name, part in system.parts().items()}
-    folded = ("cpu",) if system.device.type in FusedConv2d.folded_on else ()
-    with FlopCounterMode(display=False) as counter, folded_on(*folded):
+    fused = ("cpu",) if system.device.type in FusedConv2d.folded_on else ()
+    with FlopCounterMode(display=False) as counter, fused_on(*fused):
         ensemble.detect_slices(dataclasses.replace(system, **parts), slices, config)
     return int(counter.get_total_flops())
 
 
-def folding(detector: Detector, slices: Slices) -> float:
-    """How many times longer auto-encoders and condition network take where no convolution is folded."""
+def fusion(detector: Detector, slices: Slices) -> float:
+    """Time of auto-encoders and condition network without fused convolutions, over their time with them."""
     system, seen = detector.system, detector.system.condition.config
     planes = slices.planes(seen.context, seen.mirrored).to(system.device)
 
     def run(*devices: str) -> None:
-        with folded_on(*devices):
+        with fused_on(*devices):
             ensemble.condition_on(system, planes)
 
     kind = system.device.type
     with torch.inference_mode():
-        seconds = alternate({"plain": run, "folded": lambda: run(kind)}, kind, 7)
-    return seconds["plain"] / seconds["folded"]
+        seconds = alternate({"plain": run, "fused": lambda: run(kind)}, kind, 7)
+    return seconds["plain"] / seconds["fused"]
 
 
 def scaling(detector: Detector, slices: Slices) -> dict[str, float]:
     """Seconds of `detect_slices` over S, N, slices, batch and threads, one changed at a time."""
     default = detector.sampling_config()
-    found = {}
+    results: dict[str, float] = {}
 
     def measure(name: str, config: SamplingConfig, part: Slices) -> None:
         work = {name: lambda: ensemble.detect_slices(detector.system, part, config)}
-        found[name] = alternate(work, detector.system.device.type, 1, warm=1)[name]
+        results[name] = alternate(work, detector.system.device.type, 1, warm=1)[name]
 
     def changed(**options: int) -> SamplingConfig:
         return dataclasses.replace(default, **options)
 
-    everything = f"{len(slices)} slices, S = {default.samples}, N = {default.steps}"
-    measure(everything, default, slices)
+    measure(f"{len(slices)} slices, S = {default.samples}, N = {default.steps}", default, slices)
     for samples in (1, 2 * default.samples):
         measure(f"S = {samples}", changed(samples=samples), slices)
-    for steps in sorted({1, MORE_STEPS, 2 * MORE_STEPS} - {default.steps}):
+    for steps in sorted(set(STEPS) - {default.steps}):
         measure(f"N = {steps}", changed(steps=steps), slices)
     for count in (len(slices) // 4, len(slices) // 2):
-        measure(f"{count} slices", default, some(slices, count))
+        measure(f"{count} slices", default, middle(slices, count))
     for batch in (1, 4, 16):
         measure(f"batch = {batch}", changed(batch=batch), slices)
     threads = torch.get_num_threads()
@@ -257,45 +262,88 @@ def scaling(detector: Detector, slices: Slices) -> dict[str, float]:
         torch.set_num_threads(1)
         measure("1 thread", default, slices)
         torch.set_num_threads(threads)
-    return found
+    return results
 
 
-def measured(detector: Detector, name: str, count: int, compiling: bool) -> dict[str, Any]:
-    """Everything that goes into the results file."""
+def from_shell(weights: str, device: str, path: Path, folder: Path, cohort: int) -> dict[str, float]:
+    """Wall time of `ddmd detect` as processes of their own: one volume, and a folder of `cohort` copies of it.
+
+    Volumes a minute are those of the folder beyond the first: what the start costs is in neither.
+    """
+    suffix = "".join(path.suffixes[-2:])
+    inputs = folder / "cohort"
+    for number in range(cohort):
+        (inputs / f"case{number}").mkdir(parents=True)
+        shutil.copy(path, inputs / f"case{number}" / f"flair{suffix}")
+    seconds = []
+    for name, source in (("one", path), ("many", inputs)):
+        command = [sys.executable, "-m", "ddmd", "detect", str(source), "-o", str(folder / f"results-{name}"),
+                   "--weights", weights, "--device", device]  # fmt: skip
+        begun = time.perf_counter()
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        seconds.append(time.perf_counter() - begun)
+    one, many = seconds
+    results = {"one volume, from the shell (s)": one, f"a cohort of {cohort}, from the shell (s)": many}
+    if cohort > 1 and many > one:
+        results["volumes a minute, beyond the first"] = 60 * (cohort - 1) / (many - one)
+    return results
+
+
+def measured(
+    detector: Detector, name: str, count: int | None, steps: tuple[int, ...], cohort: int, compiling: bool
+) -> dict[str, Any]:
+    """Everything that goes into the results file.
+
+    Parameters
+    ----------
+    detector : Detector
+    name : of its weights
+    count : slices that are compared with the rivals, the middle ones; None for all
+    steps : N of the comparisons
+    cohort : volumes of the folder that is detected from the shell; 0 leaves the shell out
+    compiling : whether torch.compile takes part
+    """
     device = detector.system.device.type
+    shell: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
         path = volume_file(Path(folder))
+        if cohort and name in checkpoint.available():
+            shell = from_shell(name, device, path, Path(folder), cohort)
         detector.detect(path)  # compiles, captures, fills the caches
-        runs = [split_in_parts(detector, path, Path(folder)) for _ in range(3)]
+        runs = [split_in_parts(detector, path, Path(folder)) for _ in range(PROFILE_RUNS)]
         volume = Volume.read(path, require=detector.description.sequences)
-    parts = sorted(runs, key=lambda run: run["whole, file to files"])[1]
+    parts = sorted(runs, key=lambda run: run["whole, file to files"])[len(runs) // 2]
     peak_memory = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
     if device == "cuda":
         peak_memory["device"] = torch.cuda.max_memory_allocated(detector.system.device) / 2**20
     slices = extract(volume, detector.description.sequences, SliceGrid(**detector.description.grid))
-    fewer = some(slices, count)
-    default, spent = detector.sampling_config(), {}
-    ratios, missing = {}, {}
-    for steps in sorted({default.steps, MORE_STEPS}):
-        seconds, why = compare(detector.system, fewer, dataclasses.replace(default, steps=steps), compiling)
-        spent[steps] = seconds.pop("ours")
-        ratios |= {f"{rival}, N = {steps}": value / spent[steps] for rival, value in seconds.items()}
-        missing |= {f"{rival}, N = {steps}": reason for rival, reason in why.items()}
-    ours = spent[default.steps]
-    ratios["auto-encoders, one slice and member at a time"] = autoencoders_one_by_one(detector.system, fewer)
-    ratios["auto-encoders and condition network, nothing folded"] = folding(detector, fewer)
-    work, limits = flops(detector, fewer, compared(default)), peaks(device)
-    with folded_on():
-        plain = flops(detector, fewer, compared(default))
+    chosen = slices if count is None else middle(slices, count)
+    default = detector.sampling_config()
+    own_seconds: dict[int, float] = {}
+    ratios: dict[str, float] = {}
+    missing: dict[str, str] = {}
+    for n in sorted({default.steps, *steps}):
+        seconds, reasons = compare(detector.system, chosen, dataclasses.replace(default, steps=n), compiling)
+        own_seconds[n] = seconds.pop("ours")
+        ratios |= {f"{rival}, N = {n}": value / own_seconds[n] for rival, value in seconds.items()}
+        missing |= {f"{rival}, N = {n}": reason for rival, reason in reasons.items()}
+    ours = own_seconds[default.steps]
+    ratios["auto-encoders, one slice and member at a time"] = autoencoders_one_by_one(detector.system, chosen)
+    ratios["auto-encoders and condition network, no convolution fused"] = fusion(detector, chosen)
+    work, limits = flops(detector, chosen, compared(default)), peaks(device)
+    with fused_on():
+        plain = flops(detector, chosen, compared(default))
     best = max(limits[f"convolution, {kind}"] for kind in ("float32", "bfloat16"))
     return {
         "machine": machine(), "date": str(datetime.date.today()), "device": device, "shape": SHAPE,
         "torch": torch.__version__, "threads": torch.get_num_threads(), "weights": name,
-        "sampling": dataclasses.asdict(default), "parts": parts, "peak_MiB": peak_memory,
-        "slices_compared": len(fewer), "ours_seconds": ours, "rivals": ratios, "missing": missing,
-        "flops": work, "flops_per_second": work / ours, "peaks": limits,
+        "sampling": dataclasses.asdict(default), "parts": parts, "shell": shell, "peak_MiB": peak_memory,
+        "slices_compared": len(chosen), "ours_seconds": ours,
+        "ours_seconds_by_steps": {str(n): value for n, value in own_seconds.items()}, "rivals": ratios,
+        "missing": missing, "flops": work, "flops_per_second": work / ours, "peaks": limits,
         "share_of_convolution_peak": work / ours / best,
-        "share_of_convolution_peak, counting what folding saves": plain / ours / best, "scaling": scaling(detector, fewer),
+        "share_of_convolution_peak, counting what fusing saves": plain / ours / best,
+        "scaling": scaling(detector, chosen),
     }  # fmt: skip
 
 
@@ -304,14 +352,17 @@ def main() -> None:
     parser.add_argument("--weights", default=checkpoint.DEFAULT)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--output", type=Path, default=RESULTS)
-    parser.add_argument("--slices", type=int, default=32, help="slices of the volume that rivals share")
+    parser.add_argument("--slices", default="32", help="slices compared with the rivals, or all")
+    parser.add_argument("--steps", type=int, nargs="+", default=list(STEPS), help="N of the comparisons")
+    parser.add_argument("--cohort", type=int, default=4, help="volumes of a folder; 0 leaves the shell out")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     options = parser.parse_args()
     detector, name = load(options.weights, options.device)
-    result = measured(detector, name, options.slices, not options.no_compile)
+    count = None if options.slices == "all" else int(options.slices)
+    result = measured(detector, name, count, tuple(options.steps), options.cohort, not options.no_compile)
     options.output.mkdir(parents=True, exist_ok=True)
     target = options.output / f"volume-{result['machine']}-{result['date']}.json"
-    target.write_text(json.dumps(result, indent=1) + "\n")
+    write_text(target, json.dumps(result, indent=1) + "\n")
     peak = ", ".join(f"{value:.0f} MiB ({where})" for where, value in result["peak_MiB"].items())
     print(f"{result['parts']['whole, file to files']:.1f} s, peak {peak}: {target}")
 

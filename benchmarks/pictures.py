@@ -26,7 +26,7 @@ DOCS = Path(__file__).parents[1] / "docs"
 
 def newest(folder: Path, kind: str) -> Path | None:
     """The file `kind`-...-DATE.json of the latest date."""
-    dated = sorted(folder.glob(f"{kind}-*.json"), key=lambda path: path.stem[-10:])
+    dated = sorted(folder.glob(f"{kind}-*.json"), key=lambda path: (path.stem[-10:], path.name))
     return dated[-1] if dated else None
 
 

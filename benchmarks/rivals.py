@@ -21,7 +21,7 @@ from ddmd.models.denoiser import Condition, from_patches, predicted_sample, to_p
 from ddmd.models.fused_convolution import FusedConv2d
 
 QUICK_ROUNDS, SLOW_ROUNDS = 9, 3
-TOLERANCE = 0.1  # sum of differences in probability over its sum, at which two loops still do the same work
+TOLERANCE = 0.1  # largest `_difference` at which two loops count as doing the same work
 
 
 class TorchNormSiLU(nn.Module):
@@ -41,32 +41,32 @@ class TorchNormSiLU(nn.Module):
         return y if residual is None else y + residual
 
 
-def by_torch(part: nn.Module, folded: bool = False) -> nn.Module:
-    """A network whose modules of ours are replaced by torch's ops; `folded` leaves it our convolutions."""
+def by_torch(part: nn.Module, fused: bool = False) -> nn.Module:
+    """A network whose modules of ours are replaced by torch's ops; `fused` keeps our fused convolutions."""
     for module in list(part.modules()):
         for name, child in module.named_children():
             if isinstance(child, NormSiLU):
                 setattr(module, name, TorchNormSiLU(child))
-            elif isinstance(child, FusedConv2d) and not folded:
+            elif isinstance(child, FusedConv2d) and not fused:
                 child.folded_on = ()
     return part.to(memory_format=torch.channels_last)
 
 
-def with_torchs_ops(system: System, dtype: torch.dtype, folded: bool = False) -> System:
+def with_torchs_ops(system: System, dtype: torch.dtype, fused: bool = False) -> System:
     """The same weights in networks that call no op of ours."""
-    parts = {name: by_torch(copy.deepcopy(part).to(dtype), folded) for name, part in system.parts().items()}
+    parts = {name: by_torch(copy.deepcopy(part).to(dtype), fused) for name, part in system.parts().items()}
     return dataclasses.replace(system, **parts)
 
 
 def compiled(system: System) -> System:
-    """Ours with the part that runs S x N times given to torch.compile: would it be faster still?"""
+    """Our system with the denoiser, which runs S x N times, compiled by torch.compile."""
     denoiser = copy.deepcopy(system.denoiser)
     denoiser.patches = torch.compile(denoiser.patches, dynamic=False)  # type: ignore[method-assign]
     return dataclasses.replace(system, denoiser=denoiser)
 
 
-def condition(system: System, planes: Tensor) -> Condition:
-    """X, Y and what follows from them, in eager torch."""
+def condition(system: System, planes: Tensor) -> tuple[Condition, Tensor, Tensor]:
+    """The condition of slices with neighbours (Z, P C, H, W), and X and Y (Z, 1, H, W), in eager torch."""
     b = ensemble.middle_slice(system, planes).contiguous(memory_format=torch.channels_last)
     a, mixed = system.autoencoders_a(b), system.autoencoders_b(b)
     mu = a.mean(0)
@@ -74,32 +74,36 @@ def condition(system: System, planes: Tensor) -> Condition:
     intra = (a - mu).square().mean(0).mean(1, keepdim=True).sqrt()
     scale = system.description.discrepancy_scale
     joined = torch.cat((planes, inter * scale, intra * scale), 1)
-    return system.condition(joined.contiguous(memory_format=torch.channels_last))
+    return system.condition(joined.contiguous(memory_format=torch.channels_last)), inter, intra
 
 
 class _Network(nn.Module):
-    """The network as the inferers want it; the condition kept, or computed anew at every step."""
+    """The network as the inferers call it; the condition kept, or computed again at every step."""
 
-    def __init__(self, system: System, planes: Tensor, cached: bool, denoiser=None) -> None:
+    def __init__(self, system: System, planes: Tensor, keep: bool, denoiser=None) -> None:
         super().__init__()
-        self.system, self.planes = [system], planes  # in a list: no submodules are registered
+        self.system, self.planes, self.keep = (
+            [system],
+            planes,
+            keep,
+        )  # in a list: no submodules are registered
         self.denoiser = [system.denoiser if denoiser is None else denoiser]
-        self.known = condition(system, planes) if cached else None
+        self.condition, self.inter, self.intra = condition(system, planes)
 
     def forward(self, x, timesteps, context=None):
-        known = self.known or condition(self.system[0], self.planes)
+        kept = self.condition if self.keep else condition(self.system[0], self.planes)[0]
         t = timesteps.expand(len(x)).to(x.device)
-        return predicted_sample(self.denoiser[0](x, known, t))
+        return predicted_sample(self.denoiser[0](x, kept, t))
 
 
 def _scheduler(kind, system: System, steps: int, **options):
-    made = kind(
+    scheduler = kind(
         num_train_timesteps=system.schedule.steps, clip_sample=True, prediction_type="sample", **options
     )
-    made.set_timesteps(steps)
-    made.timesteps = system.schedule.timesteps(steps)  # ours, so that all do the same steps
-    made.alphas_cumprod = system.schedule.alpha_bar().float()
-    return made
+    scheduler.set_timesteps(steps)
+    scheduler.timesteps = system.schedule.timesteps(steps)  # ours, so that all take the same steps
+    scheduler.alphas_cumprod = system.schedule.alpha_bar().float()
+    return scheduler
 
 
 def _drive(library: str, system: System, steps: int):
@@ -123,24 +127,47 @@ def _drive(library: str, system: System, steps: int):
     return loop
 
 
-def _mean_and_variance(
-    drive, make_network, planes: Tensor, config: SamplingConfig, noise, batch: int
-) -> Tensor:
-    means = []
+def _maps(drive, make_network, slices: Slices, system: System, config: SamplingConfig, noise, batch: int):
+    """The four maps of `ensemble.detect_slices`, from the same slices on the CPU back to the CPU.
+
+    As ours, a rival gathers the planes, copies them to the device batch by batch, and copies probability,
+    uncertainty, X and Y back.
+    """
+    own = system.condition.config
+    planes = slices.planes(own.context, own.mirrored)
+    maps = ensemble.Maps(*(torch.zeros_like(slices.image[:, :1]) for _ in range(4)))
     for first in range(0, len(planes), batch):
-        part = planes[first : first + batch]
+        where = slice(first, min(first + batch, len(planes)))
+        part = planes[where].to(system.device, system.dtype)
         network = make_network(part)
-        drawn = torch.stack(
-            [(drive(network, noise(part, first, s)).float() + 1) / 2 for s in range(config.samples)]
-        )
-        means.append(drawn.clamp(0, 1).mean(0))
-        drawn.var(0, correction=min(1, config.samples - 1))
-    return torch.cat(means)
+        draws = [(drive(network, noise(part, first, s)).float() + 1) / 2 for s in range(config.samples)]
+        stacked = torch.stack(draws).clamp(0, 1)
+        maps.probability[where] = stacked.mean(0)
+        maps.uncertainty[where] = stacked.var(0, correction=min(1, config.samples - 1))
+        maps.inter[where] = network.inter
+        maps.intra[where] = network.intra
+    return maps
 
 
 def compared(config: SamplingConfig) -> SamplingConfig:
-    """What all sides do: the steps of a configuration as the rivals' schedulers know them."""
+    """The configuration with steps that the rivals' schedulers can do, too."""
     return dataclasses.replace(config, sampler="ddim", eta=0.0, stop=0.0, mirror=False)
+
+
+CONDITIONS = ("at every step", "kept", "kept, our fused convolutions", "kept, compiled")
+
+
+def _variants(compiling: bool) -> list[tuple[str, torch.dtype, str]]:
+    """(library, dtype, what becomes of the condition) of every rival."""
+    return [
+        (library, dtype, kept)
+        for library in ("diffusers", "MONAI")
+        for dtype in (torch.float32, torch.bfloat16)
+        for kept in CONDITIONS
+        if not ("compiled" in kept and (library == "MONAI" or not compiling))
+        and not (kept == "at every step" and dtype == torch.bfloat16)
+        and not ("fused" in kept and dtype == torch.float32)
+    ]
 
 
 def compare(
@@ -148,70 +175,53 @@ def compare(
 ) -> tuple[dict[str, float], dict[str, str]]:
     """Seconds of `ensemble.detect_slices` ("ours") and of each rival, and why a rival is missing.
 
-    Every round runs all of them, the slowest in rounds of their own with ours. A rival whose probabilities are not ours, from the same x_T, is not
-    reported.
+    All sides do the same work: slices on the CPU in, four maps on the CPU out. They run alternately, the slowest
+    in rounds of their own with ours. A rival whose probabilities from the same x_T differ from ours is not reported.
     """
     config = compared(config)
     device = system.device
-    seen = system.condition.config
-    planes = slices.planes(seen.context, seen.mirrored).to(device)
-    batch = config.batch or ensemble.default_batch_size(system, *planes.shape[2:])
+    batch = config.batch or ensemble.default_batch_size(system, *slices.image.shape[2:])
     index, seed = slices.index.to(device), torch.tensor(config.seed, device=device)
-    wanted = ensemble.detect_slices(system, slices, config).probability
+    expected = ensemble.detect_slices(system, slices, config)
     work: dict[str, Work] = {"ours": lambda: ensemble.detect_slices(system, slices, config)}
     missing: dict[str, str] = {}
 
-    def ours_noise(part, first, sample):
+    def our_noise(part, first, sample):
         where = index[first : first + len(part)]
         at = Coordinates(seed, torch.full_like(where, sample), where)
         return from_patches(pure_noise(to_patches(part[:, :1].float()), at)).to(part.dtype)
 
-    def own_noise(part, first, sample):
+    def torch_noise(part, first, sample):
         return torch.randn_like(part[:, :1])
 
-    for library in ("diffusers", "MONAI"):
-        for dtype in (torch.float32, torch.bfloat16):
-            for how in (
-                "condition at every step",
-                "condition kept",
-                "condition kept, our folded convolutions",
-                "condition kept, compiled",
-            ):
-                name = f"{library}, {str(dtype)[6:]}, {how}"
-                if "compiled" in how and (library == "MONAI" or not compiling):
-                    continue
-                if how == "condition at every step" and dtype == torch.bfloat16:
-                    continue
-                if "folded" in how and dtype == torch.float32:
-                    continue
-                try:
-                    drive = _drive(library, system, config.steps)
-                    plain = with_torchs_ops(system, dtype, "folded" in how)
-                    faster = torch.compile(plain.denoiser, dynamic=False) if "compiled" in how else None
+    for library, dtype, kept in _variants(compiling):
+        name = f"{library}, {str(dtype)[6:]}, condition {kept}"
+        try:
+            drive = _drive(library, system, config.steps)
+            plain = with_torchs_ops(system, dtype, "fused" in kept)
+            faster = torch.compile(plain.denoiser, dynamic=False) if "compiled" in kept else None
 
-                    def run(noise, plain=plain, drive=drive, how=how, dtype=dtype, faster=faster):
-                        def network(part):
-                            return _Network(plain, part, how != "condition at every step", faster)
+            def run(noise, plain=plain, drive=drive, kept=kept, faster=faster):
+                def network(part):
+                    return _Network(plain, part, kept != "at every step", faster)
 
-                        with torch.inference_mode():
-                            return _mean_and_variance(drive, network, planes.to(dtype), config, noise, batch)
+                with torch.inference_mode():
+                    return _maps(drive, network, slices, plain, config, noise, batch)
 
-                    off = float((run(ours_noise).cpu() - wanted).abs().sum() / wanted.sum())
-                except Exception as error:  # a rival that does not run here is said to be missing
-                    missing[name] = (
-                        f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-                    )
-                    continue
-                if off > TOLERANCE:
-                    missing[name] = f"its probabilities are off ours by {off:.3f} of their sum"
-                else:
-                    work[name] = lambda run=run: run(own_noise)
+            difference = _difference(run(our_noise).probability, expected.probability)
+        except Exception as error:  # a rival that does not run here is reported as missing
+            missing[name] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            continue
+        if difference <= TOLERANCE:
+            work[name] = lambda run=run: run(torch_noise)
+        else:
+            missing[name] = f"its probabilities differ from ours by {difference:.3f} of their sum"
     if compiling:
         name = "ours, the denoiser compiled"
         try:
             fast = compiled(system)
-            found = ensemble.detect_slices(fast, slices, config).probability
-            if float((found - wanted).abs().sum() / wanted.sum()) <= TOLERANCE:
+            probability = ensemble.detect_slices(fast, slices, config).probability
+            if _difference(probability, expected.probability) <= TOLERANCE:
                 work[name] = lambda: ensemble.detect_slices(fast, slices, config)
             else:
                 missing[name] = "its probabilities are not ours"
@@ -222,9 +232,24 @@ def compare(
     seconds = alternate(quick, device.type, QUICK_ROUNDS, warm=1)
     with_slow = alternate({"ours": work["ours"], **slow}, device.type, SLOW_ROUNDS, warm=1)
     seconds |= {name: with_slow[name] / with_slow["ours"] * seconds["ours"] for name in slow}
-    with ops.backend("reference"):
-        seconds["ours, DDMD_BACKEND=reference"] = alternate({"": work["ours"]}, device.type, 1, warm=1)[""]
+    seconds["ours, DDMD_BACKEND=reference"] = _by_reference(system, slices, config)
     return seconds, missing
+
+
+def _difference(probability: Tensor, expected: Tensor) -> float:
+    """Sum of absolute differences over the sum of the expected probabilities."""
+    return float((probability - expected).abs().sum() / expected.sum())
+
+
+def _by_reference(system: System, slices: Slices, config: SamplingConfig) -> float:
+    """Seconds of ours with every op in plain torch.
+
+    The copy of the system has no captured graphs yet: a graph captured before would replay our kernels.
+    """
+    fresh = dataclasses.replace(system)
+    with ops.backend("reference"):
+        work = {"reference": lambda: ensemble.detect_slices(fresh, slices, config)}
+        return alternate(work, system.device.type, SLOW_ROUNDS, warm=1)["reference"]
 
 
 def one_member(system: System, number: int) -> nn.Module:
@@ -238,7 +263,7 @@ def one_member(system: System, number: int) -> nn.Module:
 
 
 def autoencoders_one_by_one(system: System, slices: Slices) -> float:
-    """How many times longer the K auto-encoders of A take one slice and one member at a time."""
+    """Time of the K auto-encoders of A, one slice and one member at a time, over their time all together."""
     b = slices.image.to(system.device, system.dtype, memory_format=torch.channels_last)
     members = [one_member(system, k) for k in range(system.autoencoders_a.config.members)]
     batch = ensemble.default_batch_size(system, *b.shape[2:])

@@ -141,8 +141,61 @@ def test_monai_and_diffusers_find_what_we_find(rng, monkeypatch):
     assert rivals.autoencoders_one_by_one(system, slices) > 0
     monkeypatch.setattr(rivals, "_drive", lambda *_: lambda network, x: torch.full_like(x, -1.0))
     seconds, missing = rivals.compare(system, slices, config, False)
-    assert all("off ours by 1.000 of their sum" in why for why in missing.values())
+    assert all("differ from ours by 1.000 of their sum" in why for why in missing.values())
     assert {name.split(",")[0] for name in missing} == {"diffusers", "MONAI"}
+
+
+def test_rivals_bring_back_the_four_maps_that_ours_do(rng, monkeypatch):
+    """All sides start from slices on the CPU and end with probability, uncertainty, X and Y there."""
+    pytest.importorskip("diffusers", reason="diffusers is not installed")
+    from benchmarks import rivals
+    from ddmd.inference import ensemble
+
+    system = tiny_system()
+    values, affine = head(rng, (40, 48, 6))
+    slices = extract(Volume.from_array({"flair": values}, affine), ("flair",), SliceGrid(4.0, 16))
+    config = rivals.compared(SamplingConfig(samples=3, steps=2))
+    kept, plain = [], rivals._maps
+    monkeypatch.setattr(rivals, "_maps", lambda *a: kept.append(plain(*a)) or kept[-1])
+    for name in ("QUICK_ROUNDS", "SLOW_ROUNDS"):
+        monkeypatch.setattr(rivals, name, 1)
+    rivals.compare(system, slices, config, False)
+    expected = ensemble.detect_slices(system, slices, config)
+    first = kept[0]  # of the run from our noise, by diffusers in float32
+    for name in ("probability", "uncertainty", "inter", "intra"):
+        ours, theirs = getattr(expected, name), getattr(first, name)
+        assert theirs.device.type == "cpu"
+        assert torch.allclose(theirs, ours, atol=0.02), name
+
+
+def test_the_reference_backend_is_measured_on_a_system_without_captured_graphs(monkeypatch):
+    from benchmarks import rivals
+
+    system, graphs = tiny_system(), []
+    system.samplings["a configuration"] = "a captured graph"
+    monkeypatch.setattr(
+        rivals.ensemble, "detect_slices", lambda used, *_: graphs.append(dict(used.samplings))
+    )
+    rivals._by_reference(system, None, None)
+    assert graphs
+    assert all(own == {} for own in graphs)
+    assert system.samplings, "the system itself keeps its graphs"
+
+
+def test_a_cohort_is_measured_by_the_wall_clock_of_the_command(tmp_path, monkeypatch):
+    """Seconds of the whole process; volumes a minute from what more volumes cost, without the start."""
+    from benchmarks import end_to_end
+
+    commands, clock = [], iter(range(0, 1000, 7))
+    monkeypatch.setattr(end_to_end.subprocess, "run", lambda command, **_: commands.append(command))
+    monkeypatch.setattr(end_to_end.time, "perf_counter", lambda: next(clock))
+    volume = tmp_path / "case_flair.nii.gz"
+    volume.write_bytes(b"volume")
+    result = end_to_end.from_shell("w", "cpu", volume, tmp_path, 3)
+    assert [command[3] for command in commands] == ["detect", "detect"]
+    assert result["one volume, from the shell (s)"] == 7
+    assert len(list((tmp_path / "cohort").rglob("*.nii.gz"))) == 3
+    assert result["a cohort of 3, from the shell (s)"] == 7
 
 
 def test_tables_in_the_texts_are_those_of_the_last_evaluations():
