@@ -73,6 +73,7 @@ def test_units_are_converted_and_maps_come_back_in_the_inputs_own(tmp_path, rng,
     ((1, 1, 0.05), "mm", r"voxels of 0.05 mm along axis 2"),
     ((4, 4, 6), "meter", r"voxels of 4000 mm along axis 0 \(unit of the header: metre\)"),
     ((4, 4, 6), "micron", r"voxels of 0.004 mm along axis 0 \(unit of the header: micron\)"),
+    ((0.2, 0.2, 0.6), "mm", r"field of view of 10.6 mm along its longest axis .* at least 40 mm"),
     ((4, 12, 6), "mm", r"field of view of 636 mm along axis 1 \(unit of the header: mm\); a brain MRI has at most 600 mm"),
 ])  # fmt: skip
 def test_what_no_head_measures_is_refused_before_voxels_are_read(

@@ -13,7 +13,10 @@ from ddmd.io.errors import VolumeError
 MAX_AXIS = 1024  # voxels along an axis
 MAX_VOXELS = 1 << 27  # 512 x 512 x 512
 MIN_VOXEL_MM, MAX_VOXEL_MM = 0.1, 12.0
-MAX_FIELD_OF_VIEW_MM = 600.0
+MAX_FIELD_OF_VIEW_MM = 600.0  # along any axis
+MIN_FIELD_OF_VIEW_MM = (
+    40.0  # along the longest axis: less is a brain in cm that is taken for mm, or a mouse's
+)
 GRID_TOLERANCE_MM = 0.1  # sform and qform, or two sequences, may differ by this anywhere
 ROUNDING = 1e-4  # relative, of sizes stored as float32
 
@@ -51,7 +54,9 @@ class Geometry:
             As `affine_of`, and if the image is not one 3-D volume.
         """
         shape = check_shape(image.shape, name)
-        return cls(shape, affine_of(image, name), _native(image, shape), _notes(image, name))
+        affine = affine_of(image, name)
+        _check_longest(shape, affine, name, unit_of(image.header)[0])
+        return cls(shape, affine, _native(image, shape), _notes(image, name))
 
     @classmethod
     def of_array(cls, shape: tuple[int, ...], affine: Any, name: str) -> Geometry:
@@ -63,6 +68,7 @@ class Geometry:
         three = check_shape(shape, name)
         check_affine(matrix, name)
         check_extent(three, matrix, name)
+        _check_longest(three, matrix, name, "mm")
         return cls(three, matrix, nib.Nifti1Image(_no_voxels(three), matrix))
 
 
@@ -214,6 +220,15 @@ def check_extent(shape: tuple[int, ...], affine: np.ndarray, name: str, unit: st
                 f"{name}: a field of view of {count * size:.4g} mm along axis {axis} (unit of the header: {unit}); "
                 f"a brain MRI has at most {MAX_FIELD_OF_VIEW_MM:g} mm; correct the affine or its unit, or crop it"
             )
+
+
+def _check_longest(shape: tuple[int, ...], affine: np.ndarray, name: str, unit: str) -> None:
+    longest = float((np.array(shape[:3]) * np.linalg.norm(affine[:3, :3], axis=0)).max())
+    if longest < MIN_FIELD_OF_VIEW_MM:
+        raise VolumeError(
+            f"{name}: a field of view of {longest:.4g} mm along its longest axis (unit of the header: {unit}); a "
+            f"brain MRI has at least {MIN_FIELD_OF_VIEW_MM:g} mm; correct the affine or its unit"
+        )
 
 
 def grid_gap(shape: tuple[int, ...], one: np.ndarray, other: np.ndarray) -> float:

@@ -31,7 +31,7 @@ WHOLE = ("", "null", "[]", "3", '"x"', '{"train": 3}', '{"a": null}', '{"a": "tr
 @cache
 def _png() -> bytes:
     file = io.BytesIO()
-    imsave(file, head(np.random.default_rng(5), (32, 32, 3))[0][:, :, 1], cmap="gray")
+    imsave(file, head(np.random.default_rng(5), (48, 48, 3))[0][:, :, 1], cmap="gray")
     return file.getvalue()
 
 
