@@ -17,7 +17,6 @@ from scipy.optimize import minimize
 from ddmd.cohort.discovery import find_cases
 from ddmd.cohort.splits import split_by_patient
 from ddmd.inference.detector import Detector
-from ddmd.inference.ensemble import detect_slices
 from ddmd.inference.postprocess import EVIDENCE_LIMIT, label_components, lesion_evidence
 from ddmd.models import checkpoint
 
@@ -45,7 +44,7 @@ def examples(weights: str, data: Path, seed: int) -> list[Example]:
         if parts[case.patient] != "validation":
             continue
         prepared = detector.prepare(case.volume(detector.description.sequences))
-        maps = detector.to_volume(prepared, detect_slices(detector.system, prepared.slices, config))
+        maps = detector.to_volume(prepared, detector.maps(prepared, config))
         voxel_ml = float(np.prod(prepared.volume.spacing)) / 1000
         marked = case.lesion().any((0, 1))
         far = np.convolve(marked, np.ones(2 * MARGIN + 1), "same") == 0

@@ -34,8 +34,8 @@ from ddmd import ops
 from ddmd.inference import detector as detecting
 from ddmd.inference import ensemble
 from ddmd.inference.detector import Detector, pick_device
-from ddmd.inference.session import Sampling, SamplingConfig
-from ddmd.inference.slices import SliceGrid, Slices, extract
+from ddmd.inference.session import SamplingConfig, Session, detect_slices
+from ddmd.inference.slices import Slices, extract
 from ddmd.io.atomic import write_text
 from ddmd.io.volume import Volume
 from ddmd.models import checkpoint
@@ -149,7 +149,7 @@ def split_in_parts(detector: Detector, path: Path, folder: Path) -> dict[str, fl
         with parts.part("read"):
             volume = Volume.read(path, require=detector.description.sequences)
         if system.device.type == "cuda":
-            loop.enter_context(parts.returned(Sampling, "bind", "denoiser and update"))
+            loop.enter_context(parts.inside(Session, "run", "networks, one graph a batch"))
         else:
             loop.enter_context(parts.inside(system.denoiser, "patches", "denoiser"))
             loop.enter_context(parts.inside(ops, "denoise_step", "update"))
@@ -203,11 +203,11 @@ def peaks(device: str) -> dict[str, float]:
 @contextmanager
 def fused_on(*devices: str) -> Iterator[None]:
     """Convolutions are fused on these devices, and on no other."""
-    kept, FusedConv2d.folded_on = FusedConv2d.folded_on, devices
+    kept, FusedConv2d.fused_on = FusedConv2d.fused_on, devices
     try:
         yield
     finally:
-        FusedConv2d.folded_on = kept
+        FusedConv2d.fused_on = kept
 
 
 def flops(detector: Detector, slices: Slices, config: SamplingConfig) -> int:
@@ -215,9 +215,9 @@ def flops(detector: Detector, slices: Slices, config: SamplingConfig) -> int:
     replayed graph hides them, with convolutions fused as on the detector's device."""
     system = detector.system
     parts = {name: copy.deepcopy(part).cpu() for name, part in system.parts().items()}
-    fused = ("cpu",) if system.device.type in FusedConv2d.folded_on else ()
+    fused = ("cpu",) if system.device.type in FusedConv2d.fused_on else ()
     with FlopCounterMode(display=False) as counter, fused_on(*fused):
-        ensemble.detect_slices(dataclasses.replace(system, **parts), slices, config)
+        detect_slices(dataclasses.replace(system, **parts), slices, config)
     return int(counter.get_total_flops())
 
 
@@ -242,7 +242,7 @@ def scaling(detector: Detector, slices: Slices) -> dict[str, float]:
     results: dict[str, float] = {}
 
     def measure(name: str, config: SamplingConfig, part: Slices) -> None:
-        work = {name: lambda: ensemble.detect_slices(detector.system, part, config)}
+        work = {name: lambda: detector.session.run(part, config).cpu()}
         results[name] = alternate(work, detector.system.device.type, 1, warm=1)[name]
 
     def changed(**options: int) -> SamplingConfig:
@@ -316,7 +316,7 @@ def measured(
     peak_memory = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
     if device == "cuda":
         peak_memory["device"] = torch.cuda.max_memory_allocated(detector.system.device) / 2**20
-    slices = extract(volume, detector.description.sequences, SliceGrid(**detector.description.grid))
+    slices = extract(volume, detector.description.sequences, detector.description.slice_grid)
     chosen = slices if count is None else middle(slices, count)
     default = detector.sampling_config()
     own_seconds: dict[int, float] = {}

@@ -25,7 +25,6 @@ from ddmd.evaluation.case_metrics import case_metrics
 from ddmd.evaluation.report import to_json
 from ddmd.evaluation.summary import summarise
 from ddmd.inference.detector import Detector
-from ddmd.inference.ensemble import detect_slices
 from ddmd.inference.session import SamplingConfig
 from ddmd.io.atomic import write_text
 from ddmd.models import checkpoint
@@ -72,7 +71,7 @@ def measure(detector: Detector, cases: list[Case]) -> Iterator[dict[str, Any]]:
         seconds, metrics = 0.0, []
         for case, p, truth in prepared:
             begun = time.perf_counter()
-            drawn = detect_slices(detector.system, p.slices, config)
+            drawn = detector.maps(p, config)
             seconds += time.perf_counter() - begun
             maps = detector.to_volume(p, drawn)
             metrics.append(

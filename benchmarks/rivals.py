@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from benchmarks.timing import Work, alternate
 from ddmd import ops
 from ddmd.diffusion.noise import Coordinates, pure_noise
 from ddmd.inference import ensemble
-from ddmd.inference.session import SamplingConfig
+from ddmd.inference.session import SamplingConfig, Session, default_batch_size
 from ddmd.inference.slices import Slices
 from ddmd.models.autoencoder import NormSiLU
 from ddmd.models.checkpoint import System
@@ -48,7 +49,7 @@ def by_torch(part: nn.Module, fused: bool = False) -> nn.Module:
             if isinstance(child, NormSiLU):
                 setattr(module, name, TorchNormSiLU(child))
             elif isinstance(child, FusedConv2d) and not fused:
-                child.folded_on = ()
+                child.fused_on = ()
     return part.to(memory_format=torch.channels_last)
 
 
@@ -128,7 +129,7 @@ def _drive(library: str, system: System, steps: int):
 
 
 def _maps(drive, make_network, slices: Slices, system: System, config: SamplingConfig, noise, batch: int):
-    """The four maps of `ensemble.detect_slices`, from the same slices on the CPU back to the CPU.
+    """The four maps of `Session.run`, from the same slices on the CPU back to the CPU.
 
     As ours, a rival gathers the planes, copies them to the device batch by batch, and copies probability,
     uncertainty, X and Y back.
@@ -170,20 +171,27 @@ def _variants(compiling: bool) -> list[tuple[str, torch.dtype, str]]:
     ]
 
 
+def _ours(system: System, slices: Slices, config: SamplingConfig) -> Callable[[], ensemble.Maps]:
+    """Our own side: a session that is kept, as a detector keeps it, and its maps on the CPU."""
+    session = Session(system)
+    return lambda: session.run(slices, config).cpu()
+
+
 def compare(
     system: System, slices: Slices, config: SamplingConfig, compiling: bool
 ) -> tuple[dict[str, float], dict[str, str]]:
-    """Seconds of `ensemble.detect_slices` ("ours") and of each rival, and why a rival is missing.
+    """Seconds of `Session.run` ("ours") and of each rival, and why a rival is missing.
 
     All sides do the same work: slices on the CPU in, four maps on the CPU out. They run alternately, the slowest
     in rounds of their own with ours. A rival whose probabilities from the same x_T differ from ours is not reported.
     """
     config = compared(config)
     device = system.device
-    batch = config.batch or ensemble.default_batch_size(system, *slices.image.shape[2:])
+    batch = config.batch or default_batch_size(system, *slices.image.shape[2:])
     index, seed = slices.index.to(device), torch.tensor(config.seed, device=device)
-    expected = ensemble.detect_slices(system, slices, config)
-    work: dict[str, Work] = {"ours": lambda: ensemble.detect_slices(system, slices, config)}
+    ours = _ours(system, slices, config)
+    expected = ours()
+    work: dict[str, Work] = {"ours": ours}
     missing: dict[str, str] = {}
 
     def our_noise(part, first, sample):
@@ -220,9 +228,10 @@ def compare(
         name = "ours, the denoiser compiled"
         try:
             fast = compiled(system)
-            probability = ensemble.detect_slices(fast, slices, config).probability
+            other = _ours(fast, slices, config)
+            probability = other().probability
             if _difference(probability, expected.probability) <= TOLERANCE:
-                work[name] = lambda: ensemble.detect_slices(fast, slices, config)
+                work[name] = other
             else:
                 missing[name] = "its probabilities are not ours"
         except Exception as error:
@@ -248,7 +257,7 @@ def _by_reference(system: System, slices: Slices, config: SamplingConfig) -> flo
     """
     fresh = dataclasses.replace(system)
     with ops.backend("reference"):
-        work = {"reference": lambda: ensemble.detect_slices(fresh, slices, config)}
+        work = {"reference": _ours(fresh, slices, config)}
         return alternate(work, system.device.type, SLOW_ROUNDS, warm=1)["reference"]
 
 
@@ -266,7 +275,7 @@ def autoencoders_one_by_one(system: System, slices: Slices) -> float:
     """Time of the K auto-encoders of A, one slice and one member at a time, over their time all together."""
     b = slices.image.to(system.device, system.dtype, memory_format=torch.channels_last)
     members = [one_member(system, k) for k in range(system.autoencoders_a.config.members)]
-    batch = ensemble.default_batch_size(system, *b.shape[2:])
+    batch = default_batch_size(system, *b.shape[2:])
     with torch.inference_mode():
         together = torch.cat([system.autoencoders_a(part) for part in b.split(batch)], 1)
         apart = torch.stack([torch.cat([m(s)[0] for s in b.split(1)]) for m in members])

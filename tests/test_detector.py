@@ -1,19 +1,18 @@
 """The face: one volume in, maps on its grid out; promises about batches, seeds, axes and memory."""
 
 import dataclasses
-import json
 
 import nibabel as nib
 import numpy as np
 import pytest
 import torch
 
-from ddmd.diffusion.schedule import Schedule
 from ddmd.inference import ensemble
-from ddmd.inference.detector import Detector
+from ddmd.inference.detector import DetectionError, Detector, _loaded, pick_device, smooth_through_plane
 from ddmd.inference.ensemble import Maps
 from ddmd.inference.postprocess import LesionCriteria, find_lesions
-from ddmd.inference.session import Sampling, SamplingConfig
+from ddmd.inference.session import SamplingConfig
+from ddmd.io.volume import VolumeError
 from ddmd.models import checkpoint
 from tests.volumes import head, tiny_system
 
@@ -97,8 +96,8 @@ def test_maps_are_smoothed_across_slices_by_millimetres_and_not_within_them(dete
     system = detector.system
     sigmas = {}
     for mm in (0.0, 3.0):
-        told = dataclasses.replace(system.description, through_plane_mm=mm)
-        sigmas[mm] = Detector(dataclasses.replace(system, description=told))
+        description = dataclasses.replace(system.description, through_plane_mm=mm)
+        sigmas[mm] = Detector(dataclasses.replace(system, description=description))
     prepared = detector.prepare(values, affine=affine)
     z, shape = len(prepared.slices), (len(prepared.slices), 1, *prepared.slices.image.shape[2:])
     point = torch.zeros(shape)
@@ -147,10 +146,10 @@ def test_turning_the_input_turns_the_result(detector, volume):
 
 def test_statistics_do_not_grow_with_the_samples(detector, volume, monkeypatch):
     alive = []
-    draw = Sampling.draw
+    draw = ensemble.draw_samples
 
-    def counted(self, condition, index, sample):
-        drawn = draw(self, condition, index, sample)
+    def counted(*args):
+        drawn = draw(*args)
         import gc
 
         alive.append(
@@ -158,7 +157,7 @@ def test_statistics_do_not_grow_with_the_samples(detector, volume, monkeypatch):
         )
         return drawn
 
-    monkeypatch.setattr(Sampling, "draw", counted)
+    monkeypatch.setattr(ensemble, "draw_samples", counted)
     found = _detect(detector, volume, samples=64, steps=1, batch=100)
     assert len(alive) == 64
     assert alive[-1] <= alive[2], f"{alive[2]} numbers alive after 3 samples, {alive[-1]} after 64"
@@ -167,16 +166,11 @@ def test_statistics_do_not_grow_with_the_samples(detector, volume, monkeypatch):
 
 def test_streamed_moments_are_those_of_all_samples_at_once(detector, volume, monkeypatch):
     drawn = []
-    draw = Sampling.draw
-    monkeypatch.setattr(
-        Sampling, "draw", lambda *a: drawn.append(draw(*a)) or drawn[-1]
-    )  # fmt: skip
-    from ddmd.inference.slices import SliceGrid, extract
-    from ddmd.io.volume import Volume
-
-    cut = extract(Volume.from_array({"flair": volume[0]}, volume[1]), ("flair",), SliceGrid(4.0, 16))
-    maps = ensemble.detect_slices(detector.system, cut, SamplingConfig(samples=7, steps=2, batch=100))
-    samples = torch.stack(drawn)
+    draw = ensemble.draw_samples
+    monkeypatch.setattr(ensemble, "draw_samples", lambda *a: drawn.append(draw(*a)) or drawn[-1])
+    prepared = detector.prepare(volume[0], affine=volume[1])
+    maps = detector.maps(prepared, SamplingConfig(samples=7, steps=2, batch=100))
+    samples = torch.cat(drawn)
     assert torch.allclose(maps.probability, samples.mean(0), atol=1e-6)
     assert torch.allclose(maps.uncertainty, samples.var(0), atol=1e-6)
 
@@ -233,59 +227,95 @@ def test_the_next_item_is_worked_on_meanwhile_and_no_more():
     assert list(prefetch([], work)) == []
 
 
-def test_options_out_of_range_are_refused_by_name(detector, volume):
-    for options, message in (
-        ({"samples": 0}, "samples is 0; allowed is at least 1"), ({"steps": 1001}, "steps is 1001; allowed are 1 to"),
-        ({"sampler": "euler"}, "sampler is 'euler'; allowed are ddim"), ({"threshold": 1.0}, "threshold is 1.0"),
-        ({"seed": 2**70}, "seed is"),
-    ):  # fmt: skip
-        with pytest.raises(ValueError, match=message):
-            _detect(detector, volume, **options)
-    with pytest.raises(ValueError, match="device is 'tpu'"):
-        Detector.load("flair-image-labels", "tpu")
+@pytest.mark.parametrize("options", [
+    {"samples": 0}, {"samples": True}, {"samples": 1.5}, {"samples": 10**9}, {"samples": "3"},
+    {"steps": 1001}, {"steps": 2.5}, {"steps": 0}, {"steps": None, "sampler": "euler"}, {"sampler": 3},
+    {"threshold": 1.0}, {"threshold": float("nan")}, {"threshold": 0}, {"threshold": "0.5"}, {"threshold": True},
+    {"seed": 2**70}, {"seed": -(2**63) - 1}, {"seed": 1.0}, {"seed": None}, {"batch": 0}, {"batch": -1},
+    {"batch": 2.0}, {"batch": True},
+], ids=str)  # fmt: skip
+def test_options_out_of_range_are_refused_by_name_before_anything_is_read(detector, options):
+    name = [k for k, v in options.items() if k != "steps" or v is not None][-1]
+    with pytest.raises(ValueError, match=rf"{name} is .*; allowed "):
+        detector.detect("no such file.nii.gz", **options)
+    with pytest.raises(ValueError, match=rf"{name} is .*; allowed "):
+        next(iter(detector.detect_all(["no such file.nii.gz"], **options)))
 
 
-def test_saved_weights_load_as_they_were(tmp_path, volume):
-    system = tiny_system()
-    checkpoint.save(system, tmp_path / "tiny.safetensors", torch.float32)
-    loaded = Detector.load(tmp_path / "tiny.safetensors", "cpu", "float32")
-    for name, part in system.parts().items():
-        assert all(
-            torch.equal(v, loaded.system.parts()[name].state_dict()[k]) for k, v in part.state_dict().items()
-        )
-    one, other = _detect(Detector(system), volume), _detect(loaded, volume)
-    difference = np.abs(_data(one.probability) - _data(other.probability)).max()
-    assert difference < 1e-5, "more than another layout of the weights rounds"
+def test_numbers_of_numpy_are_options_and_can_be_saved(detector, volume, tmp_path):
+    import json
+
+    given = {"samples": np.int64(2), "steps": np.uint8(3), "seed": np.int32(-4), "batch": np.int16(5)}
+    one = _detect(detector, volume, **given, threshold=np.float32(0.5))
+    other = _detect(detector, volume, samples=2, steps=3, seed=-4, batch=5, threshold=0.5)
+    assert np.array_equal(_data(one.probability), _data(other.probability))
+    json.dumps(dict(one.provenance))
+    one.save(tmp_path)
+    assert detector.sampling_config(**given) == detector.sampling_config(samples=2, steps=3, seed=-4, batch=5)
+    assert detector.sampling_config(steps=torch.tensor(3)).steps == 3
 
 
-def test_weights_that_cannot_be_used_are_refused(tmp_path):
-    from safetensors.torch import save_file
-
-    refused = checkpoint.WeightsError
-    with pytest.raises(refused, match="no such weights"):
-        checkpoint.load("ddmd-heavy")
-    torch.save({"a": torch.ones(2)}, tmp_path / "pickled.pt")
-    with pytest.raises(refused, match=r"pickled.pt: not a safetensors file .* never loaded"):
-        checkpoint.load(tmp_path / "pickled.pt")
-    save_file({"a": torch.ones(2)}, tmp_path / "bare.safetensors")
-    with pytest.raises(refused, match="bare.safetensors: lacks its description"):
-        checkpoint.load(tmp_path / "bare.safetensors")
-    checkpoint.save(tiny_system(), tmp_path / "tiny.safetensors")
-    description = json.dumps(json.loads(_metadata(tmp_path / "tiny.safetensors")["ddmd"]))
-    save_file({"a": torch.ones(2)}, tmp_path / "other.safetensors", {"ddmd": description})
-    with pytest.raises(refused, match="other.safetensors: of another architecture"):
-        checkpoint.load(tmp_path / "other.safetensors")
-    newer = json.dumps({**json.loads(description), "format": 99})
-    save_file({"a": torch.ones(2)}, tmp_path / "newer.safetensors", {"ddmd": newer})
-    with pytest.raises(refused, match="format 99 is newer"):
-        checkpoint.load(tmp_path / "newer.safetensors")
+def test_devices_by_their_usual_names(monkeypatch):
+    assert pick_device("cpu") == pick_device(torch.device("cpu")) == torch.device("cpu")
+    for wrong in ("tpu", "meta", "cpu:1", "cuda:x", "gpu:", "-1", "", 1.5):
+        with pytest.raises(ValueError, match="device is .*; allowed are auto, cpu, cuda"):
+            pick_device(wrong)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for absent in ("cuda", "gpu", "gpu:0", 0, "1"):
+        with pytest.raises(ValueError, match="sees no CUDA device; use cpu"):
+            pick_device(absent)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert pick_device("gpu") == pick_device("cuda") == pick_device("auto") == torch.device("cuda")
+    assert pick_device("gpu:1") == pick_device("cuda:1") == pick_device(1) == torch.device("cuda:1")
+    with pytest.raises(ValueError, match="torch sees 2 CUDA devices"):
+        pick_device("cuda:2")
 
 
-def _metadata(path):
-    from safetensors import safe_open
+@pytest.mark.parametrize("name", ["probability", "uncertainty", "inter", "intra"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_maps_that_are_not_finite_are_refused_with_the_case(detector, volume, name, value, monkeypatch):
+    prepared = detector.prepare(volume[0], affine=volume[1])
+    maps = detector.maps(prepared, detector.sampling_config())
+    values = getattr(maps, name).clone()
+    values[-1, 0, 0, 0] = value
+    maps = dataclasses.replace(maps, **{name: values})
+    with pytest.raises(DetectionError, match=rf"{prepared.volume.name}: its maps of {name} are not finite"):
+        detector.to_volume(prepared, maps)
+    monkeypatch.setattr(Detector, "maps", lambda *_: maps)
+    with pytest.raises(VolumeError):
+        detector.detect(prepared)
 
-    with safe_open(path, "pt") as file:
-        return file.metadata()
+
+def test_a_file_that_was_overwritten_is_loaded_anew(volume, tmp_path):
+    import ddmd
+
+    path = tmp_path / "weights.safetensors"
+    image = nib.Nifti1Image(*volume)
+    results = []
+    for seed in (0, 1, 0):
+        checkpoint.save(tiny_system(seed), path)
+        results.append(_data(ddmd.detect({"flair": image}, weights=path, device="cpu").probability))
+    assert not np.array_equal(results[0], results[1])
+    assert np.array_equal(results[0], results[2])
+    again = tmp_path / "link.safetensors"
+    again.symlink_to(path)
+    before = _loaded.cache_info().hits
+    ddmd.detect({"flair": image}, weights=str(again), device="cpu")
+    assert _loaded.cache_info().hits == before + 1
+    assert _loaded.cache_info().maxsize == 2
+    path.unlink()
+    with pytest.raises(checkpoint.WeightsError, match="no such weights"):
+        ddmd.detect({"flair": image}, weights=path, device="cpu")
+
+
+def test_smoothing_is_that_of_scipy(rng):
+    from scipy import ndimage
+
+    values = rng.random((9, 1, 5, 7)).astype(np.float32)
+    for sigma in (0.05, 0.3, 1.5, 40.0):
+        wanted = ndimage.gaussian_filter1d(values, sigma, axis=0, mode="nearest")
+        assert np.abs(smooth_through_plane(torch.from_numpy(values), sigma).numpy() - wanted).max() < 2e-7
 
 
 def test_two_sequences_are_taken_in_the_weights_order(volume):
@@ -295,72 +325,3 @@ def test_two_sequences_are_taken_in_the_weights_order(volume):
     one = detector.detect(inputs)
     other = detector.detect(dict(reversed(inputs.items())))
     assert np.array_equal(_data(one.probability), _data(other.probability))
-
-
-@pytest.mark.parametrize("kind", ["cosine", "linear"])
-def test_schedule_and_tables(kind):
-    schedule = Schedule(kind=kind)
-    alpha_bar = schedule.alpha_bar()
-    assert bool((alpha_bar[1:] < alpha_bar[:-1]).all())
-    for n in (1, 2, 7, 50, 1000):
-        times = schedule.timesteps(n)
-        assert times[0] == 999
-        assert bool((times[1:] < times[:-1]).all())
-        for sampler in ("ddim", "ddpm", "dpm++2m"):
-            table = schedule.sampler(n, sampler)
-            assert torch.isfinite(table).all()
-            assert torch.allclose(table[-1, [2, 3, 5, 6]], torch.tensor([1.0, 0, 0, 0]), atol=1e-6)
-
-
-@pytest.mark.parametrize("prediction", ["epsilon", "sample", "v"])
-def test_all_predictions_denoise_alike(prediction):
-    """The true x_0 in any parametrisation brings every sampler to x_0."""
-    from ddmd import ops
-
-    schedule = Schedule(prediction=prediction)
-    x0 = torch.where(torch.rand(2, 1, 8, 8) > 0.5, 1.0, -1.0)
-    at = (torch.tensor(5), torch.arange(2), torch.arange(2))
-    for sampler in ("ddim", "ddpm", "dpm++2m"):
-        table, times = schedule.sampler(10, sampler), schedule.timesteps(10)
-        x = ops.noise(x0, times[:1].repeat(2), schedule.noising_table(), torch.tensor(-1), *at)
-        memory = torch.zeros_like(x)
-        for i, t in enumerate(times):
-            a, s = schedule.alpha_bar()[t].sqrt(), (1 - schedule.alpha_bar()[t]).sqrt()
-            epsilon = (x.double() - a * x0) / s
-            output = {"epsilon": epsilon, "sample": x0.double(), "v": a * epsilon - s * x0}[prediction]
-            ops.denoise_step(x, output.float(), table, torch.tensor(i), *at, memory)
-        assert (x - x0).abs().max() < 1e-3
-
-
-def test_samplers_are_those_of_diffusers():
-    diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
-    from ddmd import ops
-
-    n, x = 10, torch.randn(2, 1, 8, 8)
-    common = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
-    schedule = Schedule(kind="linear", prediction="epsilon")
-    at = (torch.tensor(5), torch.arange(2), torch.arange(2))
-    table = schedule.sampler(n, "ddim")
-    theirs = diffusers.DDIMScheduler(
-        **common, clip_sample=True, set_alpha_to_one=True, timestep_spacing="trailing"
-    )
-    theirs.set_timesteps(n)
-    assert torch.equal(theirs.timesteps, schedule.timesteps(n))
-    ours, other = x.clone(), x.clone()
-    for i, t in enumerate(theirs.timesteps):
-        output = torch.sin(other * 3 + i)
-        other = theirs.step(output, t, other, eta=0.0, use_clipped_model_output=True).prev_sample
-        ops.denoise_step(ours, output, table, torch.tensor(i), *at)
-        assert (ours - other).abs().max() < 1e-3
-
-
-@pytest.mark.parametrize(("amx", "avx512", "wanted"), [
-    (True, False, torch.bfloat16), (False, True, torch.bfloat16), (False, False, torch.float32),
-])  # fmt: skip
-def test_precision_is_what_the_processor_multiplies(monkeypatch, amx, avx512, wanted):
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
-    assert checkpoint.pick_dtype("auto", torch.device("cpu")) is wanted
-    assert checkpoint.pick_dtype("float32", torch.device("cpu")) is torch.float32
-    with pytest.raises(ValueError, match="precision is 'half'; allowed are auto, float32, bfloat16"):
-        checkpoint.pick_dtype("half", torch.device("cpu"))

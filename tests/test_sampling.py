@@ -1,4 +1,4 @@
-"""The sampling loop: what is computed once, what it may not do, and its CUDA graph."""
+"""One batch of slices: what is computed once, and what it may not do so that a CUDA graph can hold it."""
 
 import copy
 from dataclasses import replace
@@ -9,14 +9,15 @@ from torch.overrides import TorchFunctionMode
 
 from ddmd import ops
 from ddmd.diffusion.noise import Coordinates, pure_noise
-from ddmd.inference import ensemble, session
-from ddmd.inference.session import GRAPHS, Sampling, SamplingConfig, sampling_of
+from ddmd.diffusion.samplers import SamplingConfig
+from ddmd.inference import ensemble
+from ddmd.inference.ensemble import SamplingTable, compute_batch
+from ddmd.inference.session import detect_slices
 from ddmd.inference.slices import SliceGrid, extract
 from ddmd.io.volume import Volume
-from ddmd.models.denoiser import Condition, from_patches, predicted_sample, to_patches
+from ddmd.models.denoiser import from_patches, predicted_sample, to_patches
 from tests.volumes import head, tiny_system
 
-on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 SAMPLERS = [("ddim", 0.0), ("ddim", 0.7), ("ddpm", 0.0), ("dpm++2m", 0.0)]
 
 
@@ -45,13 +46,13 @@ def test_the_condition_once_is_the_plain_network(slices, sampler, eta):
     like = to_patches(torch.zeros(len(planes), 1, *planes.shape[2:]))
     x = pure_noise(like, Coordinates(seed, sample, index))
     x0 = torch.zeros_like(x) if sampler == "dpm++2m" else None
-    table = system.schedule.sampler(config.steps, sampler, eta)
+    table = system.schedule.coefficients(config.steps, sampler, eta)
     for i, t in enumerate(system.schedule.timesteps(config.steps)):
         condition, _, _ = ensemble.condition_on(system, planes)
         output = predicted_sample(system.denoiser(from_patches(x), condition, t.expand(len(x))))
         ops.denoise_step(x, to_patches(output), table, torch.tensor(i), seed, sample, index, x0)
     drawn = ((from_patches(x) + 1) / 2).clamp(0, 1).unflatten(0, (config.samples, z))
-    maps = ensemble.detect_slices(system, slices, config)
+    maps = detect_slices(system, slices, config)
     assert torch.allclose(maps.probability, drawn.mean(0), atol=1e-4)
     assert torch.allclose(maps.uncertainty, drawn.var(0), atol=1e-4)
     assert maps.uncertainty.max() > 0
@@ -76,55 +77,115 @@ class Watch(TorchFunctionMode):
         return result
 
 
-def on_meta(dtype, **options):
-    """A sampling and its arguments on a device whose tensors have no values: asking for one raises."""
-    sampling = Sampling(to_device(tiny_system(), "meta", dtype), SamplingConfig(**options))
-    features = torch.empty(6, 8, 12, 10, device="meta", dtype=dtype)
-    condition = Condition(features, torch.empty(6, 1, 48, 40, device="meta", dtype=dtype))
-    return sampling, condition, *(torch.empty(n, dtype=torch.int64, device="meta") for n in ((6,), ()))
+def on_meta(dtype, system=None, **options):
+    """Arguments of `compute_batch` on a device whose tensors have no values: asking for one raises."""
+    system = to_device(system or tiny_system(), "meta", dtype)
+    config = SamplingConfig(**options)
+    planes = torch.empty(6, system.condition.config.inputs - 2, 48, 32, device="meta")
+    index, seed = (torch.empty(n, dtype=torch.int64, device="meta") for n in ((6,), ()))
+    return system, config, SamplingTable.of(system, config), planes, index, seed
 
 
 @torch.inference_mode()
 @pytest.mark.parametrize(("sampler", "eta"), SAMPLERS)
+@pytest.mark.parametrize("mirror", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_loop_asks_nothing_of_the_device(sampler, eta, dtype):
+def test_a_whole_batch_asks_nothing_of_the_device(sampler, eta, mirror, dtype):
     """Neither .item(), a branch on data, nor a copy from the host, each of which would wait."""
-    sampling, *args = on_meta(dtype, steps=3, sampler=sampler, eta=eta)
+    arguments = on_meta(dtype, samples=5, steps=3, sampler=sampler, eta=eta, mirror=mirror)
     with Watch() as watch:
-        drawn = sampling.draw(*args)
-    assert drawn.shape == (6, 1, 48, 40)
-    assert drawn.dtype == torch.float32
+        maps = compute_batch(*arguments, rows_at_once=12)
+    for values in maps.tensors():
+        assert values.shape == (6, 1, 48, 32)
+        assert values.dtype == torch.float32
     assert watch.seen == []
 
 
+@torch.inference_mode()
 @pytest.mark.parametrize("kind", ["supervised", "anomaly"])
-def test_a_baseline_asks_nothing_of_networks_that_it_has_not(kind):
-    """They are left where they were built; a sampling is made of every system."""
+def test_a_baseline_asks_nothing_of_the_device_or_of_networks_that_it_has_not(kind):
     system = tiny_system()
     named = replace(system, description=replace(system.description, system=kind))
-    Sampling(to_device(named, "meta", torch.float32), SamplingConfig())
+    arguments = on_meta(torch.float32, named)
+    with Watch() as watch:
+        maps = compute_batch(*arguments, rows_at_once=12)
+    assert maps.probability.shape == (6, 1, 48, 32)
+    assert watch.seen == []
 
 
-def test_the_check_above_notices_a_loop_that_waits(monkeypatch):
-    sampling, *args = on_meta(torch.float32, steps=1)
+@torch.inference_mode()
+def test_the_check_above_notices_a_batch_that_waits(monkeypatch):
+    arguments = on_meta(torch.float32, steps=1)
     plain = pure_noise
     with monkeypatch.context() as patch:
-        patch.setattr(session, "pure_noise", lambda like, at: plain(like, at) * float(at.sample[0]))
+        patch.setattr(ensemble, "pure_noise", lambda like, at: plain(like, at) * float(at.sample[0]))
         with pytest.raises(RuntimeError, match="meta"):
-            sampling.draw(*args)
+            compute_batch(*arguments, rows_at_once=12)
     monkeypatch.setattr(
-        session, "pure_noise", lambda like, at: plain(like, at) * torch.tensor(2.0, device=like.device)
+        ensemble, "pure_noise", lambda like, at: plain(like, at) * torch.tensor(2.0, device=like.device)
     )
     with Watch() as watch:
-        sampling.draw(*args)
+        compute_batch(*arguments, rows_at_once=12)
     assert watch.seen
+
+
+def calls(config, rows_at_once):
+    """How often the denoiser, the networks before it and the statistics are called for a batch."""
+    system, _, table, planes, index, seed = on_meta(torch.float32, **config)
+    counted = {"denoiser": 0, "condition": 0, "statistics": 0}
+
+    class Count(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            counted["statistics"] += "ensemble_update" in str(func)
+            return func(*args, **(kwargs or {}))
+
+    def count(name, module, attribute):
+        plain = getattr(module, attribute)
+
+        def counting(*args):
+            counted[name] += 1
+            return plain(*args)
+
+        object.__setattr__(module, attribute, counting)
+
+    count("denoiser", system.denoiser, "patches")
+    count("condition", system.condition, "forward")
+    with torch.inference_mode(), Count():
+        compute_batch(system, SamplingConfig(**config), table, planes, index, seed, rows_at_once)
+    return tuple(counted.values())
+
+
+def test_samples_of_slices_are_rows_of_one_batch():
+    """S x Z rows at once: N calls of the denoiser whatever S is; sample after sample: S N."""
+    config = {"samples": 6, "steps": 3}
+    assert calls(config, 36) == (3, 1, 1)
+    assert calls(config, 12) == (9, 1, 3)
+    assert calls(config, 1) == (18, 1, 6)
+    assert calls(config | {"mirror": True}, 36) == (6, 2, 2)
+    assert calls(config | {"samples": 1, "mirror": True}, 36) == (3, 1, 1)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("mirror", [False, True])
+@pytest.mark.parametrize(("sampler", "eta"), SAMPLERS)
+def test_rows_at_once_do_not_change_the_result(slices, mirror, sampler, eta):
+    system = tiny_system()
+    config = SamplingConfig(samples=5, steps=2, sampler=sampler, eta=eta, mirror=mirror)
+    table, planes = SamplingTable.of(system, config), slices.planes(1, mirrored=True)
+    results = [
+        compute_batch(system, config, table, planes, slices.index, torch.tensor(7), rows)
+        for rows in (1, 2 * len(slices), 1000)
+    ]
+    for other in results[1:]:
+        for a, b in zip(results[0].tensors(), other.tensors(), strict=True):
+            assert torch.allclose(a, b, atol=1e-5)
 
 
 def test_bfloat16_finds_what_float32_finds(slices):
     system = tiny_system()
     config = SamplingConfig(samples=3, steps=4)
-    exact = ensemble.detect_slices(system, slices, config)
-    close = ensemble.detect_slices(to_device(system, "cpu", torch.bfloat16), slices, config)
+    exact = detect_slices(system, slices, config)
+    close = detect_slices(to_device(system, "cpu", torch.bfloat16), slices, config)
     assert close.probability.dtype == torch.float32
     assert (close.probability - exact.probability).abs().mean() < 0.02
     assert not torch.equal(close.probability, exact.probability)
@@ -135,52 +196,19 @@ def test_every_second_sample_is_drawn_on_the_mirror_image(slices):
     plain = SamplingConfig(samples=4, steps=2)
     flipped = replace(slices, image=slices.image.flip(-1))
     with torch.inference_mode():
-        sampling, index, drawn = sampling_of(system, plain), slices.index, []
+        table, drawn = SamplingTable.of(system, plain), []
+        modulations = system.denoiser.modulations(table.times)
         for sample in range(4):
             own = (slices, flipped)[sample % 2]
             condition, _, _ = ensemble.condition_on(system, own.planes(1, mirrored=True))
-            mask = sampling.draw(condition, index, torch.tensor(sample))
+            mask = ensemble.draw_samples(
+                system, plain, table, condition, modulations, slices.index, torch.tensor(0),
+                torch.tensor([sample]),
+            )[0]  # fmt: skip
             drawn.append(mask.flip(-1) if sample % 2 else mask)
-    maps = ensemble.detect_slices(system, slices, replace(plain, mirror=True))
+    maps = detect_slices(system, slices, replace(plain, mirror=True))
     assert torch.allclose(maps.probability, torch.stack(drawn).mean(0), atol=1e-5)
     assert torch.allclose(maps.uncertainty, torch.stack(drawn).var(0), atol=1e-5)
-
-
-def test_a_sampling_is_made_once_a_configuration_and_system():
-    system, config = tiny_system(), SamplingConfig(steps=3)
-    first = sampling_of(system, config)
-    assert sampling_of(system, SamplingConfig(steps=3)) is first
-    assert sampling_of(system, SamplingConfig(steps=4)) is not first
-    assert len(system.samplings) == 1
-    assert replace(system).samplings == {}
-
-
-@pytest.mark.parametrize("device", [pytest.param("cuda", marks=on_gpu)])
-@pytest.mark.parametrize(("sampler", "eta"), SAMPLERS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_graph_draws_what_the_loop_draws(slices, sampler, eta, dtype, device):
-    system = to_device(tiny_system(), device, dtype)
-    sampling = sampling_of(system, SamplingConfig(steps=4, sampler=sampler, eta=eta))
-    planes, index = slices.planes(1, mirrored=True).to(device), slices.index.to(device)
-    with torch.inference_mode():
-        for part in (slice(0, 4), slice(1, 5), slice(0, 2)):
-            condition, _, _ = ensemble.condition_on(system, planes[part])
-            draw = sampling.bind(condition, index[part])
-            for sample in (0, 3):
-                replayed = draw(sample).clone()
-                plain = sampling.draw(condition, index[part], torch.tensor(sample, device=device))
-                assert torch.allclose(replayed, plain, atol=1e-6)
-        assert len(sampling.captured) == 2
-        torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            draw(1)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-        for rows in range(1, GRAPHS + 3):
-            condition, _, _ = ensemble.condition_on(system, planes[:1].repeat(rows, 1, 1, 1))
-            sampling.bind(condition, index[:1].repeat(rows))
-        assert len(sampling.captured) == GRAPHS
 
 
 def test_the_networks_see_a_slice_between_its_neighbours_and_its_mirror_image(slices):
@@ -207,7 +235,7 @@ def test_training_and_detection_see_the_same_planes(slices):
         case=Case("p", "p", "s", {}), image=slices.image.numpy(), brain=brain, head=brain,
         label=np.zeros(len(slices), np.int8), offset=slices.offset, offset_mm=1.0,
     )  # fmt: skip
-    seen = system.condition.config
-    trained = np.stack([with_mirror(item.planes(z, seen.context), seen) for z in range(len(slices))])
-    detected = slices.planes(seen.context, seen.mirrored)
+    config = system.condition.config
+    trained = np.stack([with_mirror(item.planes(z, config.context), config) for z in range(len(slices))])
+    detected = slices.planes(config.context, config.mirrored)
     assert torch.equal(torch.from_numpy(trained).flatten(1, 2), detected)

@@ -14,7 +14,7 @@ FIRST_STEP = -1  # step coordinate of the noise that x_T is made of; the loop co
 
 @dataclass(frozen=True)
 class Coordinates:
-    """Where in the noise a batch of rows stands: key and counters, on the device of the batch."""
+    """Key and counters of the noise of R rows, on the device of the rows."""
 
     seed: Tensor  # () int64
     sample: Tensor  # (R,) int64
@@ -23,7 +23,8 @@ class Coordinates:
 
 def pure_noise(like: Tensor, at: Coordinates) -> Tensor:
     """x_T for every row of `like` (R, 1, H, W): standard normal, the same however rows are batched."""
-    t = torch.zeros(like.shape[0], dtype=torch.int64, device=like.device)
-    table = torch.eye(2, device=like.device)[1:]  # made on the device: a copy from the host would wait
-    step = torch.full((), FIRST_STEP, dtype=torch.int64, device=like.device)
+    device = like.device
+    t = torch.zeros(like.shape[0], dtype=torch.int64, device=device)
+    table = torch.eye(2, dtype=torch.float32, device=device)[1:]  # made on the device: a copy would wait
+    step = torch.full((), FIRST_STEP, dtype=torch.int64, device=device)
     return ops.noise(torch.zeros_like(like), t, table, step, at.seed, at.sample, at.slice_index)

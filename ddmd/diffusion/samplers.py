@@ -1,15 +1,82 @@
-"""The samplers' update coefficients: DDIM, DDPM and DPM-Solver++ (2M)."""
+"""The samplers: their update coefficients (DDIM, DDPM, DPM-Solver++ 2M) and the user's choice of one."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from ddmd import validation
+
+MAX_SAMPLES = 10_000
+MAX_STEPS = 100_000  # of a schedule, and so of a sampler
 Sampler = Literal["ddim", "ddpm", "dpm++2m"]
 SAMPLERS: tuple[Sampler, ...] = ("ddim", "ddpm", "dpm++2m")
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How masks are sampled: the user's choice. A weights file stores the defaults (all but seed and batch).
+
+    Parameters
+    ----------
+    samples : int
+        S, the size of the implicit ensemble.
+    steps : int
+        N, denoising steps of each sample.
+    sampler : "ddim", "ddpm" or "dpm++2m"
+    eta : float in [0, 1]
+        Of DDIM: 0 is deterministic given x_T, 1 is DDPM.
+    stop : float in [0, 1)
+        Share of T at which the steps end and x_0 is predicted; see `Schedule.timesteps`.
+    seed : int
+        64-bit key of the noise.
+    batch : int, optional
+        Most slices computed at once; by default what suits the device, halved where memory does not suffice.
+    mirror : bool
+        Every second sample is drawn on the slice's mirror image and mirrored back, so that samples also
+        differ in what the networks make of the image.
+
+    Raises
+    ------
+    ValueError
+        If a value is of another type or out of range; the message names it. Numbers of numpy are taken.
+
+    Examples
+    --------
+    >>> SamplingConfig(samples=2, steps=3).sampler
+    'ddim'
+    """
+
+    samples: int = 5
+    steps: int = 5
+    sampler: Sampler = "ddim"
+    eta: float = 0.0
+    stop: float = 0.0
+    seed: int = 0
+    batch: int | None = None
+    mirror: bool = False
+
+    def __post_init__(self) -> None:
+        batch = None if self.batch is None else validation.integer("batch", self.batch, 1, 2**31 - 1)
+        stop = validation.real("stop", self.stop, 0.0, 1.0)
+        if stop == 1.0:
+            raise ValueError("stop is 1.0; allowed are 0 to less than 1")
+        checked = {
+            "samples": validation.integer("samples", self.samples, 1, MAX_SAMPLES),
+            "steps": validation.integer("steps", self.steps, 1, MAX_STEPS),
+            "sampler": validation.choice("sampler", self.sampler, SAMPLERS),
+            "eta": validation.real("eta", self.eta, 0.0, 1.0),
+            "stop": stop,
+            "seed": validation.integer("seed", self.seed, -(2**63), 2**63 - 1),
+            "batch": batch,
+            "mirror": validation.flag("mirror", self.mirror),
+        }
+        for name, value in checked.items():  # as Python's own numbers: they are written to JSON
+            object.__setattr__(self, name, value)
 
 
 def ddim_coefficients(now: Tensor, then: Tensor, eta: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -39,7 +106,7 @@ def dpm_solver_2m_coefficients(now: Tensor, then: Tensor) -> tuple[Tensor, Tenso
         alpha_bar before and after each step.
     """
     lam = 0.5 * torch.log(now / (1.0 - now))
-    lam_then = torch.cat((lam[1:], torch.tensor([math.inf], dtype=torch.float64)))
+    lam_then = torch.cat((lam[1:], lam.new_full((1,), math.inf)))
     h = lam_then - lam  # infinite at the last step, where x_0 itself is the answer
     to_x = ((1.0 - then) / (1.0 - now)).sqrt()
     gain = -then.sqrt() * torch.expm1(-h)

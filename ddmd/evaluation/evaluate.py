@@ -19,7 +19,6 @@ from ddmd.evaluation.metrics import Histogram, Mask
 from ddmd.evaluation.report import EvaluationError, check_report_folder, without_folders, write_report
 from ddmd.evaluation.summary import Failure, Report, summarise
 from ddmd.inference.detector import Detector
-from ddmd.inference.ensemble import detect_slices
 from ddmd.inference.session import SamplingConfig
 from ddmd.io.volume import Volume
 
@@ -115,7 +114,7 @@ def evaluate_case(
     """Detect in one case and compare with its mask; a case known to hold no lesion has an empty one."""
     prepared = detector.prepare(case.volume(detector.description.sequences))
     truth = _truth(case, prepared.volume)
-    drawn = detect_slices(detector.system, prepared.slices, sampling or detector.sampling_config())
+    drawn = detector.maps(prepared, sampling or detector.sampling_config())
     maps = detector.to_volume(prepared, drawn)
     return case_metrics(
         case.name,

@@ -1,43 +1,66 @@
-"""A trained system at work: a volume in, a Detection out."""
+"""Detection with a loaded system: a volume in, a Detection out."""
 
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from scipy import ndimage
+from numpy.typing import NDArray
 from torch import Tensor
 
+from ddmd import validation
 from ddmd.inference.detection import Detection
-from ddmd.inference.ensemble import Maps, Progress, detect_slices
+from ddmd.inference.ensemble import Maps, Progress
 from ddmd.inference.postprocess import LesionCriteria, find_lesions, lesion_score
 from ddmd.inference.prefetch import prefetch
 from ddmd.inference.provenance import provenance, without_folders
-from ddmd.inference.session import SamplingConfig
-from ddmd.inference.slices import SliceGrid, Slices, extract
-from ddmd.io.results import file_sha256
-from ddmd.io.volume import Volume
+from ddmd.inference.session import SamplingConfig, Session, callers_state_aside
+from ddmd.inference.slices import Slices, extract
+from ddmd.io.volume import Volume, VolumeError
 from ddmd.models import checkpoint
 
+DEVICES = "auto, cpu, cuda, cuda:N, and gpu for cuda"
 
-def pick_device(device: str) -> torch.device:
-    """The device of a name; "auto" is CUDA where there is one."""
-    if device == "auto":
+
+class DetectionError(VolumeError):
+    """Maps of a case that are not finite; the message names the case and says what to do."""
+
+
+def pick_device(device: str | int | torch.device) -> torch.device:
+    """The device of a name; "auto" is CUDA where there is one, "gpu" is CUDA, and a number its index.
+
+    Raises
+    ------
+    ValueError
+        If there is no such device.
+    """
+    name = str(device)
+    if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    name = f"cuda:{name}" if name.isdecimal() else name
+    if name == "gpu" or name.startswith("gpu:"):
+        name = name.replace("gpu", "cuda", 1)
     try:
-        picked = torch.device(device)
+        picked = torch.device(name)
     except RuntimeError:
-        raise ValueError(f"device is {device!r}; allowed are auto, cpu, cuda and cuda:N") from None
-    if picked.type not in ("cpu", "cuda"):
-        raise ValueError(f"device is {device!r}; allowed are auto, cpu, cuda and cuda:N")
-    if picked.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device is {device!r} and torch sees no CUDA device; use cpu")
+        raise ValueError(f"device is {validation.shown(device)}; allowed are {DEVICES}") from None
+    if picked.type not in ("cpu", "cuda") or (picked.type == "cpu" and picked.index):
+        raise ValueError(f"device is {validation.shown(device)}; allowed are {DEVICES}")
+    if picked.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError(f"device is {str(device)!r} and torch sees no CUDA device; use cpu")
+        if (picked.index or 0) >= torch.cuda.device_count():
+            raise ValueError(
+                f"device is {str(device)!r}; torch sees {torch.cuda.device_count()} CUDA devices"
+            )
     return picked
 
 
@@ -51,35 +74,72 @@ class Prepared:
 
 @dataclass(frozen=True)
 class VolumeMaps:
-    """`ddmd.ensemble.Maps` of one volume: float32 (X, Y, Z) on its canonical grid, zero outside the brain."""
+    """`Maps` of one volume: float32 (X, Y, Z) on its canonical grid, zero outside the brain."""
 
-    probability: np.ndarray
-    uncertainty: np.ndarray
-    inter: np.ndarray
-    intra: np.ndarray
+    probability: NDArray[np.float32]
+    uncertainty: NDArray[np.float32]
+    inter: NDArray[np.float32]
+    intra: NDArray[np.float32]
 
 
-@dataclass(frozen=True)
+def smooth_through_plane(maps: Tensor, sigma: float) -> Tensor:
+    """Convolve maps (Z, ...) along Z with a Gaussian cut off at 4 sigma; the end slices repeat.
+
+    The sums are float64, as those of `scipy.ndimage.gaussian_filter1d(mode="nearest")`.
+
+    Parameters
+    ----------
+    maps : (Z, ...) float32
+    sigma : float, in slices
+    """
+    count, radius = len(maps), int(4.0 * sigma + 0.5)
+    if radius == 0:
+        return maps
+    distance = torch.arange(-radius, radius + 1, dtype=torch.float64, device=maps.device)
+    weights = torch.exp(-0.5 * (distance / sigma).square())
+    weights = weights / weights.sum()
+    rows = torch.arange(count, dtype=torch.int64, device=maps.device)[:, None]
+    columns = (rows + distance.long()).clamp(0, count - 1)
+    matrix = torch.zeros(count, count, dtype=torch.float64, device=maps.device)
+    matrix.scatter_add_(1, columns, weights.expand(count, -1))
+    return (matrix @ maps.flatten(1).double()).float().view(maps.shape)
+
+
+@dataclass(frozen=True, eq=False)
 class Detector:
     """A loaded system; load once, detect many.
+
+    A detector does not change and may be shared by threads: each thread computes in a `Session` of its own.
 
     >>> detector = Detector.load("flair-image-labels")        # doctest: +SKIP
     >>> detection = detector.detect("flair.nii.gz")   # doctest: +SKIP
     """
 
     system: checkpoint.System
-    weights_sha256: str | None = None  # of the file they come from
+    _sessions: threading.local = field(default_factory=threading.local, init=False, repr=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"system": self.system}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        object.__setattr__(self, "system", state["system"])
+        object.__setattr__(self, "_sessions", threading.local())
 
     @classmethod
     def load(
         cls,
         name_or_path: str | os.PathLike[str] = checkpoint.DEFAULT,
-        device: str = "auto",
+        device: str | int | torch.device = "auto",
         precision: str = "auto",
     ) -> Detector:
         """Load a shipped system by name, or a weights file.
 
-        precision is "float32", "bfloat16", or what is faster on the device; see `checkpoint.pick_dtype`.
+        Parameters
+        ----------
+        name_or_path : name of a shipped system, or path of a weights file
+        device : "auto", "cpu", "cuda", "cuda:N"; "gpu" is "cuda", and a number N is "cuda:N"
+        precision : "auto", "float32" or "bfloat16"
+            "auto" is what is faster on the device; see `checkpoint.pick_dtype`.
 
         Raises
         ------
@@ -88,8 +148,20 @@ class Detector:
         ValueError
             If there is no such device or precision.
         """
-        system = checkpoint.load(name_or_path, pick_device(device), precision)
-        return cls(system, file_sha256(checkpoint.find(name_or_path)))
+        return cls(checkpoint.load(name_or_path, pick_device(device), precision))
+
+    @property
+    def session(self) -> Session:
+        """The engine of the thread that asks, made when it first does."""
+        if not hasattr(self._sessions, "session"):
+            self._sessions.session = Session(self.system)
+        session: Session = self._sessions.session
+        return session
+
+    @property
+    def weights_sha256(self) -> str | None:
+        """Checksum of the weights file, None for weights that come from no file."""
+        return self.system.sha256
 
     @property
     def description(self) -> checkpoint.Description:
@@ -104,18 +176,16 @@ class Detector:
         seed: int = 0,
         batch: int | None = None,
     ) -> SamplingConfig:
-        """Sampling by the weights' defaults, but for what is given."""
-        default = checkpoint.Sampling(**self.description.sampling)
-        config = SamplingConfig(
-            samples=default.samples if samples is None else samples,
-            steps=default.steps if steps is None else steps,
-            sampler=default.sampler if sampler is None else sampler,
-            eta=default.eta,
-            stop=default.stop,
-            mirror=default.mirror,
-            seed=seed,
-            batch=batch,
-        )
+        """The weights' default sampling, but for what is given.
+
+        Raises
+        ------
+        ValueError
+            If an option is of another type or out of range; the message names it.
+        """
+        given = {"samples": samples, "steps": steps, "sampler": sampler, "batch": batch}
+        options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+        config = replace(self.description.sampling_config, seed=seed, **options)
         self.system.schedule.timesteps(config.steps, config.stop)  # raises where there are not so many
         return config
 
@@ -140,30 +210,57 @@ class Detector:
                 require=self.description.sequences,
                 resample=resample,
             )
-        grid = SliceGrid(**self.description.grid)
-        return Prepared(volume, extract(volume, self.description.sequences, grid))
+        slices = extract(volume, self.description.sequences, self.description.slice_grid)
+        return Prepared(volume, slices)
 
     def lesion_criteria(self, threshold: float | None = None) -> LesionCriteria:
-        """What of a probability is lesion, by the weights; the threshold may be another."""
-        told = self.description
-        return LesionCriteria(
-            told.threshold if threshold is None else threshold, told.min_lesion_ml, told.min_peak
-        )
+        """Which components of a probability map are lesions, by the weights; the threshold may be another.
+
+        Raises
+        ------
+        ValueError
+            If the threshold is not a number between 0 and 1.
+        """
+        description = self.description
+        if threshold is None:
+            threshold = description.threshold
+        threshold = validation.real("threshold", threshold, 0.0, 1.0, inclusive=False)
+        return LesionCriteria(threshold, description.min_lesion_ml, description.min_peak)
+
+    def maps(self, prepared: Prepared, config: SamplingConfig, progress: Progress | None = None) -> Maps:
+        """What is computed of every slice, in the session of the thread that calls."""
+        return self.session.run(prepared.slices, config, progress)
 
     def to_volume(self, prepared: Prepared, maps: Maps) -> VolumeMaps:
-        """Maps of slices on the volume they are of; probability and uncertainty smoothed through the plane."""
-        sigma = max(self.description.through_plane_mm / prepared.volume.spacing[2], 1e-3)  # 0 is none
-        brain, restore = prepared.volume.brain, prepared.slices.restore
+        """Maps of slices on the volume they are of; probability and uncertainty smoothed through the plane.
 
-        def smooth(values: Tensor) -> Tensor:
-            return torch.from_numpy(ndimage.gaussian_filter1d(values.numpy(), sigma, axis=0, mode="nearest"))
-
-        return VolumeMaps(
-            probability=restore(smooth(maps.probability)).clip(0, 1) * brain,
-            uncertainty=restore(smooth(maps.uncertainty)).clip(0) * brain,
-            inter=restore(maps.inter) * brain,
-            intra=restore(maps.intra) * brain,
-        )
+        Raises
+        ------
+        DetectionError
+            If a map is not finite, naming the volume.
+        """
+        volume, slices = prepared.volume, prepared.slices
+        sigma = self.description.through_plane_mm / volume.spacing[2]
+        with callers_state_aside(maps.probability.device):
+            smoothed = (
+                smooth_through_plane(values, sigma) for values in (maps.probability, maps.uncertainty)
+            )
+            values = torch.cat((*smoothed, maps.inter, maps.intra), 1)
+            if not bool(torch.isfinite(values).all()):
+                names = [n for n, v in vars(maps).items() if not bool(torch.isfinite(v).all())]
+                raise DetectionError(
+                    f"{volume.name}: its maps of {', '.join(names)} are not finite: the weights "
+                    f"{self.description.name} overflow in {str(self.system.dtype).removeprefix('torch.')}; "
+                    "use precision float32, or other weights"
+                )
+            brain = torch.from_numpy(slices.part_of(volume.brain)).to(values.device).permute(2, 1, 0)
+            part = slices.to_canonical(values)  # (4, x, y, Z), in memory (Z, 4, y, x)
+            part[0].clamp_(0.0, 1.0)
+            part[1].clamp_(min=0.0)
+            part.permute(3, 0, 2, 1).mul_(brain.contiguous()[:, None])
+            part = part.contiguous() if part.is_cuda else part  # one copy from the device
+            probability, uncertainty, inter, intra = (slices.place(p) for p in part.cpu().numpy())
+        return VolumeMaps(probability, uncertainty, inter, intra)
 
     def detect_all(self, volumes: Iterable[Any], **options: Any) -> Iterator[Detection]:
         """Find lesions in many volumes: the next one is read and prepared while this one is computed.
@@ -180,6 +277,9 @@ class Detector:
             When it is the turn of a volume that cannot be used.
         """
         reading = {key: options.pop(key) for key in ("affine", "sequences", "resample") if key in options}
+        sampling = {k: options[k] for k in ("samples", "steps", "sampler", "seed", "batch") if k in options}
+        self.sampling_config(**sampling)  # refused before anything is read
+        self.lesion_criteria(options.get("threshold"))
         for _, prepared in prefetch(volumes, lambda volume: self.prepare(volume, **reading)):
             yield self.detect(prepared(), **options)
 
@@ -209,11 +309,11 @@ class Detector:
             S masks of N steps each; by default what the weights say.
         sampler : "ddim", "ddpm" or "dpm++2m", optional
         seed : int
-            The same seed gives the same result.
+            The same seed gives the same result on one machine with the same number of threads.
         threshold : float in (0, 1), optional
             Probability from which a voxel is lesion.
         batch : int, optional
-            Slices at once; changes time and memory, not the result.
+            Most slices computed at once. It changes time and memory; see Notes for the result.
         progress : called with (slices done, slices in all), optional
 
         Raises
@@ -224,13 +324,13 @@ class Detector:
             If an option is out of range.
         """
         begun = time.perf_counter()
-        rule = self.lesion_criteria(threshold)
+        criteria = self.lesion_criteria(threshold)
         config = self.sampling_config(samples, steps, sampler, seed, batch)
         if not isinstance(volume, Prepared):
             volume = self.prepare(volume, affine=affine, sequences=sequences, resample=resample)
-        maps = self.to_volume(volume, detect_slices(self.system, volume.slices, config, progress))
+        maps = self.to_volume(volume, self.maps(volume, config, progress))
         volume = volume.volume
-        found = find_lesions(maps.probability, maps.uncertainty, volume.affine, rule)
+        found = find_lesions(maps.probability, maps.uncertainty, volume.affine, criteria)
         return Detection(
             mask=volume.to_native(found.mask, np.uint8),
             probability=volume.to_native(maps.probability),
@@ -247,7 +347,7 @@ class Detector:
                 self.system.device,
                 self.system.dtype,
                 config,
-                rule,
+                criteria,
                 volume,
                 maps.probability,
                 time.perf_counter() - begun,
@@ -258,8 +358,16 @@ class Detector:
 
 
 @lru_cache(maxsize=2)
-def _loaded(name_or_path: str, device: str, precision: str) -> Detector:
-    return Detector.load(name_or_path, device, precision)
+def _loaded(path: Path, version: tuple[int, ...], device: str, precision: str) -> Detector:
+    """The detector of a file as it is now: `version` changes when the file does."""
+    return Detector.load(path, device, precision)
+
+
+def _load_once(name_or_path: str | os.PathLike[str], device: str, precision: str) -> Detector:
+    path = Path(os.path.realpath(checkpoint.find(name_or_path)))
+    stat = path.stat()
+    version = (stat.st_mtime_ns, stat.st_ctime_ns, stat.st_size, stat.st_ino)
+    return _loaded(path, version, str(device), precision)
 
 
 def detect(
@@ -276,8 +384,9 @@ def detect(
     ----------
     volume : path, {sequence: path}, list of paths, nibabel image, or array with affine=
     weights : name of a shipped system, or path of a weights file
-    device : "auto", "cpu", "cuda" or "cuda:N"
-    precision : "auto", "float32" or "bfloat16"
+        Loaded once, and again when the file has changed; the last two are kept.
+    device, precision
+        As `Detector.load` takes them.
     **options
         As `Detector.detect` takes them.
 
@@ -289,8 +398,8 @@ def detect(
     --------
     >>> import ddmd
     >>> from ddmd.data.phantom import phantom
-    >>> found = ddmd.detect({"flair": phantom(seed=1, spacing_mm=4.0).images["flair"]})
-    >>> found.mask.shape == found.probability.shape
+    >>> detection = ddmd.detect({"flair": phantom(seed=1, spacing_mm=4.0).images["flair"]})
+    >>> detection.mask.shape == detection.probability.shape
     True
     """
-    return _loaded(os.fspath(weights), device, precision).detect(volume, **options)
+    return _load_once(weights, device, precision).detect(volume, **options)

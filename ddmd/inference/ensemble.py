@@ -1,28 +1,28 @@
-"""Multi-sample inference: many masks drawn for every slice, their mean and variance kept as they finish."""
+"""One batch of slices, from planes to statistics: X and Y, the condition, S samples of N steps, mean and variance.
+
+Nothing here synchronises, reads a value on the host or copies from it, so that a CUDA graph can hold a batch.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
 from ddmd import ops
-from ddmd.inference.session import Sampling, SamplingConfig, sampling_of
-from ddmd.inference.slices import Slices
+from ddmd.diffusion.noise import Coordinates, pure_noise
+from ddmd.diffusion.samplers import SamplingConfig
 from ddmd.models.checkpoint import System
-from ddmd.models.denoiser import Condition
+from ddmd.models.denoiser import Condition, Modulation, from_patches, predicted_sample, to_patches
 
-CPU_SLICES = 8  # measured: larger batches leave the cache
-CUDA_SLICES = 512
-BYTES_A_PIXEL = 1024  # of a slice's activations at their peak, by a generous count of the live tensors
 Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
 class Maps:
-    """What is known of every slice, each (Z, 1, H, W) float32 on the CPU.
+    """What is known of Z slices, each (Z, 1, H, W) float32 on the device they were computed on.
 
     probability, uncertainty : mean and variance over the S samples (1/(S-1); 0 where S is 1).
     inter, intra : X and Y.
@@ -33,6 +33,41 @@ class Maps:
     inter: Tensor
     intra: Tensor
 
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The four maps, in the order of the fields."""
+        return tuple(getattr(self, f.name) for f in fields(self))
+
+    def cpu(self) -> Maps:
+        """The maps on the CPU."""
+        return Maps(*(values.cpu() for values in self.tensors()))
+
+
+@dataclass(frozen=True)
+class SamplingTable:
+    """The constants of a sampling configuration on a device. None depends on the weights or the seed.
+
+    coefficients : (N, 8) float32, for `ops.denoise_step`.
+    times, steps : (N,) int64, timestep of the schedule and number of each step.
+    samples : (S,) int64, the numbers of the samples.
+    """
+
+    coefficients: Tensor
+    times: Tensor
+    steps: Tensor
+    samples: Tensor
+
+    @classmethod
+    def of(cls, system: System, config: SamplingConfig) -> SamplingTable:
+        """The constants of a configuration, on the system's device."""
+        schedule, device = system.schedule, system.device
+        table = schedule.coefficients(config.steps, config.sampler, config.eta, stop=config.stop)
+        return cls(
+            coefficients=table.to(device),
+            times=schedule.timesteps(config.steps, config.stop).to(device),
+            steps=torch.arange(config.steps, dtype=torch.int64, device=device),
+            samples=torch.arange(config.samples, dtype=torch.int64, device=device),
+        )
+
 
 def discrepancies(system: System, b: Tensor) -> tuple[Tensor, Tensor]:
     """X and Y (Z, 1, H, W) of slices b (Z, C, H, W): all members of an ensemble in one call."""
@@ -42,9 +77,9 @@ def discrepancies(system: System, b: Tensor) -> tuple[Tensor, Tensor]:
 
 def middle_slice(system: System, planes: Tensor) -> Tensor:
     """Of slices with neighbours (Z, P C, H, W), the slices b themselves (Z, C, H, W)."""
-    seen = system.condition.config
-    first = seen.context * seen.sequences
-    return planes[:, first : first + seen.sequences]
+    config = system.condition.config
+    first = config.context * config.sequences
+    return planes[:, first : first + config.sequences]
 
 
 def reconstruction_error(system: System, b: Tensor) -> Tensor:
@@ -60,91 +95,103 @@ def reconstruction_error(system: System, b: Tensor) -> Tensor:
 
 def condition_on(system: System, planes: Tensor) -> tuple[Condition, Tensor, Tensor]:
     """Everything that depends on b, X and Y alone, once for slices with neighbours (Z, P C, H, W)."""
-    told = system.description
-    if told.use_inter or told.use_intra:
+    description = system.description
+    if description.use_inter or description.use_intra:
         inter, intra = discrepancies(system, middle_slice(system, planes))
     else:
         inter, intra = torch.zeros_like(planes[:, :1]), torch.zeros_like(planes[:, :1])
-    scale = told.discrepancy_scale
-    joined = torch.cat((planes, inter * (scale * told.use_inter), intra * (scale * told.use_intra)), 1)
-    joined = joined.to(system.dtype).contiguous(memory_format=torch.channels_last)
-    return system.condition(joined), inter, intra
+    scale = description.discrepancy_scale
+    inputs = torch.cat(
+        (planes, inter * (scale * description.use_inter), intra * (scale * description.use_intra)), 1
+    )
+    inputs = inputs.to(system.dtype).contiguous(memory_format=torch.channels_last)
+    return system.condition(inputs), inter, intra
 
 
-def default_batch_size(system: System, height: int, width: int) -> int:
-    """Slices at once that suit the device: few enough for the cache of a CPU, or for a GPU's free memory."""
-    if system.device.type == "cpu":
-        return CPU_SLICES
-    free, _ = torch.cuda.mem_get_info(system.device)
-    # what torch holds and does not use is free, too: the batch, and with it the graph, is the same next time
-    free += torch.cuda.memory_reserved(system.device) - torch.cuda.memory_allocated(system.device)
-    return max(1, min(CUDA_SLICES, int(0.8 * free) // (BYTES_A_PIXEL * height * width)))
+def draw_samples(
+    system: System,
+    config: SamplingConfig,
+    table: SamplingTable,
+    condition: Condition,
+    modulations: tuple[Modulation, ...],
+    index: Tensor,
+    seed: Tensor,
+    samples: Tensor,
+) -> Tensor:
+    """The sampling loop: N steps from pure noise to a mask, s samples of Z slices as one batch of s Z rows.
+
+    x_t is held in the patches that the denoiser works on, and the position of its noise is that in a
+    row of them: nothing is brought from pixels to patches and back at every step.
+
+    Parameters
+    ----------
+    system, config, table
+    condition : Condition of the Z slices
+    modulations : of all N steps, as `Denoiser.modulations(table.times)` gives them
+    index : (Z,) int64, coordinates of the slices' noise
+    seed : () int64
+    samples : (s,) int64, numbers of the samples
+
+    Returns
+    -------
+    (s, Z, 1, H, W) float32 in [0, 1]
+    """
+    s, z = len(samples), len(index)
+    rows = Coordinates(seed, samples[:, None].expand(s, z).reshape(-1), index.repeat(s))
+    evidence = to_patches(condition.evidence)
+    shape = (s * z, *evidence.shape[1:])
+    x = pure_noise(torch.empty(shape, dtype=torch.float32, device=evidence.device), rows)
+    x0 = torch.zeros_like(x) if config.sampler == "dpm++2m" else None
+    for i in range(config.steps):
+        now = tuple((scale[i : i + 1], shift[i : i + 1]) for scale, shift in modulations)
+        logits = system.denoiser.patches(x.to(system.dtype), condition, now)
+        logits = (logits.unflatten(0, (s, z)) + evidence).flatten(0, 1)
+        ops.denoise_step(
+            x, predicted_sample(logits), table.coefficients, table.steps[i], seed, rows.sample,
+            rows.slice_index, x0,
+        )  # fmt: skip
+    drawn: Tensor = from_patches((x + 1.0) / 2.0).clamp_(0.0, 1.0).unflatten(0, (s, z))
+    return drawn
 
 
-@torch.inference_mode()
-def detect_slices(
-    system: System, slices: Slices, config: SamplingConfig, progress: Progress | None = None
+def compute_batch(
+    system: System,
+    config: SamplingConfig,
+    table: SamplingTable,
+    planes: Tensor,
+    index: Tensor,
+    seed: Tensor,
+    rows_at_once: int,
 ) -> Maps:
-    """Draw S masks for every slice of a volume; of a baseline, its one map.
-
-    Memory grows with the batch, not with S: each sample goes into the running mean and M2 as it is
-    finished. What comes out does not depend on the batch, up to the rounding of the convolutions.
+    """Everything that is computed for Z slices; of a baseline, its one map.
 
     Parameters
     ----------
     system : System
-    slices : Slices
     config : SamplingConfig
-    progress : called with (slices done, slices in all), optional
+        Its seed and batch are not read.
+    table : SamplingTable of the configuration
+    planes : (Z, P C, H, W) float32, slices with their neighbours
+    index : (Z,) int64
+    seed : () int64
+    rows_at_once : int
+        Most rows (a sample of a slice each) drawn as one batch; at least one sample is. Memory grows with it,
+        not with S: samples go into the running mean and M2 as they are finished.
     """
-    count, device = len(slices), system.device
-    shape = (count, 1, *slices.image.shape[2:])
-    maps = Maps(*(torch.zeros(shape) for _ in range(4)))
-    seen = system.condition.config
-    planes = slices.planes(seen.context, seen.mirrored)
-    sampling = sampling_of(system, config)
-    batch = config.batch or default_batch_size(system, *slices.image.shape[2:])
-    first = 0
-    while first < count:
-        part = slice(first, min(first + batch, count))
-        try:
-            _one_batch(system, sampling, planes[part].to(device), slices.index[part].to(device), maps, part)
-        except torch.OutOfMemoryError:
-            if batch == 1:
-                raise
-            batch //= 2
-            sampling.captured.clear()
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
-            continue
-        first = part.stop
-        if progress is not None:
-            progress(first, count)
-    return maps
-
-
-def _one_batch(
-    system: System, sampling: Sampling, planes: Tensor, index: Tensor, maps: Maps, part: slice
-) -> None:
-    if system.description.system == "anomaly":
-        maps.probability[part] = reconstruction_error(system, middle_slice(system, planes))
-        return
+    kind = system.description.system
+    if kind == "anomaly":
+        probability = reconstruction_error(system, middle_slice(system, planes))
+        return Maps(probability, *(torch.zeros_like(probability) for _ in range(3)))
     condition, inter, intra = condition_on(system, planes)
-    maps.inter[part] = inter
-    maps.intra[part] = intra
-    if system.description.system == "supervised":
-        maps.probability[part] = condition.evidence.float().sigmoid()
-        return
-    mean = torch.empty_like(inter)
-    m2 = torch.empty_like(inter)
-    config, count = sampling.config, 0
-    draw = sampling.bind(condition, index)
-    for sample in range(0, config.samples, 2 if config.mirror else 1):
-        count = ops.ensemble_update(mean, m2, count, draw(sample)[None])
-    if config.mirror and config.samples > 1:
-        condition, _, _ = condition_on(system, planes.flip(-1))
-        draw = sampling.bind(condition, index)
-        for sample in range(1, config.samples, 2):
-            count = ops.ensemble_update(mean, m2, count, draw(sample).flip(-1)[None])
-    maps.probability[part] = mean
-    maps.uncertainty[part] = m2 / max(count - 1, 1)
+    if kind == "supervised":
+        return Maps(condition.evidence.float().sigmoid(), torch.zeros_like(inter), inter, intra)
+    modulations = system.denoiser.modulations(table.times)
+    mean, m2, count = torch.empty_like(inter), torch.empty_like(inter), 0
+    stride = 2 if config.mirror else 1
+    for mirrored in range(min(stride, config.samples)):
+        if mirrored:
+            condition, _, _ = condition_on(system, planes.flip(-1))
+        for samples in table.samples[mirrored::stride].split(max(1, rows_at_once // len(index))):
+            drawn = draw_samples(system, config, table, condition, modulations, index, seed, samples)
+            count = ops.ensemble_update(mean, m2, count, drawn.flip(-1) if mirrored else drawn)
+    return Maps(mean, m2 / max(count - 1, 1), inter, intra)

@@ -15,11 +15,11 @@ def prefetch(
 ) -> Iterator[tuple[Item, Callable[[], Result]]]:
     """Each item, and a function that waits for `work(item)` and returns it or raises what it raised.
 
-    Work on one item more than was asked for is under way in a thread; never on more, so that memory
-    holds two results at most.
+    A thread works on one item more than was asked for, and never on more, so that memory holds two results
+    at most.
     """
     waiting = iter(items)
-    with ThreadPoolExecutor(1, thread_name_prefix="ddmd-ahead") as pool:
+    with ThreadPoolExecutor(1, thread_name_prefix="ddmd-prefetch") as pool:
 
         def begin() -> tuple[Item, Future[Result]] | None:
             for item in waiting:

@@ -1,160 +1,313 @@
-"""The sampling loop: N denoising steps from pure noise to a mask, on a GPU as one CUDA graph."""
+"""The engine of one thread on one device: sampling tables, and on a GPU a stream, buffers and captured graphs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import cast
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ddmd import ops
-from ddmd.diffusion.noise import Coordinates, pure_noise
-from ddmd.diffusion.samplers import SAMPLERS, Sampler
+from ddmd.diffusion.samplers import SamplingConfig
+from ddmd.inference.ensemble import Maps, Progress, SamplingTable, compute_batch
+from ddmd.inference.slices import Slices, planes_at
 from ddmd.models.checkpoint import System
-from ddmd.models.denoiser import Condition, from_patches, predicted_sample, to_patches
 
-GRAPHS = 4  # shapes whose captured loops are kept; each holds its activations
+__all__ = ["SamplingConfig", "Session", "default_batch_size", "detect_slices"]
+
+CPU_SLICES = 8  # measured: larger batches leave the cache
+CUDA_SLICES = 512
+CUDA_ROWS = 512  # samples of slices drawn as one batch on a GPU
+BYTES_PER_PIXEL = 1024  # of a slice's activations at their peak, by a generous count of the live tensors
+MAX_GRAPHS = 16  # shapes whose graphs are kept; they share one memory pool
+MAX_GRAPH_STEPS = 1024  # denoiser calls in one graph; longer loops are launched kernel by kernel
+MAX_TABLES = 16
 WARM_UP = 2  # runs before a capture: kernels are compiled, cuDNN and the allocator have settled
+Z_BUCKETS = (1, 2, 4, 8)  # and then multiples of 16: slices of a graph; the last slice fills it up
+
+Replay = Callable[[], None]
+Capture = Callable[[Replay], Replay]
+
+
+def bucket(slices: int) -> int:
+    """The slices of the graph that `slices` are computed in."""
+    return next((size for size in Z_BUCKETS if size >= slices), -(-slices // 16) * 16)
+
+
+class _FullPrecision:
+    """While any thread is inside, float32 is multiplied as float32: no TF32 on a GPU, no bfloat16 on a CPU.
+
+    The settings are torch's and hold for the process: the first thread that enters keeps the caller's, the
+    last one that leaves restores them.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._callers: list[str] = []
+
+    @staticmethod
+    def _settings() -> tuple[Any, ...]:
+        backends = torch.backends
+        return (
+            backends.cuda.matmul,
+            backends.cudnn.conv,  # type: ignore[attr-defined]
+            backends.mkldnn.matmul,  # type: ignore[attr-defined]
+            backends.mkldnn.conv,  # type: ignore[attr-defined]
+        )
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._inside == 0:
+                self._callers = [setting.fp32_precision for setting in self._settings()]
+                for setting in self._settings():
+                    setting.fp32_precision = "ieee"
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                for setting, value in zip(self._settings(), self._callers, strict=True):
+                    setting.fp32_precision = value
+
+
+_FULL_PRECISION = _FullPrecision()
+_CAPTURING = threading.Lock()  # torch captures one graph at a time
+
+
+@contextmanager
+def callers_state_aside(device: torch.device) -> Iterator[None]:
+    """The caller's gradients, autocast and float32 precision have no effect inside.
+
+    Nor have the default type and device: every allocation names its own.
+    """
+    with torch.inference_mode(), torch.autocast(device.type, enabled=False), _FULL_PRECISION:
+        yield
 
 
 @dataclass(frozen=True)
-class SamplingConfig:
-    """How masks are drawn.
+class _StaticBatch:
+    """One captured batch: the tensors it reads, the tensor it writes, and the function that runs it.
+
+    `table` is what a graph reads, too, and so must live as long.
+    """
+
+    planes: Tensor
+    index: Tensor
+    seed: Tensor
+    table: SamplingTable
+    result: Tensor  # (4, Z, 1, H, W)
+    replay: Replay
+
+
+def default_batch_size(system: System, height: int, width: int, graph_bytes: int = 0) -> int:
+    """Slices at once that suit the device: few enough for the cache of a CPU, or for a GPU's free memory.
 
     Parameters
     ----------
-    samples : int
-        S, the implicit ensemble.
-    steps : int
-        N.
-    sampler : "ddim", "ddpm" or "dpm++2m"
-    eta : float
-        Of DDIM: 0 is deterministic given x_T, 1 is DDPM.
-    stop : float
-        Share of T at which the steps end and x_0 is predicted; see `Schedule.timesteps`.
-    seed : int
-        Key of every draw.
-    batch : int, optional
-        Slices at once; by default what suits the device, halved where memory does not suffice.
-    mirror : bool
-        Every second sample is drawn on the slice's mirror image and mirrored back, so that samples
-        also differ in what the networks make of the image.
+    system : System
+    height, width : int
+        Of a slice on the networks' grid.
+    graph_bytes : int
+        Memory that torch holds for captured graphs, which nothing else can use.
+    """
+    if system.device.type != "cuda":
+        return CPU_SLICES
+    free, _ = torch.cuda.mem_get_info(system.device)
+    # what torch holds and does not use is free, too, but for the graphs' pool
+    unused = torch.cuda.memory_reserved(system.device) - torch.cuda.memory_allocated(system.device)
+    free += max(0, unused - graph_bytes)
+    return max(1, min(CUDA_SLICES, int(0.8 * free) // (BYTES_PER_PIXEL * height * width)))
+
+
+class Session:
+    """One thread's engine for one system on the system's device. Not to be shared between threads.
+
+    It owns everything that changes while slices are computed: sampling tables, and on a GPU a stream, buffers
+    and one captured graph for each shape. `Detector.session` gives each thread its own.
+
+    Parameters
+    ----------
+    system : System
+        Must not change while the session is in use.
+    capture : function, optional
+        Takes a function without arguments that computes on fixed tensors, and returns one that does so
+        again: a CUDA graph on a GPU. None computes every batch eagerly, as on a CPU.
     """
 
-    samples: int = 5
-    steps: int = 5
-    sampler: str = "ddim"
-    eta: float = 0.0
-    stop: float = 0.0
-    seed: int = 0
-    batch: int | None = None
-    mirror: bool = False
+    def __init__(self, system: System, capture: Capture | None = None) -> None:
+        self.system = system
+        self.device = system.device
+        self._tables: OrderedDict[Hashable, SamplingTable] = OrderedDict()
+        self._batches: OrderedDict[Hashable, _StaticBatch] = OrderedDict()
+        self._stream: Any = None
+        self._pool: Any = None
+        self._pool_bytes = 0
+        if self.device.type == "cuda":
+            self._stream = torch.cuda.Stream(self.device)
+            capture = capture or self._capture_graph
+        self._capture = capture
 
-    def __post_init__(self) -> None:
-        for name, lowest in (("samples", 1), ("steps", 1), ("batch", 1)):
-            value = getattr(self, name)
-            if value is not None and value < lowest:
-                raise ValueError(f"{name} is {value}; allowed is at least {lowest}")
-        if self.sampler not in SAMPLERS:
-            raise ValueError(f"sampler is {self.sampler!r}; allowed are {', '.join(SAMPLERS)}")
-        if not -(2**63) <= self.seed < 2**63:
-            raise ValueError(f"seed is {self.seed}; allowed are 64-bit integers")
+    def run(self, slices: Slices, config: SamplingConfig, progress: Progress | None = None) -> Maps:
+        """Draw S masks for every slice of a volume; of a baseline, its one map.
 
+        The result does not depend on the batch but for the rounding of the convolutions, whose order of
+        summation torch chooses by shape, threads and device.
 
-@dataclass(frozen=True)
-class _Captured:
-    """A loop of one shape: the graph, the tensors it reads, and the one it writes."""
+        Parameters
+        ----------
+        slices : Slices
+        config : SamplingConfig
+        progress : called with (slices done, slices in all), optional
 
-    graph: torch.cuda.CUDAGraph
-    condition: Condition
-    index: Tensor
-    sample: Tensor
-    result: Tensor
-
-
-class Sampling:
-    """One configuration of one system: its table, what its time steps make of the blocks, its seed, and captured loops.
-
-    The system's weights are not to change while it is in use.
-    """
-
-    def __init__(self, system: System, config: SamplingConfig) -> None:
-        self.denoiser, self.dtype, self.config, device = system.denoiser, system.dtype, config, system.device
-        schedule = system.schedule
-        kind = cast(Sampler, config.sampler)
-        self.table = schedule.sampler(config.steps, kind, config.eta, stop=config.stop).to(device)
-        times = schedule.timesteps(config.steps, config.stop).to(device)
-        drawing = "denoiser" in system.parts()  # a baseline has one map, and its denoiser may be anywhere
-        self.modulations = [self.denoiser.modulations(t) for t in times.split(1)] if drawing else []
-        self.steps = torch.arange(config.steps, device=device)
-        self.seed = torch.tensor(config.seed, device=device)
-        self.captured: dict[tuple[torch.Size, torch.Size], _Captured] = {}
-
-    def bind(self, condition: Condition, index: Tensor) -> Callable[[int], Tensor]:
-        """A function that draws sample number s of the slices `index`: (Z, 1, H, W) float32 in [0, 1].
-
-        On a CUDA device the next draw overwrites what the last one returned.
+        Returns
+        -------
+        Maps of all slices, on the session's device
         """
-        if not index.is_cuda:
-            return lambda sample: self.draw(condition, index, index.new_tensor(sample))
-        held = self._captured(condition, index)
-        held.condition.features.copy_(condition.features)
-        held.condition.evidence.copy_(condition.evidence)
-        held.index.copy_(index)
+        with callers_state_aside(self.device):
+            if self._stream is None:
+                return self._run(slices, config, progress)
+            with torch.cuda.device(self.device):
+                callers = torch.cuda.current_stream(self.device)
+                self._stream.wait_stream(callers)
+                with torch.cuda.stream(self._stream):
+                    maps = self._run(slices, config, progress)
+                callers.wait_stream(self._stream)
+                for values in maps.tensors():
+                    values.record_stream(callers)
+                return maps
 
-        def replay(sample: int) -> Tensor:
-            held.sample.fill_(sample)
-            with torch.cuda.device(index.device):
-                held.graph.replay()
-            return held.result
+    def _run(self, slices: Slices, config: SamplingConfig, progress: Progress | None) -> Maps:
+        count, (height, width) = len(slices), slices.image.shape[2:]
+        image, index = self._upload(slices.image), self._upload(slices.index)
+        seed = torch.full((), config.seed, dtype=torch.int64, device=self.device)
+        table = self._table(config)
+        shape = (4, count, 1, height, width)
+        maps = torch.zeros(shape, dtype=torch.float32, device=self.device)
+        batch = config.batch or default_batch_size(self.system, height, width, self._pool_bytes)
+        first = 0
+        while first < count:
+            size = min(batch, count - first)
+            try:
+                part = self._batch(slices, image, index, seed, first, size, batch, config, table)
+            except torch.OutOfMemoryError:
+                if batch == 1:
+                    raise
+                batch = max(1, min(batch, count) // 2)
+                self.release()
+                continue
+            for target, values in zip(maps, part, strict=True):
+                target[first : first + size].copy_(values[:size])
+            first += size
+            if progress is not None:
+                progress(first, count)
+        return Maps(*maps)
 
-        return replay
+    def release(self) -> None:
+        """Give up the captured graphs and the memory they hold."""
+        self._batches.clear()
+        self._pool, self._pool_bytes = None, 0
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
-    def draw(self, condition: Condition, index: Tensor, sample: Tensor) -> Tensor:
-        """The loop itself, `sample` () int64. Never synchronises, so that a graph can hold it.
+    def _batch(
+        self,
+        slices: Slices,
+        image: Tensor,
+        index: Tensor,
+        seed: Tensor,
+        first: int,
+        size: int,
+        most: int,
+        config: SamplingConfig,
+        table: SamplingTable,
+    ) -> tuple[Tensor, ...]:
+        """The four maps of `size` slices (or a few more) from number `first`."""
+        network = self.system.condition.config
+        steps = config.steps * config.samples
+        if self._capture is None or steps > MAX_GRAPH_STEPS:
+            rows = torch.arange(first, first + size, dtype=torch.int64, device=self.device)
+            planes = planes_at(image, rows, slices.offset, network.context, network.mirrored)
+            rows_at_once = 1 if self.device.type == "cpu" else CUDA_ROWS
+            return compute_batch(
+                self.system, config, table, planes, index[rows], seed, rows_at_once
+            ).tensors()
+        z = min(bucket(size), max(most, size))
+        rows = torch.arange(first, first + z, dtype=torch.int64, device=self.device)
+        rows = rows.clamp(max=first + size - 1)
+        planes = planes_at(image, rows, slices.offset, network.context, network.mirrored)
+        held = self._static(planes, index[rows], seed, config, table)
+        held.planes.copy_(planes)
+        held.index.copy_(index[rows])
+        held.seed.copy_(seed)
+        held.replay()
+        return tuple(held.result)
 
-        x_t is held in the patches that the denoiser works on, and the position of its noise is that in a
-        row of them: nothing is brought from pixels to patches and back at every step.
-        """
-        at = Coordinates(self.seed, sample.expand(len(index)).contiguous(), index)
-        evidence = to_patches(condition.evidence)
-        x = pure_noise(evidence.float(), at)
-        x0 = torch.zeros_like(x) if self.config.sampler == "dpm++2m" else None
-        for i in range(self.config.steps):
-            logits = self.denoiser.patches(x.to(self.dtype), condition, self.modulations[i]) + evidence
-            ops.denoise_step(
-                x, predicted_sample(logits), self.table, self.steps[i], self.seed, at.sample, index, x0
-            )
-        return from_patches((x + 1.0) / 2.0).clamp_(0.0, 1.0)
+    def _static(
+        self, planes: Tensor, index: Tensor, seed: Tensor, config: SamplingConfig, table: SamplingTable
+    ) -> _StaticBatch:
+        """The captured batch of this shape and configuration, whatever the seed."""
+        parts = self.system.parts().values()
+        weights = tuple(p.data_ptr() for part in parts for p in part.parameters())
+        key = (tuple(planes.shape), replace(config, seed=0, batch=None), weights)
+        if key in self._batches:
+            self._batches.move_to_end(key)
+            return self._batches[key]
+        while len(self._batches) >= MAX_GRAPHS:
+            self._batches.popitem(last=False)
+        planes, index, seed = planes.clone(), index.clone(), seed.clone()
+        shape = (4, len(planes), 1, *planes.shape[2:])
+        result = torch.zeros(shape, dtype=torch.float32, device=self.device)
 
-    def _captured(self, condition: Condition, index: Tensor) -> _Captured:
-        """The loop of this shape, captured the first time the shape is seen."""
-        shape = (condition.features.shape, condition.evidence.shape)
-        if shape in self.captured:
-            return self.captured[shape]
-        while len(self.captured) >= GRAPHS:
-            del self.captured[next(iter(self.captured))]
-        own = Condition(condition.features.clone(), condition.evidence.clone())
-        own_index, sample = index.clone(), torch.zeros((), dtype=torch.int64, device=index.device)
-        with torch.cuda.device(index.device):  # a capture is of the current device's work
-            aside = torch.cuda.Stream()
-            aside.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(aside):
-                for _ in range(WARM_UP):
-                    self.draw(own, own_index, sample)
-            torch.cuda.current_stream().wait_stream(aside)
+        def work() -> None:
+            maps = compute_batch(self.system, config, table, planes, index, seed, CUDA_ROWS)
+            for target, values in zip(result, maps.tensors(), strict=True):
+                target.copy_(values)
+
+        assert self._capture is not None
+        self._batches[key] = _StaticBatch(planes, index, seed, table, result, self._capture(work))
+        return self._batches[key]
+
+    def _capture_graph(self, work: Replay) -> Replay:
+        """The work as a CUDA graph on the session's stream; all graphs of a session share one memory pool."""
+        for _ in range(WARM_UP):
+            work()
+        with _CAPTURING:
+            torch.cuda.empty_cache()
+            before = torch.cuda.memory_reserved(self.device)
+            if self._pool is None:
+                self._pool = torch.cuda.graph_pool_handle()
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=aside):
-                result = self.draw(own, own_index, sample)
-        self.captured[shape] = _Captured(graph, own, own_index, sample, result)
-        return self.captured[shape]
+            with torch.cuda.graph(
+                graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+            ):
+                work()
+            self._pool_bytes += max(0, torch.cuda.memory_reserved(self.device) - before)
+        return graph.replay
+
+    def _table(self, config: SamplingConfig) -> SamplingTable:
+        """The constants of a configuration, made once."""
+        key = replace(config, seed=0, batch=None)
+        if key not in self._tables:
+            while len(self._tables) >= MAX_TABLES:
+                self._tables.popitem(last=False)
+            self._tables[key] = SamplingTable.of(self.system, config)
+        return self._tables[key]
+
+    def _upload(self, values: Tensor) -> Tensor:
+        """A tensor on the session's device, by an asynchronous copy from pinned memory."""
+        if self.device.type != "cuda" or values.is_cuda:
+            return values.to(self.device)
+        return values.pin_memory().to(self.device, non_blocking=True)
 
 
-def sampling_of(system: System, config: SamplingConfig) -> Sampling:
-    """The sampling of a configuration, made once a system; that of another configuration is given up."""
-    if config not in system.samplings:
-        system.samplings.clear()
-        system.samplings[config] = Sampling(system, config)
-    return system.samplings[config]
+def detect_slices(
+    system: System, slices: Slices, config: SamplingConfig, progress: Progress | None = None
+) -> Maps:
+    """`Session.run` in a session of its own; `Detector.maps` keeps the session, and with it the captured graphs."""
+    return Session(system).run(slices, config, progress)

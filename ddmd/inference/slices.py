@@ -10,19 +10,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from ddmd.io.volume import Volume
+from ddmd.models.description import SliceGrid
+
+__all__ = ["SliceGrid", "Slices", "extract", "planes_at", "to_grid"]
 
 CONTEXT_MM = 5.0  # distance between a slice and the neighbour the network sees with it
 MARGIN_MM = 4.0  # kept around the brain
 BACKGROUND = -4.0  # what `Volume.normalised` gives air
 INTENSITY_SCALE = 0.5  # robust z-scores times this are what the networks see
-
-
-@dataclass(frozen=True)
-class SliceGrid:
-    """The grid the networks work on: millimetres a pixel, and what H and W are multiples of."""
-
-    mm: float = 1.0
-    multiple: int = 16
 
 
 @dataclass(frozen=True)
@@ -52,11 +47,14 @@ class Slices:
 
         Its left-right mirror image comes last where it is asked for.
         """
-        seen = [self.image[i] for i in neighbours(len(self), self.offset, context)]
-        return torch.cat([*seen, self.image.flip(-1)] if mirrored else seen, 1)
+        rows = torch.arange(len(self), dtype=torch.int64, device=self.image.device)
+        return planes_at(self.image, rows, self.offset, context, mirrored)
 
-    def restore(self, maps: Tensor, background: float = 0.0) -> np.ndarray:
-        """Maps (Z, 1, H, W) -> float32 (X, Y, Z) on the volume's canonical grid."""
+    def to_canonical(self, maps: Tensor) -> Tensor:
+        """Maps (Z, M, H, W) on the slices' grid -> float32 (M, x, y, Z) on the part of the canonical grid kept.
+
+        That part is `box` in plane and `index` through it; `place` puts it into the whole.
+        """
         height, width = self.scaled
         top, left = _padding(maps.shape[2], height)[0], _padding(maps.shape[3], width)[0]
         maps = maps[:, :, top : top + height, left : left + width].float()
@@ -66,15 +64,44 @@ class Slices:
             maps = functional.interpolate(
                 maps, size=size, mode="bilinear", antialias=size[0] < height or size[1] < width
             )
-        out = np.full(self.shape, background, dtype=np.float32)
-        out[xs, ys, self.index.numpy()] = maps[:, 0].permute(2, 1, 0).cpu().numpy()
-        return out
+        return maps.permute(1, 3, 2, 0)
+
+    def place(self, part: np.ndarray) -> np.ndarray:
+        """The part of the canonical grid that was kept (x, y, Z) in the whole (X, Y, Z), 0 elsewhere."""
+        whole = np.zeros(self.shape, dtype=np.float32)
+        index = self.index.cpu().numpy()
+        whole[self.box[0], self.box[1], _as_slice(index)] = part
+        return whole
+
+    def part_of(self, values: np.ndarray) -> np.ndarray:
+        """The part (x, y, Z) that was kept of values on the canonical grid (X, Y, Z)."""
+        return values[self.box][:, :, _as_slice(self.index.cpu().numpy())]
 
 
-def neighbours(count: int, offset: int, context: int) -> list[Tensor]:
-    """For each of 2 context + 1 places, the slice seen there by every slice; the ends repeat."""
-    here = torch.arange(count)
-    return [(here + i * offset).clamp(0, max(count - 1, 0)) for i in range(-context, context + 1)]
+def planes_at(image: Tensor, rows: Tensor, offset: int, context: int, mirrored: bool) -> Tensor:
+    """Slices with their neighbours: (R, C (2 context + 1 + mirrored), H, W), on the image's device.
+
+    Parameters
+    ----------
+    image : (Z, C, H, W)
+    rows : (R,) int64
+        Which slices.
+    offset : int
+        Slices between a slice and its neighbour; at both ends the last slice is its own neighbour.
+    context : int
+        Neighbours on either side.
+    mirrored : bool
+        Whether the left-right mirror image of the slice comes last.
+    """
+    last = max(len(image) - 1, 0)
+    planes = [image[(rows + i * offset).clamp(0, last)] for i in range(-context, context + 1)]
+    return torch.cat([*planes, image[rows].flip(-1)] if mirrored else planes, 1)
+
+
+def _as_slice(index: np.ndarray) -> slice | np.ndarray:
+    """Ascending positions as a slice where none is left out, which numpy copies faster."""
+    first, last = int(index[0]), int(index[-1])
+    return slice(first, last + 1) if last - first + 1 == len(index) else index
 
 
 def _padding(size: int, inner: int) -> tuple[int, int]:
@@ -127,7 +154,7 @@ def extract(volume: Volume, sequences: tuple[str, ...], grid: SliceGrid) -> Slic
         index=torch.from_numpy(index),
         offset=max(1, round(CONTEXT_MM / spacing[2])),
         grid=grid,
-        shape=volume.brain.shape,  # type: ignore[arg-type]
+        shape=volume.brain.shape,
         box=(xs, ys),
         scaled=(height, width),
     )

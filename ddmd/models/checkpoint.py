@@ -3,93 +3,64 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import warnings
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
+from ddmd import validation
+from ddmd.diffusion.samplers import SamplingConfig
 from ddmd.diffusion.schedule import Schedule
-from ddmd.models.autoencoder import AutoencoderConfig, AutoencoderEnsemble, NormSiLU
-from ddmd.models.denoiser import ConditionNet, Denoiser, DenoiserConfig
-from ddmd.models.fused_convolution import prepare
+from ddmd.io.atomic import atomic_path
+from ddmd.models.autoencoder import AutoencoderEnsemble, NormSiLU
+from ddmd.models.denoiser import ConditionNet, Denoiser
+from ddmd.models.description import FORMAT, PARTS, Description
+from ddmd.models.fused_convolution import freeze
 
-FORMAT = 1
-PARTS = {  # of each kind of system, the networks it consists of
-    "ddmd": ("autoencoders_a", "autoencoders_b", "condition", "denoiser"),
-    "supervised": ("autoencoders_a", "autoencoders_b", "condition"),
-    "anomaly": ("autoencoders_a",),
-}
+__all__ = [
+    "DEFAULT", "FORMAT", "PARTS", "PRECISIONS", "PRETRAINED", "Description", "System", "WeightsError", "available",
+    "build", "check_tensors", "describe", "find", "load", "pick_dtype", "save",
+]  # fmt: skip
+
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PRETRAINED = Path(__file__).parents[1] / "pretrained"
 DEFAULT = "flair-image-labels"
 RENAMED = {"ddmd-light": "flair-image-labels", "ddmd-pixel": "flair-pixel-labels"}  # since 0.2
+MAX_HEADER = 2**24  # bytes
+MAX_PARAMETERS = 200_000_000
+STORED_TYPES = {"F16": 2, "BF16": 2, "F32": 4}  # of safetensors, and their bytes
+Sampling = SamplingConfig  # its name here until 0.1
 
 
 class WeightsError(ValueError):
     """A weights file that cannot be used; the message names it and says what to do."""
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How masks are drawn by default; `ddmd.sampling.SamplingConfig` says what each is."""
-
-    sampler: str = "ddim"
-    steps: int = 5
-    samples: int = 5
-    eta: float = 0.0
-    stop: float = 0.0
-    mirror: bool = False
-
-
-@dataclass(frozen=True)
-class Description:
-    """What a weights file says of itself.
-
-    sequences : the C sequences, in the order the networks take them.
-    grid : {"mm": millimetres a pixel, "multiple": of H and W}.
-    discrepancy_scale : what X and Y are multiplied by before they enter the network.
-    use_inter, use_intra : whether X and Y enter it at all.
-    system : "ddmd"; "supervised", the condition network alone; "anomaly", the error of the
-        auto-encoders trained on normal slices.
-    threshold : probability from which a voxel is lesion; threshold_chosen says how.
-    min_lesion_ml, min_peak : components that are smaller, or nowhere as probable, are left out of the mask.
-    through_plane_mm : standard deviation of the Gaussian by which maps are smoothed across slices, each of
-        which the networks see nearly alone.
-    training : data, licence, labels, command.
-    """
-
-    name: str
-    sequences: tuple[str, ...]
-    grid: dict[str, Any]
-    schedule: dict[str, Any]
-    autoencoder: dict[str, Any]
-    denoiser: dict[str, Any]
-    discrepancy_scale: float
-    use_inter: bool = True
-    use_intra: bool = True
-    system: str = "ddmd"
-    sampling: dict[str, Any] = field(default_factory=lambda: dataclasses.asdict(Sampling()))
-    threshold: float = 0.5
-    threshold_chosen: str = "one half"
-    min_lesion_ml: float = 0.05
-    min_peak: float = 0.8
-    through_plane_mm: float = 1.5
-    training: dict[str, Any] = field(default_factory=dict)
-    format: int = FORMAT
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class System:
     """A trained system: two ensembles of auto-encoders, the condition network and the denoiser.
 
-    Of a baseline, the networks that are not in `PARTS` are there, untrained and unused.
+    Of a baseline, the networks that are not in `PARTS` are there, untrained and unused. A system that is in
+    use must not be changed: copy it with `dataclasses.replace` and other networks.
+
+    Parameters
+    ----------
+    description : Description
+    autoencoders_a, autoencoders_b : AutoencoderEnsemble
+        Trained on normal slices; trained on all slices.
+    condition : ConditionNet
+    denoiser : Denoiser
+    sha256 : str, optional
+        Checksum of the file it was loaded from.
     """
 
     description: Description
@@ -97,7 +68,7 @@ class System:
     autoencoders_b: AutoencoderEnsemble
     condition: ConditionNet
     denoiser: Denoiser
-    samplings: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+    sha256: str | None = None
 
     def parts(self) -> dict[str, nn.Module]:
         """The trained networks by the name their tensors carry."""
@@ -105,6 +76,7 @@ class System:
 
     @property
     def device(self) -> torch.device:
+        """Where the networks are."""
         return next(self.autoencoders_a.parameters()).device
 
     @property
@@ -114,36 +86,75 @@ class System:
 
     @property
     def schedule(self) -> Schedule:
-        return Schedule(**self.description.schedule)
+        """The noise schedule."""
+        return self.description.schedule_config
 
 
-def build(description: Description) -> System:
-    """The networks a description calls for, with fresh weights."""
-    autoencoder = AutoencoderConfig(**description.autoencoder)
-    sizes: dict[str, Any] = {
-        k: tuple(v) if isinstance(v, list) else v for k, v in description.denoiser.items()
-    }
-    denoiser = DenoiserConfig(**sizes)
+def build(description: Description, device: torch.device | str = "cpu") -> System:
+    """The networks a description calls for, with fresh float32 weights.
+
+    Raises
+    ------
+    ValueError
+        If they have more than MAX_PARAMETERS parameters; nothing is allocated before that is known.
+    """
+    if torch.device(device).type != "meta":
+        planned = build(description, "meta")
+        count = sum(p.numel() for part in planned.parts().values() for p in part.parameters())
+        if count > MAX_PARAMETERS:
+            raise ValueError(f"its networks have {count:,} parameters; allowed are {MAX_PARAMETERS:,}")
     return System(
         description,
-        AutoencoderEnsemble(autoencoder),
-        AutoencoderEnsemble(autoencoder),
-        ConditionNet(denoiser),
-        Denoiser(denoiser),
+        AutoencoderEnsemble(description.autoencoder_config, device),
+        AutoencoderEnsemble(description.autoencoder_config, device),
+        ConditionNet(description.denoiser_config, device),
+        Denoiser(description.denoiser_config, device),
     )
 
 
+def check_tensors(source: str | os.PathLike[str], tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Refuse tensors that are not floating, or not finite.
+
+    Parameters
+    ----------
+    source : the file they are of, for the message
+    tensors : (name, tensor) of each
+
+    Raises
+    ------
+    WeightsError
+        Naming the file and the tensor.
+    """
+    for name, tensor in tensors:
+        if not tensor.is_floating_point():
+            raise WeightsError(
+                f"{source}: tensor {name} is of type {tensor.dtype}; allowed are floating types"
+            )
+        if not bool(torch.isfinite(tensor).all()):
+            count = int((~torch.isfinite(tensor)).sum())
+            raise WeightsError(
+                f"{source}: tensor {name} has {count} of {tensor.numel()} values that are NaN or infinite; "
+                "the training that wrote it failed, or the file is damaged"
+            )
+
+
 def save(system: System, path: str | Path, dtype: torch.dtype = torch.float16) -> None:
-    """Write a system to one file, whole or not at all. float16 halves it."""
+    """Write a system to one file, whole or not at all. float16 halves it.
+
+    Raises
+    ------
+    WeightsError
+        If a weight is not finite, or not in the range of the type.
+    """
     path = Path(path)
     tensors = {
         f"{part}.{key}": value.detach().to("cpu", dtype).contiguous()
         for part, module in system.parts().items()
         for key, value in module.state_dict().items()
     }
-    temporary = path.with_name(f".{path.name}.partial")
-    save_file(tensors, temporary, {"ddmd": json.dumps(dataclasses.asdict(system.description))})
-    os.replace(temporary, path)
+    check_tensors(path, tensors.items())
+    with atomic_path(path) as temporary:
+        save_file(tensors, temporary, {"ddmd": system.description.to_json()})
 
 
 def available() -> list[str]:
@@ -152,10 +163,19 @@ def available() -> list[str]:
 
 
 def find(name_or_path: str | os.PathLike[str]) -> Path:
-    """The file of a shipped system's name, or of a path."""
+    """The file of a shipped system's name, or of a path.
+
+    Raises
+    ------
+    WeightsError
+        If there is none.
+    """
     path = Path(name_or_path)
-    if path.is_file():
-        return path
+    try:
+        if path.is_file():
+            return path
+    except (OSError, ValueError):  # a name too long, or with a NUL
+        pass
     name = os.fspath(name_or_path)
     if name in RENAMED:
         warnings.warn(
@@ -164,41 +184,83 @@ def find(name_or_path: str | os.PathLike[str]) -> Path:
             stacklevel=2,
         )
         name = RENAMED[name]
-    pretrained = PRETRAINED / f"{name}.safetensors"
-    if path.parent == Path() and pretrained.is_file():
-        return pretrained
+    if name in available():
+        return PRETRAINED / f"{name}.safetensors"
     raise WeightsError(
-        f"{name_or_path}: no such weights; give the path of a .safetensors file, or one of "
+        f"{validation.shown(os.fspath(name_or_path))}: no such weights; give the path of a .safetensors file, or one of "
         f"{', '.join(available()) or '(none is shipped)'}"
     )
 
 
-def describe(path: Path) -> Description:
-    """The description in a weights file's header; the tensors are not read."""
+@dataclass(frozen=True)
+class _Header:
+    """What stands before the tensors of a safetensors file."""
+
+    description: Description
+    shapes: dict[str, tuple[int, ...]]
+
+
+def _read_header(path: Path) -> _Header:
+    """The checked header of a weights file: nothing large is read or allocated for a damaged one."""
     try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-    except (SafetensorError, OSError) as error:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(MAX_HEADER, size - 8):
+                raise ValueError("its header is cut off or too long")
+            entries = json.loads(file.read(length))
+        if not isinstance(entries, dict):
+            raise ValueError("its header is no JSON object")
+    except (OSError, ValueError, RecursionError) as error:
         raise WeightsError(
-            f"{path}: not a safetensors file ({error}); pickled weights (.pt, .pth) are never loaded"
+            f"{path}: not a safetensors file ({validation.shown(str(error))}); "
+            "pickled weights (.pt, .pth) are never loaded"
         ) from None
-    if "ddmd" not in metadata:
+    metadata = entries.pop("__metadata__", None)
+    if not isinstance(metadata, dict) or "ddmd" not in metadata:
         raise WeightsError(f"{path}: lacks its description; weights are written by ddmd train")
     try:
-        values = json.loads(metadata["ddmd"])
-        values["sequences"] = tuple(values["sequences"])
-        description = Description(**values)
-    except (ValueError, TypeError, KeyError) as error:
-        raise WeightsError(f"{path}: its description cannot be read ({error})") from None
-    if description.format > FORMAT:
-        raise WeightsError(f"{path}: format {description.format} is newer than {FORMAT}; update ddmd")
-    if description.system not in PARTS:
-        raise WeightsError(f"{path}: system is {description.system!r}; known are {', '.join(PARTS)}")
-    return description
+        return _Header(Description.from_json(metadata["ddmd"]), _shapes(entries, size - 8 - length))
+    except ValueError as error:
+        raise WeightsError(f"{path}: {error}") from None
+
+
+def _shapes(entries: dict[str, Any], size: int) -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor in a header whose data takes `size` bytes."""
+    shapes, total = {}, 0
+    for name, entry in entries.items():
+        shown = validation.shown(name)
+        if not isinstance(entry, dict) or not isinstance(entry.get("shape"), list):
+            raise ValueError(f"tensor {shown} has no shape")
+        kind = entry.get("dtype")
+        if not isinstance(kind, str) or kind not in STORED_TYPES:
+            raise ValueError(
+                f"tensor {shown} is of type {validation.shown(kind)}; allowed are {', '.join(STORED_TYPES)}"
+            )
+        count = STORED_TYPES[kind]
+        for side in entry["shape"]:
+            count *= validation.integer(f"a side of tensor {shown}", side, 0, 2**31)
+            if count > size:
+                raise ValueError(f"tensor {shown} is larger than the file")
+        shapes[name], total = tuple(entry["shape"]), total + count
+    if total != size:
+        raise ValueError(f"its tensors take {total} bytes, and it has {size}: it is cut off or damaged")
+    return shapes
+
+
+def describe(path: Path) -> Description:
+    """The description in a weights file's header; the tensors are not read.
+
+    Raises
+    ------
+    WeightsError
+        If the file is no weights file, or its description is out of range; the message names the key.
+    """
+    return _read_header(path).description
 
 
 def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """What to compute in. "auto" is bfloat16 on a GPU and on a CPU that multiplies it, else float32.
+    """The type to compute in. "auto" is bfloat16 on a GPU and on a CPU that multiplies it, else float32.
 
     Convolutions of 32 to 96 channels, two threads: 375 against 205 GFLOP/s with AVX512_BF16; without it
     and without AMX 127 against 250.
@@ -210,8 +272,9 @@ def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
             or torch.cpu._is_avx512_bf16_supported()
         )
         return torch.bfloat16 if fast else torch.float32
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision is {precision!r}; allowed are auto, {', '.join(PRECISIONS)}")
+    if not isinstance(precision, str) or precision not in PRECISIONS:
+        shown = validation.shown(precision)
+        raise ValueError(f"precision is {shown}; allowed are auto, {', '.join(PRECISIONS)}")
     return PRECISIONS[precision]
 
 
@@ -232,38 +295,58 @@ def load(
     Raises
     ------
     WeightsError
-        If there is no such file, it is not safetensors, lacks its description, or its tensors are not
-        those of the networks it describes.
+        If there is no such file, it is not safetensors, lacks its description, describes what is out of
+        range, or its tensors are not finite or not those of the networks it describes.
+    ValueError
+        If there is no such precision.
     """
-    path = find(name_or_path)
-    dtype = pick_dtype(precision, torch.device(device))
-    description = describe(path)
+    path, device = find(name_or_path), torch.device(device)
+    dtype = pick_dtype(precision, device)
+    header = _read_header(path)
     try:
-        system = build(description)
-    except (TypeError, ValueError, KeyError, RuntimeError) as error:
-        raise WeightsError(f"{path}: describes another architecture ({error})") from None
-    with safe_open(path, "pt") as file:
-        held = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        planned = build(header.description, "meta")
+        system = dataclasses.replace(build(header.description), sha256=_sha256(path))
+    except (ValueError, OverflowError, RuntimeError) as error:
+        raise WeightsError(f"{path}: its networks cannot be built ({error})") from None
     wanted = {
-        f"{part}.{key}": value
-        for part, module in system.parts().items()
+        f"{part}.{key}": tuple(value.shape)
+        for part, module in planned.parts().items()
         for key, value in module.state_dict().items()
     }
+    shapes = header.shapes
     wrong = sorted(
-        key for key in held.keys() | wanted.keys()
-        if key not in held or key not in wanted or held[key].shape != wanted[key].shape
+        key for key in shapes.keys() | wanted.keys() if shapes.get(key) != wanted.get(key)
     )  # fmt: skip
     if wrong:
         raise WeightsError(
             f"{path}: of another architecture: {len(wrong)} tensors missing, extra or of another shape "
-            f"({', '.join(wrong[:3])}, ...); load it with the version of ddmd that wrote it"
+            f"({validation.shown(', '.join(wrong[:3]))}); load it with the version of ddmd that wrote it"
         )
-    for part, module in system.parts().items():
-        module.load_state_dict({k: held[f"{part}.{k}"].float() for k in module.state_dict()})
-        module.eval().requires_grad_(False)
-        prepare(module)
-        module.to(device, dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        for norm in module.modules():
-            if isinstance(norm, NormSiLU):
-                norm.float()  # what the op computes in: not converted at every call
+    tensors = _read_tensors(path)
+    check_tensors(path, tensors.items())
+    # ordinary float32 tensors, whatever the caller's mode
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
+        for part, module in system.parts().items():
+            module.load_state_dict({k: tensors[f"{part}.{k}"].float() for k in module.state_dict()})
+            module.eval().requires_grad_(False)
+            freeze(module, dtype)
+            module.to(device, dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            for norm in module.modules():
+                if isinstance(norm, NormSiLU):
+                    norm.float()  # what the op computes in: not converted at every call
+            check_tensors(f"{path} in {dtype}", module.named_parameters(part))
     return system
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file whose header was checked, on the CPU whatever the caller's default device."""
+    try:
+        with torch.inference_mode(False), torch.device("cpu"), safe_open(path, "pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"{path}: damaged ({error})") from None

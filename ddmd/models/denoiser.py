@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ddmd.models.autoencoder import NormSiLU
+from ddmd import validation
+from ddmd.models.autoencoder import MAX_SEQUENCES, NormSiLU, float32_on
 from ddmd.models.fused_convolution import PatchConv2d, UpConv2d, concat_upsampled
 
 IMAGE_PATCH = 2  # the U-Net works on 2x2 patches of the slice
@@ -37,8 +39,12 @@ class DenoiserConfig:
     noise_width : int
         Channels of the denoiser at 1/4 of the grid; twice as many at 1/8.
     mirrored : bool
-        Whether the slice's left-right mirror image is seen beside it: what the two sides do not share
-        shows at once.
+        Whether the slice's left-right mirror image is an input, too, so that asymmetry is seen directly.
+
+    Raises
+    ------
+    ValueError
+        If a size is of another type or out of range.
     """
 
     sequences: int = 1
@@ -46,6 +52,25 @@ class DenoiserConfig:
     widths: tuple[int, ...] = (32, 64, 96, 128)
     noise_width: int = 32
     mirrored: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.widths, tuple | list) or len(self.widths) != 4:
+            raise ValueError(f"widths is {validation.shown(self.widths)}; allowed are 4 integers")
+        checked: dict[str, Any] = {
+            "sequences": validation.integer("sequences", self.sequences, 1, MAX_SEQUENCES),
+            "context": validation.integer("context", self.context, 0, 8),
+            "widths": tuple(validation.integer("widths", width, 1, 4096) for width in self.widths),
+            "noise_width": validation.integer("noise_width", self.noise_width, 1, 1024),
+            "mirrored": validation.flag("mirrored", self.mirrored),
+        }
+        normed = [("widths", width) for width in checked["widths"]]
+        for name, width in (*normed, *(("noise_width", i * checked["noise_width"]) for i in (1, 2))):
+            if width % _groups(width):
+                raise ValueError(
+                    f"{name} gives {width} channels, which {_groups(width)} groups do not divide"
+                )
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
 
     @property
     def inputs(self) -> int:
@@ -75,28 +100,40 @@ class _Residual(nn.Module):
     modulation: what t makes of the first norm.
     """
 
-    def __init__(self, first: nn.Module, skip: nn.Module | None, channels: int, embedding: int) -> None:
+    def __init__(
+        self,
+        first: nn.Module,
+        skip: nn.Module | None,
+        channels: int,
+        embedding: int,
+        device: torch.device | str,
+    ) -> None:
         super().__init__()
+        made_with = float32_on(device)
         self.first = first
-        self.first_norm = NormSiLU(channels, _groups(channels))
-        self.second = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        self.second_norm = NormSiLU(channels, _groups(channels))
+        self.first_norm = NormSiLU(channels, _groups(channels), device)
+        self.second = nn.Conv2d(channels, channels, 3, padding=1, bias=False, **made_with)
+        self.second_norm = NormSiLU(channels, _groups(channels), device)
         self.skip = skip
-        self.time = nn.Linear(embedding, 2 * channels) if embedding else None
+        self.time = nn.Linear(embedding, 2 * channels, **made_with) if embedding else None
 
     def _rest(self, h: Tensor, residual: Tensor, modulation: Modulation | None) -> Tensor:
         """What follows the first convolution."""
         h = self.first_norm(h, *_expanded(modulation, len(h)))
-        return self.second_norm(self.second(h), residual=residual)
+        y: Tensor = self.second_norm(self.second(h), residual=residual)
+        return y
 
 
 class Block(_Residual):
     """The two convolutions of one image."""
 
-    def __init__(self, channels_in: int, channels: int, embedding: int = 0) -> None:
-        first = nn.Conv2d(channels_in, channels, 3, padding=1, bias=False)
-        skip = nn.Conv2d(channels_in, channels, 1) if channels_in != channels else None
-        super().__init__(first, skip, channels, embedding)
+    def __init__(
+        self, channels_in: int, channels: int, embedding: int = 0, device: torch.device | str = "cpu"
+    ) -> None:
+        made_with = float32_on(device)
+        first = nn.Conv2d(channels_in, channels, 3, padding=1, bias=False, **made_with)
+        skip = nn.Conv2d(channels_in, channels, 1, **made_with) if channels_in != channels else None
+        super().__init__(first, skip, channels, embedding, device)
 
     def forward(self, x: Tensor, modulation: Modulation | None = None) -> Tensor:
         h = self.first(x)
@@ -104,14 +141,25 @@ class Block(_Residual):
 
 
 class UpBlock(_Residual):
-    """Those of a coarse image, enlarged twofold, beside a fine one; where it pays, neither enlarged nor joined."""
+    """The two convolutions of a coarse image, upsampled twofold, concatenated with a fine one.
+
+    Where fused convolutions are faster, neither the upsampled nor the concatenated image is made.
+    """
 
     first: UpConv2d
     skip: UpConv2d
 
-    def __init__(self, coarse: int, fine: int, channels: int, embedding: int = 0) -> None:
-        first, skip = UpConv2d(coarse, fine, channels, bias=False), UpConv2d(coarse, fine, channels, kernel=1)
-        super().__init__(first, skip, channels, embedding)
+    def __init__(
+        self,
+        coarse: int,
+        fine: int,
+        channels: int,
+        embedding: int = 0,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        first = UpConv2d(coarse, fine, channels, bias=False, device=device)
+        skip = UpConv2d(coarse, fine, channels, kernel=1, device=device)
+        super().__init__(first, skip, channels, embedding, device)
 
     def forward(self, coarse: Tensor, fine: Tensor, modulation: Modulation | None = None) -> Tensor:
         if self.first.is_fused(fine):
@@ -134,17 +182,19 @@ class Condition:
 class ConditionNet(nn.Module):
     """U-Net over the image, X and Y. Also, alone, the supervised baseline: its evidence map."""
 
-    def __init__(self, config: DenoiserConfig) -> None:
+    def __init__(self, config: DenoiserConfig, device: torch.device | str = "cpu") -> None:
         super().__init__()
         self.config = config
         w = config.widths
-        self.stem = PatchConv2d([(config.inputs, IMAGE_PATCH)], w[0])
-        self.down = nn.ModuleList(Block(w[max(i - 1, 0)], w[i]) for i in range(len(w)))
-        self.up = nn.ModuleList(UpBlock(w[i + 1], w[i], w[i]) for i in reversed(range(len(w) - 1)))
-        self.to_evidence = nn.Conv2d(w[0], IMAGE_PATCH**2, 3, padding=1)
+        self.stem = PatchConv2d([(config.inputs, IMAGE_PATCH)], w[0], device)
+        self.down = nn.ModuleList(Block(w[max(i - 1, 0)], w[i], device=device) for i in range(len(w)))
+        self.up = nn.ModuleList(
+            UpBlock(w[i + 1], w[i], w[i], device=device) for i in reversed(range(len(w) - 1))
+        )
+        self.to_evidence = nn.Conv2d(w[0], IMAGE_PATCH**2, 3, padding=1, **float32_on(device))
         nn.init.constant_(self.to_evidence.bias, -4.0)  # type: ignore[arg-type]  # lesions are rare
-        seen = [(w[0], NOISE_PATCH // IMAGE_PATCH), (w[1], 1), (1, NOISE_PATCH)]
-        self.to_features = PatchConv2d(seen, config.noise_width)
+        inputs = [(w[0], NOISE_PATCH // IMAGE_PATCH), (w[1], 1), (1, NOISE_PATCH)]
+        self.to_features = PatchConv2d(inputs, config.noise_width, device)
 
     def forward(self, planes: Tensor) -> Condition:
         """Planes (Z, inputs, H, W) of `DenoiserConfig.inputs` -> Condition."""
@@ -184,21 +234,21 @@ def time_embedding(t: Tensor, size: int) -> Tensor:
 class Denoiser(nn.Module):
     """The part that runs once a sample and step: a two-level U-Net on 4x4 patches of x_t."""
 
-    def __init__(self, config: DenoiserConfig) -> None:
+    def __init__(self, config: DenoiserConfig, device: torch.device | str = "cpu") -> None:
         super().__init__()
-        w = config.noise_width
+        w, made_with = config.noise_width, float32_on(device)
         self.embedding = 4 * w
         self.embed = nn.Sequential(
-            nn.Linear(self.embedding, self.embedding),
+            nn.Linear(self.embedding, self.embedding, **made_with),
             nn.SiLU(),
-            nn.Linear(self.embedding, self.embedding),
+            nn.Linear(self.embedding, self.embedding, **made_with),
             nn.SiLU(),
         )
-        self.from_noise = nn.Conv2d(NOISE_PATCH**2, w, 3, padding=1, bias=False)
-        self.down = Block(w, w, self.embedding)
-        self.middle = Block(w, 2 * w, self.embedding)
-        self.up = UpBlock(2 * w, w, w, self.embedding)
-        self.to_output = nn.Conv2d(w, NOISE_PATCH**2, 3, padding=1)
+        self.from_noise = nn.Conv2d(NOISE_PATCH**2, w, 3, padding=1, bias=False, **made_with)
+        self.down = Block(w, w, self.embedding, device)
+        self.middle = Block(w, 2 * w, self.embedding, device)
+        self.up = UpBlock(2 * w, w, w, self.embedding, device)
+        self.to_output = nn.Conv2d(w, NOISE_PATCH**2, 3, padding=1, **made_with)
         nn.init.zeros_(self.to_output.weight)
         nn.init.zeros_(self.to_output.bias)  # type: ignore[arg-type]
 
@@ -213,9 +263,22 @@ class Denoiser(nn.Module):
         return tuple(block.time(embedding).chunk(2, dim=1) for block in blocks if block.time is not None)
 
     def patches(self, x: Tensor, condition: Condition, modulations: tuple[Modulation, ...]) -> Tensor:
-        """What is added to the evidence's patches, for the patches of x_t: both as `to_patches` gives them."""
+        """What is added to the evidence's patches: the patches of x_t in, both as `to_patches` gives them.
+
+        Parameters
+        ----------
+        x : (S Z, H / 4, W / 4, 16)
+            S samples of each of the condition's Z slices, sample after sample.
+        condition : Condition
+        modulations : as `modulations` gives them
+        """
         down, middle, up = modulations
-        h = self.from_noise(x.permute(0, 3, 1, 2)) + condition.features
+        h = self.from_noise(x.permute(0, 3, 1, 2))
+        samples = len(h) // len(condition.features)
+        if samples == 1:
+            h = h + condition.features
+        else:
+            h = (h.unflatten(0, (samples, -1)) + condition.features).flatten(0, 1)
         fine = self.down(h, down)
         coarse = self.middle(functional.avg_pool2d(fine, 2), middle)
         h = self.up(coarse, fine, up)
