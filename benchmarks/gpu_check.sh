@@ -3,11 +3,15 @@
 # accesses and races, measure. Usage: benchmarks/gpu_check.sh [WHEELS] [OUT]; WHEELS is a folder of wheels of
 # what the system Python lacks (nibabel, say), OUT takes logs and JSON. The last lines say what failed.
 set -uo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/.." || exit
 
 WHEELS=${1:-wheels}
 OUT=${2:-build/gpu-check}
-PYTHON=${PYTHON:-python3}
+# the system's Python by its path: this script's own environment goes in front of it on PATH
+if ! PYTHON=$(command -v "${PYTHON:-python3}"); then
+    echo "no python3 on PATH; pass PYTHON=/path/to/python3"
+    exit 1
+fi
 VENV=build/gpu-venv
 failed=()
 mkdir -p "$OUT" build
@@ -47,25 +51,35 @@ build() {
     "$VENV/bin/python" -c 'import torch; print(torch.__version__, torch.cuda.get_device_name(0))'
 }
 
-sanitize() { # TOOL
-    compute-sanitizer --tool "$1" --error-exitcode 1 build/gpu/ddmd_test
+sanitize() { # TOOL COMMAND...
+    local tool=$1
+    shift
+    compute-sanitizer --tool "$tool" --error-exitcode 1 "$@"
 }
 
-export -f build sanitize
+# The ops as torch calls them, each allocation its own, so that a byte beyond it is seen. TOOL, SELECTION
+sanitize_ops() {
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 sanitize "$1" --target-processes all \
+        "$VENV/bin/python" -m pytest -m gpu -q -x -p no:cacheprovider tests/test_gpu.py -k "$2"
+}
+
+export -f build sanitize sanitize_ops
 export VENV PYTHON WHEELS
 
-if ! part build 150 bash -c build; then
+if ! part build 120 bash -c build; then
     echo "nothing else can run; logs in $OUT"
     exit 1
 fi
 python="$VENV/bin/python"
 part info 20 "$python" -m ddmd info
 part core 15 build/gpu/ddmd_test
-part tests 110 "$python" -m pytest -m gpu -q -p no:cacheprovider --junit-xml="$OUT/tests.xml" tests/test_gpu.py tests/test_kernels.py \
+part tests 90 "$python" -m pytest -m gpu -q -p no:cacheprovider --junit-xml="$OUT/tests.xml" tests/test_gpu.py tests/test_kernels.py \
     tests/test_sampling.py
 if command -v compute-sanitizer > /dev/null; then
-    part memcheck 40 bash -c 'sanitize memcheck'
-    part racecheck 40 bash -c 'sanitize racecheck'
+    part memcheck-core 20 bash -c 'sanitize memcheck build/gpu/ddmd_test'
+    part memcheck-ops 90 bash -c 'sanitize_ops memcheck "(op_is_the_reference or gradients) and float32"'
+    # sums and normalisation are the kernels that use shared memory
+    part racecheck-ops 90 bash -c 'sanitize_ops racecheck "op_is_the_reference and float32 and (norm or kl or pairwise)"'
 else
     echo "left out: compute-sanitizer is not on PATH, so memory accesses and races were not looked at"
 fi

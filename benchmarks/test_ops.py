@@ -1,4 +1,4 @@
-"""Each op against eager torch, careful eager torch with its buffers reused, and torch.compile.
+"""Each op against eager torch, eager torch with its buffers preallocated, and torch.compile.
 
 Run by `make bench` and `make bench-gpu`. The rivals of one op are measured in turn in one run; medians
 and bytes go to `extra_info` of pytest-benchmark's JSON, from which `benchmarks.table` makes the table.
@@ -61,7 +61,7 @@ def test_ensemble_variance(benchmark):
     x = randn(5, 16 * BIG, 1, 256, 256)
     mean, second, scratch = torch.empty_like(x[0]), torch.empty_like(x[0]), torch.empty_like(x)
 
-    def careful():  # two passes, nothing allocated
+    def preallocated():  # two passes, nothing allocated
         torch.mean(x, 0, out=mean)
         torch.sub(x, mean, out=scratch)
         scratch.square_()
@@ -80,7 +80,7 @@ def test_ensemble_variance(benchmark):
 
     report(
         benchmark, "ensemble_variance", f"{tuple(x.shape)} float32", (len(x) + 2) * mean.numel() * 4,
-        {"ours": ours, "eager": lambda: torch.var_mean(x, 0), "careful": careful,
+        {"ours": ours, "eager": lambda: torch.var_mean(x, 0), "eager, preallocated": preallocated,
          "compile": compiled(lambda x: torch.var_mean(x, 0), x), "ours, allocating": lambda: ops.ensemble_variance(x)},
     )  # fmt: skip
 
@@ -98,7 +98,7 @@ def test_denoise_step(benchmark):
         x0 = torch.clamp(c[0] * x + c[1] * out, -1, 1)
         return c[2] * x0 + c[3] * x + c[4] * out + c[6] * noise
 
-    def careful():
+    def preallocated():
         torch.randn(z.shape, out=z)
         torch.mul(out, c[1], out=predicted).add_(state, alpha=c[0]).clamp_(-1, 1)
         state.mul_(c[3]).add_(predicted, alpha=c[2]).add_(z, alpha=c[6])
@@ -109,7 +109,7 @@ def test_denoise_step(benchmark):
     agree(ours, wanted, 2e-5)
     report(
         benchmark, "denoise_step", f"{tuple(x.shape)} float32, with noise", 3 * x.numel() * 4,
-        {"ours": lambda: ops.denoise_step(state, out, table, *at), "eager": eager, "careful": careful,
+        {"ours": lambda: ops.denoise_step(state, out, table, *at), "eager": eager, "eager, preallocated": preallocated,
          "compile": compiled(eager, state, out)},
     )  # fmt: skip
 
@@ -123,7 +123,7 @@ def test_discrepancy_maps(benchmark):
         mu_a = a.mean(0)
         return (b.mean(0) - mu_a).abs().mean(1), (a - mu_a).square().mean((0, 2)).sqrt()
 
-    def careful():
+    def preallocated():
         torch.mean(a, 0, out=mu_a)
         torch.mean(b, 0, out=mu_b)
         torch.sub(mu_b, mu_a, out=inter).abs_()
@@ -142,7 +142,7 @@ def test_discrepancy_maps(benchmark):
         agree(got, wanted, 1e-5)
     report(
         benchmark, "discrepancy_maps", f"K = 3 + 3, {shape[1]} slices of 128 x 128, float32", (6 + 2) * a[0].numel() * 4,
-        {"ours": ours, "eager": eager, "careful": careful, "compile": compiled(eager, a, b),
+        {"ours": ours, "eager": eager, "eager, preallocated": preallocated, "compile": compiled(eager, a, b),
          "ours, allocating": lambda: ops.discrepancy_maps(a, b)},
     )  # fmt: skip
 
@@ -158,7 +158,7 @@ def test_group_norm_silu(benchmark, shape, dtype):
     def eager(x=x):
         return functional.silu(functional.group_norm(x, 8, own_weight, own_bias))
 
-    def careful():
+    def preallocated():
         return functional.silu(functional.group_norm(x, 8, own_weight, own_bias), inplace=True)
 
     with torch.inference_mode():
@@ -167,7 +167,7 @@ def test_group_norm_silu(benchmark, shape, dtype):
         report(
             benchmark, "group_norm_silu", f"{tuple(x.shape)} {str(dtype)[6:]}, channels last",
             3 * x.numel() * x.element_size(),
-            {"ours": lambda: ops.group_norm_silu(x, 8, weight, bias), "eager": eager, "careful": careful,
+            {"ours": lambda: ops.group_norm_silu(x, 8, weight, bias), "eager": eager, "eager, preallocated": preallocated,
              "compile": compiled(eager, x)},
         )  # fmt: skip
 
@@ -196,7 +196,7 @@ def test_noise(benchmark):
     def eager(x0=x0, a=a, s=s):  # as diffusers' add_noise writes it
         return a * x0 + s * torch.randn_like(x0)
 
-    def careful():
+    def preallocated():
         torch.randn(z.shape, out=z)
         torch.mul(x0, a, out=product).addcmul_(z, s)
 
@@ -204,7 +204,7 @@ def test_noise(benchmark):
     agree(ops.noise(x0[:8], t[:8], table, *few), reference.noise(x0[:8], t[:8], table, *few), 2e-5)
     report(
         benchmark, "noise", f"{tuple(x0.shape)} float32", 2 * x0.numel() * 4,
-        {"ours": lambda: ops.noise(x0, t, table, *at), "eager": eager, "careful": careful,
+        {"ours": lambda: ops.noise(x0, t, table, *at), "eager": eager, "eager, preallocated": preallocated,
          "compile": compiled(eager, x0, a, s)},
     )  # fmt: skip
 
@@ -219,7 +219,7 @@ def test_ensemble_update(benchmark):
         new = mean + delta / 4
         return new, m2 + delta * (x[0] - new)
 
-    def careful():
+    def preallocated():
         torch.sub(x[0], mean, out=scratch)
         mean.add_(scratch, alpha=0.25)
         m2.addcmul_(scratch, scratch, value=0.75)
@@ -231,7 +231,7 @@ def test_ensemble_update(benchmark):
         agree(ours, wanted, 1e-5)
     report(
         benchmark, "ensemble_update", f"one sample {tuple(x[0].shape)} float32", 5 * mean.numel() * 4,
-        {"ours": lambda: ops.ensemble_update(mean, m2, 3, x), "eager": eager, "careful": careful,
+        {"ours": lambda: ops.ensemble_update(mean, m2, 3, x), "eager": eager, "eager, preallocated": preallocated,
          "compile": compiled(eager, mean, m2, x)},
     )  # fmt: skip
 
@@ -244,7 +244,7 @@ def test_pairwise_sqdist(benchmark):
         same = group[:, None] == group[None]
         return (torch.cdist(z, z).square() * same).sum() / 2
 
-    def careful(z=z):  # the Gram trick
+    def preallocated(z=z):  # the Gram trick
         total = z.new_zeros(())
         for g in range(groups):
             own = z[g::groups]
@@ -255,6 +255,6 @@ def test_pairwise_sqdist(benchmark):
     agree(ops.pairwise_sqdist(z, group, groups) / wanted, torch.ones_like(wanted), 1e-5)
     report(
         benchmark, "pairwise_sqdist", f"({n}, {d}) float32, {groups} groups", z.numel() * 4,
-        {"ours": lambda: ops.pairwise_sqdist(z, group, groups), "eager": eager, "careful": careful,
-         "compile": compiled(careful, z)},
+        {"ours": lambda: ops.pairwise_sqdist(z, group, groups), "eager": eager, "eager, preallocated": preallocated,
+         "compile": compiled(preallocated, z)},
     )  # fmt: skip

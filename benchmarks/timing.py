@@ -5,34 +5,30 @@ from __future__ import annotations
 import platform
 import re
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch.utils.benchmark import timer
 
 Work = Callable[[], object]
 
 
 def _seconds(work: Work, device: str, calls: int) -> float:
-    """Seconds a call. Several calls on a GPU are timed by its own clock: launching hides behind running."""
-    if device != "cuda" or calls == 1:
-        if device == "cuda":
-            torch.cuda.synchronize()
-        begun = time.perf_counter()
+    """Seconds a call, the mean of `calls`: by torch.utils.benchmark's clock, or on a GPU by its own."""
+    if device == "cuda" and calls > 1:  # launching hides behind running, as it does in use
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        start.record()
         for _ in range(calls):
             work()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        return (time.perf_counter() - begun) / calls
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    start.record()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1000 / calls
+    begun = timer()  # waits for the device
     for _ in range(calls):
         work()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1000 / calls
+    return (timer() - begun) / calls
 
 
 def alternate(

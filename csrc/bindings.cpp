@@ -45,7 +45,7 @@ py::dict build_info() {
 
 PYBIND11_MODULE(_C, m) {
   using Release = py::call_guard<py::gil_scoped_release>;
-  m.doc() = "The C++ and CUDA core of ddmd; called through ddmd.native.";
+  m.doc() = "The C++ and CUDA core of ddmd; called through ddmd.ops.native.";
   m.def("build_info", &build_info);
   m.def("use_openmp", &ddmd::use_openmp);
   m.def("philox", [](Address counters, int64_t seed, Address words, int64_t count) {

@@ -22,7 +22,7 @@ const char *offset_by(const void *x, DType type, int64_t elements) {
   return static_cast<const char *>(x) + elements * static_cast<int64_t>(size_of(type));
 }
 
-std::vector<const Kernels *> sets() {
+std::vector<const Kernels *> available_sets() {
   std::vector<const Kernels *> found;
 #ifdef DDMD_X86
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
@@ -44,7 +44,7 @@ struct Axes {
   int64_t rows = 1;
 };
 
-Axes merged(const int64_t *shape, const int64_t *strides, int dims) {
+Axes merge_axes(const int64_t *shape, const int64_t *strides, int dims) {
   Axes axes;
   for (int i = 0; i < dims; ++i) {
     if (shape[i] == 1) continue;
@@ -67,7 +67,7 @@ Axes merged(const int64_t *shape, const int64_t *strides, int dims) {
 }  // namespace
 
 const Kernels *kernel_set(int index) {
-  static const std::vector<const Kernels *> found = sets();
+  static const std::vector<const Kernels *> found = available_sets();
   return index < static_cast<int>(found.size()) ? found[index] : nullptr;
 }
 
@@ -79,14 +79,14 @@ const Kernels &kernels() {
 namespace {
 
 // Results of more bytes than this are not in a core's cache any more when somebody reads them.
-constexpr int64_t kCached = 4 << 20;
+constexpr int64_t kCacheBytes = 4 << 20;
 
 // Calls each(base, step, first, last, out) for runs of columns: column i is at base + i step, its result is
 // number out + i.
 template <class Each>
-void over_columns(const void *x, DType type, int64_t samples, const int64_t *shape, const int64_t *strides, int dims,
+void for_each_column_run(const void *x, DType type, int64_t samples, const int64_t *shape, const int64_t *strides, int dims,
                   int threads, Each each) {
-  const Axes axes = merged(shape, strides, dims);
+  const Axes axes = merge_axes(shape, strides, dims);
   const int64_t columns = axes.shape.back(), step = axes.strides.back();
   if (axes.rows * columns == 0) return;
   constexpr int64_t part = 4096;  // columns of a run
@@ -107,10 +107,10 @@ void over_columns(const void *x, DType type, int64_t samples, const int64_t *sha
 
 // Mean and scale x M2 of columns [first, last).
 void moments_of(const void *base, DType type, int64_t samples, int64_t sample_stride, int64_t step, int64_t first,
-                int64_t last, float scale, bool past_caches, float *mean, float *m2) {
+                int64_t last, float scale, bool non_temporal, float *mean, float *m2) {
   const void *x = offset_by(base, type, first * step);
   if (step == 1)
-    kernels().moments(x, type, samples, sample_stride, last - first, scale, past_caches, mean, m2);
+    kernels().moments(x, type, samples, sample_stride, last - first, scale, non_temporal, mean, m2);
   else
     kernels().moments_strided(x, type, samples, sample_stride, step, last - first, scale, mean, m2);
 }
@@ -122,9 +122,9 @@ void ensemble_variance(const void *x, DType type, int64_t samples, int64_t sampl
   const float scale = 1.0f / static_cast<float>(samples - correction);
   int64_t size = 1;
   for (int i = 0; i < dims; ++i) size *= shape[i];
-  over_columns(x, type, samples, shape, strides, dims, threads,
+  for_each_column_run(x, type, samples, shape, strides, dims, threads,
                [&](const void *base, int64_t step, int64_t first, int64_t last, int64_t out) {
-                 moments_of(base, type, samples, sample_stride, step, first, last, scale, size * 8 > kCached,
+                 moments_of(base, type, samples, sample_stride, step, first, last, scale, size * 8 > kCacheBytes,
                             mean + out + first, variance + out + first);
                });
 }
@@ -138,7 +138,7 @@ void ensemble_merge(float *mean, float *m2, int64_t count, const float *other_me
 
 void ensemble_update(float *mean, float *m2, int64_t count, const void *x, DType type, int64_t samples,
                      int64_t sample_stride, const int64_t *shape, const int64_t *strides, int dims, int threads) {
-  over_columns(x, type, samples, shape, strides, dims, threads,
+  for_each_column_run(x, type, samples, shape, strides, dims, threads,
                [&](const void *base, int64_t step, int64_t first, int64_t last, int64_t out) {
                  thread_local std::vector<float> fresh;
                  const int64_t n = last - first;
@@ -172,7 +172,7 @@ void noise(const void *x0, void *x, DType type, const int64_t *t, const float *t
 void discrepancy_maps(const void *a, const void *b, DType type, int64_t members_a, int64_t members_b, int64_t slices,
                       int64_t channels, int64_t pixels, float *inter, float *intra, int threads) {
   parallel_for(slices * ((pixels + 2047) / 2048), 16, threads, [&](int64_t begin, int64_t end) {
-    kernels().maps(a, b, type, members_a, members_b, slices, channels, pixels, slices * pixels * 8 > kCached, inter,
+    kernels().discrepancy_maps(a, b, type, members_a, members_b, slices, channels, pixels, slices * pixels * 8 > kCacheBytes, inter,
                    intra, begin, end);
   });
 }
@@ -201,10 +201,10 @@ void coefficients(const Norm &n, int64_t image, const float *weight, const float
   const int64_t per_group = n.channels / n.groups;
   for (int64_t i = image * n.channels; i < (image + 1) * n.channels; ++i) {
     const int64_t c = i % n.channels, g = i / n.channels * n.groups + c / per_group;
-    const float up = scale ? 1.0f + scale[i] : 1.0f;
-    inner[i] = weight[c] * up;
+    const float factor = scale ? 1.0f + scale[i] : 1.0f;
+    inner[i] = weight[c] * factor;
     gain[i] = rstd[g] * inner[i];
-    offset[i] = bias[c] * up - mean[g] * gain[i] + (shift ? shift[i] : 0.0f);
+    offset[i] = bias[c] * factor - mean[g] * gain[i] + (shift ? shift[i] : 0.0f);
   }
 }
 

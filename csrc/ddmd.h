@@ -10,10 +10,10 @@ enum class DType : int { f32 = 0, bf16 = 1, f16 = 2 };
 // Ranges [begin, end) are of columns, rows or chunks, so that the caller decides on threads.
 struct Kernels {
   const char *name;
-  // mean, and sum of squared deviations times `scale`, over S samples, of contiguous columns; past_caches
+  // mean, and sum of squared deviations times `scale`, over S samples, of contiguous columns; non_temporal
   // where the results are too many to be found there later
   void (*moments)(const void *x, DType type, int64_t samples, int64_t sample_stride, int64_t columns,
-                  float scale, bool past_caches, float *mean, float *m2);
+                  float scale, bool non_temporal, float *mean, float *m2);
   // the same for columns `step` elements apart, one row
   void (*moments_strided)(const void *x, DType type, int64_t samples, int64_t sample_stride, int64_t step,
                           int64_t columns, float scale, float *mean, float *m2);
@@ -26,8 +26,8 @@ struct Kernels {
                 uint64_t seed, const int64_t *sample, const int64_t *slice, int64_t row_size, int64_t begin,
                 int64_t end);
   void (*philox)(const uint32_t *counters, uint64_t seed, uint32_t *words, int64_t count);
-  void (*maps)(const void *a, const void *b, DType type, int64_t members_a, int64_t members_b, int64_t slices,
-               int64_t channels, int64_t pixels, bool past_caches, float *inter, float *intra, int64_t begin,
+  void (*discrepancy_maps)(const void *a, const void *b, DType type, int64_t members_a, int64_t members_b, int64_t slices,
+               int64_t channels, int64_t pixels, bool non_temporal, float *inter, float *intra, int64_t begin,
                int64_t end);
   // GroupNorm + SiLU; layout: channels last (N, pixels, C) or first (N, C, pixels)
   void (*norm_moments)(const struct Norm &n, int64_t begin, int64_t end);

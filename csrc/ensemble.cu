@@ -16,47 +16,47 @@ struct Axes {
   int64_t shape[kMaxDims], strides[kMaxDims];
 };
 
-__device__ inline float wide(float x) { return x; }
-__device__ inline float wide(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ inline float wide(__half x) { return __half2float(x); }
+__device__ inline float upcast(float x) { return x; }
+__device__ inline float upcast(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ inline float upcast(__half x) { return __half2float(x); }
 
-// Welford over the samples for `kWide` neighbouring columns; then the variance, or a merge into the
+// Welford over the samples for `kVector` neighbouring columns; then the variance, or a merge into the
 // running state (Chan et al.).
-template <class T, int kWide>
+template <class T, int kVector>
 __device__ inline void columns(const T *x, int64_t samples, int64_t sample_stride, float *mean, float *second,
                                float scale, float running_count, bool running) {
-  float m[kWide], s[kWide];
+  float m[kVector], s[kVector];
 #pragma unroll
-  for (int i = 0; i < kWide; ++i) m[i] = 0.0f, s[i] = 0.0f;
+  for (int i = 0; i < kVector; ++i) m[i] = 0.0f, s[i] = 0.0f;
 #pragma unroll 4
   for (int64_t k = 0; k < samples; ++k) {
-    alignas(16) T values[kWide];
-    if constexpr (kWide > 1)
+    alignas(16) T values[kVector];
+    if constexpr (kVector > 1)
       *reinterpret_cast<uint4 *>(values) = __ldg(reinterpret_cast<const uint4 *>(x + k * sample_stride));
     else
       values[0] = x[k * sample_stride];
     const float share = 1.0f / static_cast<float>(k + 1);
 #pragma unroll
-    for (int i = 0; i < kWide; ++i) {
-      const float delta = wide(values[i]) - m[i];
+    for (int i = 0; i < kVector; ++i) {
+      const float delta = upcast(values[i]) - m[i];
       m[i] += delta * share;
-      s[i] += delta * (wide(values[i]) - m[i]);
+      s[i] += delta * (upcast(values[i]) - m[i]);
     }
   }
   if (running) {
     const float fresh = static_cast<float>(samples), total = running_count + fresh;
 #pragma unroll
-    for (int i = 0; i < kWide; ++i) {
+    for (int i = 0; i < kVector; ++i) {
       const float delta = m[i] - mean[i];
       s[i] = second[i] + s[i] + delta * delta * (running_count * (fresh / total));
       m[i] = mean[i] + delta * (fresh / total);
     }
   }
 #pragma unroll
-  for (int i = 0; i < kWide; ++i) s[i] *= scale;
-  if constexpr (kWide > 1) {
+  for (int i = 0; i < kVector; ++i) s[i] *= scale;
+  if constexpr (kVector > 1) {
 #pragma unroll
-    for (int i = 0; i < kWide; i += 4) {
+    for (int i = 0; i < kVector; i += 4) {
       *reinterpret_cast<float4 *>(mean + i) = make_float4(m[i], m[i + 1], m[i + 2], m[i + 3]);
       *reinterpret_cast<float4 *>(second + i) = make_float4(s[i], s[i + 1], s[i + 2], s[i + 3]);
     }
@@ -72,10 +72,10 @@ __global__ void __launch_bounds__(kThreads)
     ensemble_vector_kernel(const T *__restrict__ x, int64_t samples, int64_t sample_stride, int64_t size,
                            float *__restrict__ mean, float *__restrict__ second, float scale, float running_count,
                            bool running) {
-  constexpr int kWide = 16 / sizeof(T);
-  const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads * kWide;
-  for (int64_t i = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * kWide; i < size; i += step)
-    columns<T, kWide>(x + i, samples, sample_stride, mean + i, second + i, scale, running_count, running);
+  constexpr int kVector = 16 / sizeof(T);
+  const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads * kVector;
+  for (int64_t i = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * kVector; i < size; i += step)
+    columns<T, kVector>(x + i, samples, sample_stride, mean + i, second + i, scale, running_count, running);
 }
 
 // any strides, one column a thread
@@ -122,12 +122,12 @@ const char *status() {
 template <class T>
 void launch(const T *x, int64_t samples, int64_t sample_stride, const Axes &axes, int64_t size, float *mean,
             float *second, float scale, float running_count, bool running, cudaStream_t stream) {
-  constexpr int kWide = 16 / sizeof(T);
+  constexpr int kVector = 16 / sizeof(T);
   const auto aligned = [](const void *p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
-  const bool vector = axes.dims <= 1 && (axes.dims == 0 || axes.strides[0] == 1) && size % kWide == 0 &&
-                      sample_stride % kWide == 0 && aligned(x) && aligned(mean) && aligned(second);
+  const bool vector = axes.dims <= 1 && (axes.dims == 0 || axes.strides[0] == 1) && size % kVector == 0 &&
+                      sample_stride % kVector == 0 && aligned(x) && aligned(mean) && aligned(second);
   if (vector)
-    ensemble_vector_kernel<T><<<blocks_for(size / kWide), kThreads, 0, stream>>>(
+    ensemble_vector_kernel<T><<<blocks_for(size / kVector), kThreads, 0, stream>>>(
         x, samples, sample_stride, size, mean, second, scale, running_count, running);
   else
     ensemble_strided_kernel<T><<<blocks_for(size), kThreads, 0, stream>>>(x, samples, sample_stride, axes, size, mean,

@@ -48,12 +48,22 @@ def test_tables_come_from_the_files_of_a_folder(tmp_path, capsys):
     }
     (tmp_path / "volume-cpu.json").write_text(json.dumps(volume))
     (tmp_path / "evaluation-w-d.json").write_text("{}")
+    for name, text in (("others", '{"a": [1]}'), ("list", "[1, 2]"), ("broken", "{"), ("volumes", '{"rows": []}'),
+                       ("theirs", '{"benchmarks": [{"name": "x", "extra_info": {}}]}')):  # fmt: skip
+        (tmp_path / f"{name}.json").write_text(text)
     table.main([str(tmp_path)])
     printed = capsys.readouterr().out
     for expected in ("| noise | (2, 3) | C++ | 1.00 | 4.0x | not run | not run | 50 % |", "| MONAI | 2.50x |",
                      "| S = 1 | 3.00 |", "| other | not run: why |"):  # fmt: skip
         assert expected in printed
-    assert "evaluation" not in printed
+    assert printed.count("###") == 2
+
+
+def test_the_tables_shown_have_the_gpus_figures(capsys):
+    table.main()
+    printed = capsys.readouterr().out
+    assert "### nvidia-h200-2026-11-26" in printed
+    assert "### volume-nvidia-h200-2026-11-26" in printed
 
 
 def test_tables_of_an_evaluation_leave_out_what_is_not_there():

@@ -15,7 +15,7 @@ MEMORY = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_avail
 gpu = [pytest.mark.gpu, pytest.mark.skipif(MEMORY == 0, reason="no CUDA device")]
 on_gpu = pytest.mark.parametrize("device", [pytest.param("cuda", marks=gpu)])
 on_each = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=gpu)])
-each_type = pytest.mark.parametrize("dtype", TYPES)
+each_type = pytest.mark.parametrize("dtype", TYPES, ids=lambda dtype: str(dtype)[6:])
 
 
 def moved(args: tuple, device: str) -> list:

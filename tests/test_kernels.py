@@ -10,7 +10,7 @@ kernels = pytest.importorskip("ddmd.kernels", reason="Triton is not installed")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # conftest has the interpreter on where there is none
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
-each_type = pytest.mark.parametrize("dtype", TYPES)
+each_type = pytest.mark.parametrize("dtype", TYPES, ids=lambda dtype: str(dtype)[6:])
 
 
 def randn(*shape, dtype=torch.float32):

@@ -9,7 +9,7 @@ from ddmd.ops import native, reference
 from tests.shapes import TYPES, assert_close, rows
 
 pytestmark = pytest.mark.skipif(native.why_not() is not None, reason=f"{native.why_not()}")
-each_type = pytest.mark.parametrize("dtype", TYPES)
+each_type = pytest.mark.parametrize("dtype", TYPES, ids=lambda dtype: str(dtype)[6:])
 
 
 def test_philox_words_are_the_references():

@@ -39,7 +39,7 @@ def _use_torch_threads() -> bool:
 
 _USES_TORCH_THREADS = _C is not None and _use_torch_threads()
 
-_MAX_CHANNELS = 4096  # of GroupNorm: the size of the scratch in csrc/group_norm.inl
+_MAX_CHANNELS = 4096  # of GroupNorm: the size of the scratch in csrc/group_norm.cpp
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 

@@ -1,0 +1,81 @@
+// Mean and sum of squared deviations over samples, and the merge of two states.
+#include "kernels.h"
+#include "simd.h"
+
+namespace ddmd {
+namespace {
+
+// ---- moments over samples: two sweeps over a strip that stays in the nearest cache
+
+// `whole` strips have a length that the compiler knows.
+template <bool whole, class T>
+inline void strip_moments(const T *x, int64_t samples, int64_t sample_stride, int64_t length, float scale,
+                          bool non_temporal, float *mean, float *m2) {
+  const int64_t n = whole ? kStrip : length;
+  const float share = 1.0f / static_cast<float>(samples);
+  float sum[kStrip] = {}, square[kStrip] = {};
+  for (int64_t s = 0; s < samples; ++s)
+    for (int64_t i = 0; i < n; ++i) sum[i] += upcast(x[s * sample_stride + i]);
+  for (int64_t i = 0; i < n; ++i) sum[i] *= share;
+  for (int64_t s = 0; s < samples; ++s)
+    for (int64_t i = 0; i < n; ++i) {
+      const float d = upcast(x[s * sample_stride + i]) - sum[i];
+      square[i] += d * d;
+    }
+  for (int64_t i = 0; i < n; ++i) square[i] *= scale;
+  store(mean, sum, n, non_temporal);
+  store(m2, square, n, non_temporal);
+}
+
+}  // namespace
+
+namespace DDMD_ISA {
+void moments(const void *x, DType type, int64_t samples, int64_t sample_stride, int64_t columns, float scale,
+             bool non_temporal, float *mean, float *m2) {
+  with_type(type, [&](auto zero) {
+    using T = decltype(zero);
+    for (int64_t i = 0; i < columns; i += kStrip) {
+      const T *from = static_cast<const T *>(x) + i;
+      if (columns - i >= kStrip)
+        strip_moments<true>(from, samples, sample_stride, kStrip, scale, non_temporal, mean + i, m2 + i);
+      else
+        strip_moments<false>(from, samples, sample_stride, columns - i, scale, non_temporal, mean + i, m2 + i);
+    }
+  });
+  store_fence(non_temporal);
+}
+
+void moments_strided(const void *x, DType type, int64_t samples, int64_t sample_stride, int64_t step,
+                     int64_t columns, float scale, float *mean, float *m2) {
+  with_type(type, [&](auto zero) {
+    using T = decltype(zero);
+    const T *base = static_cast<const T *>(x);
+    for (int64_t i = 0; i < columns; ++i) {
+      float sum = 0.0f, square = 0.0f;
+      const T *column = base + i * step;
+      for (int64_t s = 0; s < samples; ++s) sum += upcast(column[s * sample_stride]);
+      sum /= static_cast<float>(samples);
+      for (int64_t s = 0; s < samples; ++s) {
+        const float d = upcast(column[s * sample_stride]) - sum;
+        square += d * d;
+      }
+      mean[i] = sum;
+      m2[i] = square * scale;
+    }
+  });
+}
+
+void merge(float *mean, float *m2, int64_t count, const float *other_mean, const float *other_m2,
+           int64_t other_count, int64_t begin, int64_t end) {
+  const double total = static_cast<double>(count + other_count);
+  const float share = static_cast<float>(other_count / total);
+  const float cross = static_cast<float>(count * (other_count / total));
+  for (int64_t i = begin; i < end; ++i) {
+    const float delta = other_mean[i] - mean[i];
+    mean[i] += delta * share;
+    m2[i] += other_m2[i] + delta * delta * cross;
+  }
+}
+}  // namespace DDMD_ISA
+
+}  // namespace ddmd
