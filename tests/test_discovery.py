@@ -395,6 +395,49 @@ def test_patients_in_one_folder_have_their_own_masks(tmp_path):
     }  # fmt: skip
 
 
+PUBLIC = {  # files of public data sets, and for each case its patient, mask and masks of raters
+    "ISBI 2015": (
+        ["training01/preprocessed/training01_01_flair_pp.nii", "training01/preprocessed/training01_02_flair_pp.nii",
+         *(f"training01/masks/training01_0{i}_mask{k}.nii" for i in (1, 2) for k in (1, 2))],
+        {f"training01_0{i}_pp": ("training01", 2, 2) for i in (1, 2)},
+    ),
+    "WMH 2017": (
+        ["0/pre/FLAIR.nii.gz", "0/pre/T1.nii.gz", "0/orig/FLAIR.nii.gz", "0/wmh.nii.gz", "1/pre/FLAIR.nii.gz"],
+        {"0_pre": ("0", 1, 0), "0_orig": ("0", 1, 0), "1_pre": ("1", 0, 0)},
+    ),
+    "MSLesSeg": (
+        [f"train/P1/T{i}/P1_T{i}_{what}.nii.gz" for i in (1, 2) for what in ("FLAIR", "T1", "T2", "MASK")],
+        {"P1_T1": ("P1", 1, 0), "P1_T2": ("P1", 1, 0)},
+    ),
+    "MSSEG 2016": (
+        [f"Center_0{c}/Patient_01/{f}" for c in (1, 2) for f in (
+            "Raw_Data/FLAIR.nii.gz", "Masks/Consensus.nii.gz", "Masks/ManualSegmentation_1.nii.gz",
+            "Masks/ManualSegmentation_2.nii.gz", "Masks/Brain_Mask.nii.gz")],
+        {f"Center_0{c}_Patient_01": (f"Center_0{c}_Patient_01", 1, 0) for c in (1, 2)},
+    ),
+    "Ljubljana": (
+        [f"patient01/patient01_{what}.nii.gz" for what in ("FLAIR", "T1W", "consensus_gt", "brainmask")],
+        {"patient01": ("patient01", 1, 0)},
+    ),
+    "ISLES 2022": (
+        ["sub-s1/ses-1/anat/sub-s1_ses-1_flair.nii.gz", "sub-s1/ses-1/dwi/sub-s1_ses-1_adc.nii.gz",
+         "derivatives/sub-s1/ses-1/sub-s1_ses-1_msk.nii.gz"], {"sub-s1_ses-1": ("sub-s1", 1, 0)},
+    ),
+    "BraTS 2023": (
+        [f"BraTS-GLI-00003-00{i}/BraTS-GLI-00003-00{i}-{what}.nii.gz" for i in (0, 1) for what in ("t2f", "t1n", "seg")],
+        {f"BraTS-GLI-00003-00{i}": ("BraTS-GLI-00003", 1, 0) for i in (0, 1)},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_public_data_sets_are_found_with_patients_and_masks(tmp_path, name):
+    files, expected = PUBLIC[name]
+    cases = find_cases(tree(tmp_path, *files))
+    assert {c.name: (c.patient, len(c.masks or ()), len(c.rater_masks)) for c in cases} == expected
+    assert all("flair" in c.files for c in cases)
+
+
 def test_own_results_are_no_annotation(tmp_path):
     tree(
         tmp_path,

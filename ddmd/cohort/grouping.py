@@ -136,13 +136,18 @@ class MaskIndex:
         unit = unit_of(anchor)
         keys = dict.fromkeys((unit, (anchor.folder,)))
         candidates = [mask for key in keys for mask in self._masks.get(key, ())]
+        if not candidates and not anchor.entities:  # p1/lesion.nii.gz beside p1/pre/flair.nii.gz
+            above = (anchor.folder.parent,)
+            candidates = (
+                [] if above in self._groups else [m for m in self._masks.get(above, ()) if not m.words]
+            )
         siblings = [g.first for g in self._groups[unit]]
         if len(siblings) > 1:
             scored = [
                 (score, m)
                 for m in candidates
                 if (score := match_score(m, anchor)) is not None
-                and (score == 0 or not any(match_score(m, other) == 0 for other in siblings))
+                and (score == 0 or not m.words or not any(match_score(m, other) == 0 for other in siblings))
             ]
             best = min((score for score, _ in scored), default=0)
             candidates = [m for score, m in scored if score == best]

@@ -49,6 +49,8 @@ def choose_masks(masks: Sequence[Path]) -> tuple[tuple[Path, ...] | None, tuple[
     for better in (_CONSENSUS, _LESION, _SAYS_LESION):
         chosen = [p for p in chosen if better.search(stem(p))] or chosen
     chosen = [p for p in chosen if "space-" not in stem(p)] or chosen
+    if len(chosen) > 1 and len({re.sub(r"\d+$", "", stem(p)) for p in chosen}) == 1:
+        raters = tuple(sorted({*raters, *chosen}))  # mask1, mask2
     if len(chosen) == 1 and re.search("dseg$", stem(chosen[0])) and not _SAYS_LESION.search(stem(chosen[0])):
         return None, raters
     return tuple(sorted(chosen)) or None, raters

@@ -26,7 +26,7 @@ _RESULT = re.compile(
 )
 _FILLED = re.compile(r"lesions?[-_.\s]?(filled|fill|inpainted|removed)", re.IGNORECASE)
 _MASK_TOKEN = re.compile(
-    r"\w*masks?\d*|\w*segmentations?\d*|d?segs?\d*|aseg|aparc|labelmap|manual\w*|probseg|"
+    r"\w*ma?sks?\d*|\w*segmentations?\d*|d?segs?\d*|aseg|aparc|labelmap|manual\w*|probseg|"
     r"ground[-_]?truth", re.IGNORECASE
 )  # fmt: skip
 _LAST_MASK_TOKEN = re.compile(
@@ -99,7 +99,8 @@ PROCESSING = frozenset(
     ]
 )
 _GENERIC_FOLDER = re.compile(
-    r"anat|nii|nifti|niftis|images?|imgs?|raw|scans?|mri?|data|preprocessed|preproc|output|unprocessed|resources",
+    r"anat|nii|nifti|niftis|images?|imgs?|raw|scans?|mri?|data|preprocessed|preproc|output|unprocessed|resources"
+    r"|(raw|pre[-_]?processed|processed|unprocessed|original)[-_]?(data|images?|files?)",
     re.IGNORECASE,
 )
 _MASK_FOLDER = re.compile(
@@ -111,6 +112,7 @@ _WRAPPER = re.compile(
     r"|volumes|cases|patients|subjects|sourcedata|rawdata|bids|data",
     re.IGNORECASE,
 )
+_SITE = re.compile(r"(cent(er|re)|site|cohort|group|hospital|scanner|hg|lg)[-_ ]?\w{0,12}", re.IGNORECASE)
 _VISIT = re.compile(
     r"((ses|session|visit|timepoint|time|baseline|bl|follow[-_ ]?up|fu|month|week|year|day|pre|post|exam|tp)[-_ ]?\w{0,3}"
     r"|(pre|post)[-_ ]?op\w*|[vtmwyd]\d{1,3}|(19|20)\d{2}([-_]?\d{2}([-_]?\d{2})?)?)",
@@ -237,7 +239,11 @@ def name_file(path: Path, root: Path | None = None) -> NamedFile:
     entities = bids_entities(name)
     inner = parent != root
     # A time point called T1 in a name as in the folder's is no sequence: T1/P1_T1_FLAIR
-    same = next((w for w in _words(name) if w.lower() == parent.name.lower()), None)
+    same = (
+        next((w for w in _words(name) if w.lower() == parent.name.lower()), None)
+        if _is_sequence_word(parent.name.lower())
+        else None
+    )
     told = name
     if same is not None and not entities:
         rest = re.sub(rf"(?<![^-_.\s]){re.escape(same)}(?![^-_.\s])[-_.\s]?", "", name, count=1)
@@ -258,7 +264,7 @@ def name_file(path: Path, root: Path | None = None) -> NamedFile:
         prefix = name
     folder = parent
     while folder != folder.parent:
-        says = _is_sequence_word(folder.name.lower())
+        says = kind == IMAGE and told == name and _is_sequence_word(folder.name.lower())
         collapses = (
             (says and sequence_of(f"{folder.name}.nii") == sequence)
             or _GENERIC_FOLDER.fullmatch(folder.name)
@@ -313,7 +319,8 @@ def case_name(file: NamedFile) -> str:
 
 def _folder_name(folder: Path) -> str:
     name = folder.name
-    if _VISIT.fullmatch(name) and folder.parent.name and not _WRAPPER.fullmatch(folder.parent.name):
+    says_whose = not (_VISIT.fullmatch(name) or name.lower() in PROCESSING)
+    if not says_whose and folder.parent.name and not _WRAPPER.fullmatch(folder.parent.name):
         return f"{folder.parent.name}_{name}"
     return name
 
@@ -331,7 +338,8 @@ def patient_of(file: NamedFile, root: Path, name: str) -> str:
         inner = [p for p in file.folder.relative_to(root).parts if not _WRAPPER.fullmatch(p)]
     except ValueError:
         inner = []
-    patient = printable(inner[0]) if inner else name
+    depth = 1 + next((k for k, part in enumerate(inner[:-1]) if not _SITE.fullmatch(part)), len(inner) - 1)
+    patient = printable("_".join(inner[:depth])) if inner else name
     visit = _VISIT_AT_END.match(patient)
     return visit[1] if visit else patient
 
