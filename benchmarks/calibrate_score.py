@@ -26,11 +26,11 @@ STARTS = [(slope, centre) for slope in (0.3, 1.0, 3.0) for centre in (0.0, 2.0, 
 
 @dataclass(frozen=True)
 class Example:
-    """One volume: its evidence, whether lesions were found in it, and whether it holds one."""
+    """One volume: its evidence, whether lesions were detected in it, and whether it holds one."""
 
     patient: str
     evidence: float
-    found: bool
+    detected: bool
     has_lesion: bool
 
 
@@ -50,8 +50,8 @@ def examples(weights: str, data: Path, seed: int) -> list[Example]:
         far = np.convolve(marked, np.ones(2 * MARGIN + 1), "same") == 0
         for has_lesion, chosen in ((True, np.ones_like(marked)), (False, far)):
             part = maps.probability[:, :, chosen]
-            found = bool(label_components(part, voxel_ml, criteria).any())
-            rows.append(Example(case.patient, lesion_evidence(part, voxel_ml), found, has_lesion))
+            detected = bool(label_components(part, voxel_ml, criteria).any())
+            rows.append(Example(case.patient, lesion_evidence(part, voxel_ml), detected, has_lesion))
     return rows
 
 
@@ -59,7 +59,7 @@ def scores(rows: list[Example], slope: float, centre: float) -> np.ndarray:
     """As `lesion_score`, of many volumes."""
     evidence = np.clip([r.evidence for r in rows], EVIDENCE_LIMIT, 1 - EVIDENCE_LIMIT)
     curve = 1 / (1 + np.exp(-slope * (np.log(evidence / (1 - evidence)) - centre)))
-    return (np.array([r.found for r in rows]) + curve) / 2
+    return (np.array([r.detected for r in rows]) + curve) / 2
 
 
 def fit(rows: list[Example]) -> tuple[float, float]:
@@ -86,17 +86,17 @@ def main() -> None:
     options = parser.parse_args()
     rows = [row for name in options.weights for row in examples(name, options.data, options.seed)]
     slope, centre = fit(rows)
-    left_out = np.zeros(len(rows))
+    cross_validated = np.zeros(len(rows))
     for patient in {r.patient for r in rows}:
         own = np.array([r.patient == patient for r in rows])
         others = fit([r for r in rows if r.patient != patient])
-        left_out[own] = scores([r for r in rows if r.patient == patient], *others)
+        cross_validated[own] = scores([r for r in rows if r.patient == patient], *others)
     truth = [r.has_lesion for r in rows]
     print(
         f"slope {slope:.2f}, centre {centre:.2f}, fitted to {len(rows)} volumes, {sum(truth)} with a lesion"
     )
-    print(f"leave one patient out: AUROC {roc_auc_score(truth, left_out):.3f}, Brier score "
-          f"{brier_score_loss(truth, left_out):.3f}; Brier score of 0.5 for all: 0.250")  # fmt: skip
+    print(f"leave one patient out: AUROC {roc_auc_score(truth, cross_validated):.3f}, Brier score "
+          f"{brier_score_loss(truth, cross_validated):.3f}; Brier score of 0.5 for all: 0.250")  # fmt: skip
 
 
 if __name__ == "__main__":

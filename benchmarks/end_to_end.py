@@ -10,7 +10,6 @@ import argparse
 import copy
 import dataclasses
 import datetime
-import json
 import resource
 import shutil
 import subprocess
@@ -37,6 +36,7 @@ from ddmd.inference.detector import Detector, pick_device
 from ddmd.inference.session import SamplingConfig, Session, detect_slices
 from ddmd.inference.slices import Slices, extract
 from ddmd.io.atomic import write_text
+from ddmd.io.text import json_text
 from ddmd.io.volume import Volume
 from ddmd.models import checkpoint
 from ddmd.models.autoencoder import AutoencoderConfig
@@ -223,8 +223,8 @@ def flops(detector: Detector, slices: Slices, config: SamplingConfig) -> int:
 
 def fusion(detector: Detector, slices: Slices) -> float:
     """Time of auto-encoders and condition network without fused convolutions, over their time with them."""
-    system, seen = detector.system, detector.system.condition.config
-    planes = slices.planes(seen.context, seen.mirrored).to(system.device)
+    system, condition = detector.system, detector.system.condition.config
+    planes = slices.planes(condition.context, condition.mirrored).to(system.device)
 
     def run(*devices: str) -> None:
         with fused_on(*devices):
@@ -362,7 +362,7 @@ def main() -> None:
     result = measured(detector, name, count, tuple(options.steps), options.cohort, not options.no_compile)
     options.output.mkdir(parents=True, exist_ok=True)
     target = options.output / f"volume-{result['machine']}-{result['date']}.json"
-    write_text(target, json.dumps(result, indent=1) + "\n")
+    write_text(target, json_text(result))
     peak = ", ".join(f"{value:.0f} MiB ({where})" for where, value in result["peak_MiB"].items())
     print(f"{result['parts']['whole, file to files']:.1f} s, peak {peak}: {target}")
 

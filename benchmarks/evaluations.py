@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,9 @@ from benchmarks.timing import machine
 from ddmd.cohort.discovery import find_cases
 from ddmd.cohort.splits import read_split
 from ddmd.evaluation.evaluate import evaluate
-from ddmd.evaluation.report import to_json
 from ddmd.inference.detector import Detector
 from ddmd.io.atomic import write_text
+from ddmd.io.text import json_text
 from ddmd.models import checkpoint
 
 RESULTS = Path(__file__).with_name("results")
@@ -61,7 +60,7 @@ def main() -> None:
         options.output
         / f"evaluation-{report.provenance['weights']}-{options.data.name}-{result['date']}.json"
     )
-    write_text(target, json.dumps(to_json(result), indent=1) + "\n")
+    write_text(target, json_text(result))
     print(target)
 
 

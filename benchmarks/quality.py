@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import datetime
-import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,11 +21,11 @@ from ddmd.cohort.cases import Case
 from ddmd.cohort.discovery import find_cases
 from ddmd.cohort.splits import read_split
 from ddmd.evaluation.case_metrics import case_metrics
-from ddmd.evaluation.report import to_json
 from ddmd.evaluation.summary import summarise
 from ddmd.inference.detector import Detector
 from ddmd.inference.session import SamplingConfig
 from ddmd.io.atomic import write_text
+from ddmd.io.text import json_text
 from ddmd.models import checkpoint
 
 STEPS = (1, 2, 3, 5, 10, 20)
@@ -117,7 +116,7 @@ def main() -> None:
     for row in measure(detector, cases):  # written as they come, so that a run that is cut short keeps some
         rows.append(row)
         print({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
-        write_text(target, json.dumps(to_json(result), indent=1) + "\n")
+        write_text(target, json_text(result))
     print(f"fewest steps within {CLOSE} of the most: {smallest(rows)}; {target}")
 
 

@@ -219,7 +219,7 @@ def test_tables_in_the_texts_are_those_of_the_last_evaluations():
 
 @pytest.mark.parametrize("name", checkpoint.available())
 def test_evaluations_are_of_the_weights_that_ship(name):
-    told = hashlib.sha256(checkpoint.find(name).read_bytes()).hexdigest()
-    assert {one["weights_sha256"] for one in cards.newest(name).values()} == {told}
+    checksum = hashlib.sha256(checkpoint.find(name).read_bytes()).hexdigest()
+    assert {one["weights_sha256"] for one in cards.newest(name).values()} == {checksum}
     with pytest.raises(ValueError, match="no evaluation of nothing on lgg"):
         cards.newest("nothing")

@@ -163,7 +163,7 @@ def draw_metrics(
     Parameters
     ----------
     draws : (S, X, Y, Z) float32 in [0, 1]
-    labels : (X, Y, Z) int, the lesions found, numbered from 1
+    labels : (X, Y, Z) int, the detected lesions, numbered from 1
     truth : (X, Y, Z) bool, the annotator's mask
     voxel_ml : volume of a voxel in ml
     raters : (R, X, Y, Z) bool, masks of two annotators or more; energy distances need them

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import html as markup
 import io
-import json
 import os
 import re
 import sys
@@ -15,11 +14,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ddmd.evaluation.summary import FIGURES, Report
 from ddmd.io.atomic import write_text
-from ddmd.io.text import printable, table_text
+from ddmd.io.text import json_text, printable, table_text
 
 STYLE = (
     "body{font:15px sans-serif;max-width:60em;margin:2em auto}td,th{padding:.2em .8em;text-align:right}"
@@ -67,7 +64,7 @@ def write_report(report: Report, folder: str | Path) -> None:
         "failures": _failures(report),
     }
     texts = {
-        "metrics.json": json.dumps(to_json(metrics), indent=1) + "\n",
+        "metrics.json": json_text(metrics),
         "per_patient.csv": _csv(report.patients),
         "report.html": html(report),
     }
@@ -106,17 +103,6 @@ def _failures(report: Report) -> list[dict[str, str]]:
 def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
     """Rows as CSV with every column that any row has."""
     return table_text(rows, list(dict.fromkeys(name for row in rows for name in row)), ",")
-
-
-def to_json(value: Any) -> Any:
-    """What JSON can hold: NaN and infinity, which it has not, become null."""
-    if isinstance(value, Mapping):
-        return {k: to_json(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [to_json(v) for v in value]
-    if isinstance(value, float | np.floating):
-        return float(value) if np.isfinite(value) else None
-    return int(value) if isinstance(value, np.integer) else value
 
 
 @contextmanager
