@@ -23,7 +23,7 @@ from ddmd.cli.options import (
     set_threads,
 )
 
-EXTRA = ("sklearn", "monai")
+EXTRA = ("sklearn", "monai", "matplotlib")
 
 
 def command(
