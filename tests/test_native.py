@@ -1,5 +1,8 @@
 """The C++ ops against the reference: types, layouts, odd and empty shapes, threads, the random stream."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -167,3 +170,39 @@ def test_the_number_of_threads_changes_no_bit():
 
 
 FIXED = (torch.tensor(1), torch.tensor(5), torch.arange(5), torch.arange(5))
+
+
+def test_a_forked_child_computes_after_its_parent_used_many_threads():
+    """libgomp would wait for threads that did not come along; the child uses a pool of its own."""
+    code = (
+        "import os, signal, torch; from ddmd import ops\n"
+        "torch.set_num_threads(2); x = torch.randn(64, 1, 128, 128); wanted = ops.ensemble_variance(x)[1]\n"
+        "if (child := os.fork()) == 0:\n"
+        "    signal.alarm(60); os._exit(not torch.equal(ops.ensemble_variance(x)[1], wanted))\n"
+        "raise SystemExit(os.waitpid(child, 0)[1])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("extreme", [False, True])
+def test_float16_is_converted_as_torch_does(extreme):
+    """Every float16 read, and float32 between, at and beyond its values rounded, subnormals among them."""
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.float16)
+    mean, _ = native.ensemble_variance(every[None], 0)
+    torch.testing.assert_close(mean, every.float(), rtol=0, atol=0, equal_nan=True)
+    x = torch.randn(1, 20000) * (10.0 ** torch.randint(-9, 6, (1, 20000)))
+    if extreme:
+        values = every[every.isfinite()].float().sort()[0]
+        x = ((values[1:] + values[:-1]) / 2)[None]  # ties
+        x = torch.cat(
+            [x, torch.tensor([[65519.99, 65520.0, 1e30, float("inf"), float("nan"), 2.0**-25, 0.0]])], 1
+        )
+    table = torch.tensor([[1.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0]])
+    at = (torch.tensor(0), torch.tensor(0), torch.tensor([0]), torch.tensor([0]))
+    state = torch.zeros(x.shape, dtype=torch.float16)
+    pick_output = table.clone()
+    pick_output[0, 3], pick_output[0, 4] = 0.0, 1.0  # x <- output
+    native.denoise_step(state, x, pick_output, *at)
+    finite = ~(x.isnan() | x.isinf())
+    torch.testing.assert_close(state[finite], x.half()[finite], rtol=0, atol=0)
