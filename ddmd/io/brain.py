@@ -1,72 +1,301 @@
-"""Where the brain is in a volume, and whether the skull is still on."""
+"""Where the brain is in a volume, whether the skull is still on, and how sure that is."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import numpy as np
 from scipy import ndimage
 
+SKULL_CHOICES = ("auto", "on", "off")
 SCALP_MM = 13.0  # scalp, skull and cerebrospinal fluid outside the brain
-MAX_BRAIN_ML = 2200.0  # no stripped brain is bigger
+NEAR_BACKGROUND = 0.01  # of the intensity range: as close as this to the background is background
+PARTIAL_VOLUME = 0.2  # of the contrast of tissue: darker than this beside a blurred background is background
+PAD_SHARE = 0.04  # of the border's voxels with one value: a constant pad, beside the air
+BAND_MM = 2.0  # thickness of the shells below the surface in which the intensity profile is measured
+SKULL_DIP, DIP_WIDTH = 0.68, 0.05  # ratio of skull to scalp intensity: skull on below, stripped above
+LARGE_HEAD_ML, LARGE_WIDTH_ML = 2500.0, 250.0  # stripped brains are smaller, heads are bigger
+PROFILE_SLICES = 5
+
+
+@dataclass(frozen=True)
+class BrainEstimate:
+    """Where the brain is, and whether the skull is on.
+
+    mask : bool (X, Y, Z), the brain.
+    skull_on : whether scalp and skull are in the image.
+    confidence : float in [0.5, 1], how sure `skull_on` is; 1 where the user said it.
+    source : "background" (all that is not background), "head outline" (the inside of the head), or "given".
+    """
+
+    mask: np.ndarray
+    skull_on: bool
+    confidence: float
+    source: str
+
+    def describe(self) -> str:
+        """One plain sentence: which it is, how sure, and where the brain mask comes from."""
+        skull = "on" if self.skull_on else "off"
+        sure = f"skull {skull} ({self.confidence:.0%} sure)" if self.confidence < 1.0 else f"skull {skull}"
+        origin = {
+            "background": "the brain is what is not background",
+            "head outline": f"the brain is estimated as what lies {SCALP_MM:.0f} mm inside the head",
+            "given": "the brain mask was given",
+        }
+        return f"{sure}; {origin[self.source]}"
+
+
+def border_values(values: np.ndarray) -> np.ndarray:
+    """All voxels on the six faces of a volume (X, Y, Z), as one flat array; edges appear more than once."""
+    return np.concatenate([np.take(values, end, axis).ravel() for axis in range(3) for end in (0, -1)])
 
 
 def background_value(values: np.ndarray, finite: np.ndarray) -> float:
-    """The commonest value on the faces of the volume."""
-    faces = np.zeros(values.shape, bool)
-    for axis in range(3):
-        for end in (0, -1):
-            faces[(slice(None),) * axis + (end,)] = True
-    border = values[faces & finite]
+    """The commonest finite value on the faces of the volume."""
+    border = border_values(values)[border_values(finite)]
     if not len(border):
         return float(values[finite].min())
-    found, counts = np.unique(border, return_counts=True)
-    return float(found[counts.argmax()])
+    distinct, counts = np.unique(border, return_counts=True)
+    return float(distinct[counts.argmax()])
+
+
+def estimate_brain(
+    values: np.ndarray,
+    spacing: np.ndarray | tuple[float, ...],
+    background: float | None = None,
+    *,
+    skull: str = "auto",
+    mask: np.ndarray | None = None,
+) -> BrainEstimate:
+    """Estimate the brain of a finite canonical volume, and whether the skull is on.
+
+    Background is what is as the border is, within a tolerance from the data's own intensity range; there
+    may be several such values (a constant pad beside the air). A skull shows as a dark shell between a
+    brighter scalp and the brain, or as a head too big for a brain. The sign of the contrast does not matter.
+
+    Parameters
+    ----------
+    values : (X, Y, Z) float, finite
+    spacing : (3,) mm
+    background : float, optional
+        The commonest value of the border; found where it is not given.
+    skull : "auto", "on" or "off"
+        What is known of the skull.
+    mask : (X, Y, Z), optional
+        A brain mask; what is not 0 is brain.
+
+    Returns
+    -------
+    BrainEstimate
+
+    Raises
+    ------
+    ValueError
+        If `skull` is none of the three, or the mask has another shape or is empty.
+    """
+    if skull not in SKULL_CHOICES:
+        raise ValueError(f"skull is {skull!r}; allowed are {', '.join(SKULL_CHOICES)}")
+    size = np.asarray(spacing, dtype=np.float64)
+    if mask is not None:
+        given = np.asarray(mask) != 0
+        if given.shape != values.shape:
+            raise ValueError(f"the brain mask has shape {given.shape}; the image has {values.shape}")
+        if not given.any():
+            raise ValueError("the brain mask is empty")
+        return BrainEstimate(given, skull == "on", 1.0, "given")
+    if background is None:
+        background = background_value(values, np.isfinite(values))
+    levels = _background_levels(values, background)
+    head, exact = _not_background(values, levels)
+    if not head.any():
+        return BrainEstimate(_inside_head(values, size), skull != "off", 1.0 if skull != "auto" else 0.5,
+                             "head outline")  # fmt: skip
+    side, dip = _profile(values, head, size)
+    probability = _skull_probability(head, size, dip, exact) if skull == "auto" else float(skull == "on")
+    confidence = max(probability, 1.0 - probability)
+    if probability < 0.5:
+        return BrainEstimate(head, False, confidence, "background")
+    return BrainEstimate(_inside_head(_dark_air(values, head, levels, side), size), True, confidence, "head outline")
+
+
+def intensity_range(values: np.ndarray, constants: np.ndarray) -> float:
+    """From the 0.5th to the 99.5th percentile of what is none of the constants, or all where these are equal."""
+    sample = values[::2, ::2, ::2]
+    sample = sample[~np.isin(sample, constants)] if len(constants) else sample.ravel()
+    if not len(sample):
+        return float(np.ptp(values))
+    low, high = np.percentile(sample, (0.5, 99.5))
+    return float(high - low) or float(np.ptp(values))
+
+
+@dataclass(frozen=True)
+class _Level:
+    """One value of the background, and how near to it is background."""
+
+    value: float
+    tolerance: float
+
+    def near(self, values: np.ndarray) -> np.ndarray:
+        close: np.ndarray = np.abs(values - np.float32(self.value)) <= self.tolerance
+        return close
+
+
+def _background_levels(values: np.ndarray, background: float) -> list[_Level]:
+    """The values that the border consists of: air first, then constant pads."""
+    border = border_values(values)
+    distinct, counts = np.unique(border, return_counts=True)
+    constants = distinct[counts >= PAD_SHARE * len(border)]
+    tolerance = NEAR_BACKGROUND * intensity_range(values, constants)
+    if not np.any(constants == background):  # no exact value stands out: where the border is densest
+        background = _densest(border, tolerance)
+    levels = [_level(background, border, tolerance)]
+    levels += [_level(float(v), border, tolerance) for v in constants if abs(v - background) > tolerance]
+    for _ in range(2):  # what lies within a pad all round
+        rest = np.ones(values.shape, bool)
+        for level in levels:
+            rest &= ~level.near(values)
+        box = _bounding_box(rest)
+        if box is None or rest[box].size == values.size:
+            break
+        shell = border_values(values[box])[border_values(rest[box])]
+        if len(shell) < 0.5 * len(border_values(rest[box])):
+            break
+        inner = _densest(shell, tolerance)
+        if np.mean(np.abs(shell - inner) <= tolerance) < 0.5:
+            break
+        levels.insert(0, _level(inner, shell, tolerance))
+    return levels
+
+
+def _level(value: float, border: np.ndarray, tolerance: float) -> _Level:
+    """A level whose tolerance covers the noise of the border round it."""
+    around = border[np.abs(border - value) <= 10 * tolerance]
+    spread = float(np.percentile(np.abs(around - value), 90)) if len(around) else 0.0
+    return _Level(float(value), float(np.clip(2.5 * spread, tolerance, 10 * tolerance)))
+
+
+def _bounding_box(mask: np.ndarray) -> tuple[slice, ...] | None:
+    """The smallest box that holds the mask."""
+    box = []
+    for axis in range(3):
+        inside = np.flatnonzero(mask.any(axis=tuple({0, 1, 2} - {axis})))
+        if not len(inside):
+            return None
+        box.append(slice(int(inside[0]), int(inside[-1]) + 1))
+    return tuple(box)
+
+
+def _densest(values: np.ndarray, width: float) -> float:
+    """The median of the values in the fullest window of this width."""
+    low = float(values.min())
+    bins = np.minimum((values.astype(np.float64) - low) / width, 1e6).astype(np.int64)
+    distinct, counts = np.unique(bins, return_counts=True)
+    return float(np.median(values[bins == distinct[counts.argmax()]]))
+
+
+def _not_background(values: np.ndarray, levels: list[_Level]) -> tuple[np.ndarray, bool]:
+    """The largest body that is not background, holes of its slices filled; and whether the background is exact."""
+    exact, beside = np.ones(values.shape, bool), np.ones(values.shape, bool)
+    for level in levels:
+        exact &= values != np.float32(level.value)
+        beside &= ~level.near(values)
+    main = _largest(exact)
+    inner = values[beside]
+    if not len(inner):
+        return beside, False
+    surface = main & ~ndimage.binary_erosion(main, border_value=1)  # a face of the volume is none
+    if surface.any() and beside[surface].mean() > 0.5 and 2 * (~exact).sum() > (~beside).sum():
+        return _filled(main), True  # the background is exact
+    air = levels[0]
+    contrast = float(np.median(inner)) - air.value
+    side = 1.0 if contrast >= 0 else -1.0
+    if np.mean(side * (inner - air.value) < 0) < 0.02:
+        # Partial volume and ringing beside a blurred edge are no tissue
+        beside &= side * (values - air.value) > PARTIAL_VOLUME * abs(contrast)
+        return _filled(_largest(beside)), False
+    return _filled(_largest(ndimage.binary_opening(ndimage.binary_closing(beside)))), False
 
 
 def _largest(mask: np.ndarray) -> np.ndarray:
+    """The largest body (6 neighbours) of a mask; one of a few voxels' thickness is cut off from it first."""
     parts, count = ndimage.label(mask)
     if count < 2:
         return mask
     sizes = np.bincount(parts.ravel())
     sizes[0] = 0
-    return parts == sizes.argmax()
+    body: np.ndarray = parts == sizes.argmax()
+    return body
 
 
-def estimate_brain(
-    values: np.ndarray, spacing: np.ndarray, background: float, affine: np.ndarray
-) -> tuple[np.ndarray, bool]:
-    """Brain (X, Y, Z) bool of a finite canonical volume, and whether the skull is on.
+def _filled(mask: np.ndarray) -> np.ndarray:
+    """The mask with the holes of each axial slice filled."""
+    filled = mask.copy()
+    for z in np.flatnonzero(mask.any(axis=(0, 1))):
+        filled[:, :, z] = ndimage.binary_fill_holes(mask[:, :, z])
+    return filled
 
-    Stripped volumes have one exact background value round a brain-sized rest. Where the skull is on,
-    the head is what is brighter than air, and the brain is guessed as what lies SCALP_MM inside it.
+
+def _skull_probability(head: np.ndarray, spacing: np.ndarray, dip: float | None, exact: bool) -> float:
+    """How likely a skull is: by the dark shell below the surface, the volume, and how the background is."""
+    ml = float(head.sum()) * float(np.prod(spacing)) / 1000
+    evidence = float(np.clip((ml - LARGE_HEAD_ML) / LARGE_WIDTH_ML, -1.0, 4.0))
+    if dip is not None:
+        evidence += float(np.clip((SKULL_DIP - dip) / DIP_WIDTH, -3.0, 6.0))
+    if exact:  # what a mask leaves
+        evidence -= 1.0
+    elif float(border_values(head).mean()) > 0.4:  # a cropped field of view, whose surface tells little
+        evidence += 4.0
+    return float(1.0 / (1.0 + np.exp(-evidence)))
+
+
+def _profile(values: np.ndarray, head: np.ndarray, spacing: np.ndarray) -> tuple[float, float | None]:
+    """Sign of the contrast, and the dip of the intensity below the surface.
+
+    The sign is 1 where the surface is darker than the inside. The dip is the lowest intensity 6 to 16 mm below
+    the surface as a share of the highest 2 to 6 mm below it, where intensities count from the darkest of each
+    slice; medians over shells and over slices. None where no slice is wide enough.
     """
-    voxel_ml = float(np.prod(spacing)) / 1000
-    rest = values != background
-    # holes of value exactly background inside the brain, slice by slice, cheaply
-    empty_share = 1.0 - rest.mean()
-    ml = rest.sum() * voxel_ml
-    if empty_share > 0.2 and ml <= MAX_BRAIN_ML:
-        steps = ndimage.binary_opening(rest) if rest.size < 5e5 else rest
-        main = _largest(steps if steps.any() else rest)
-        filled = np.stack([ndimage.binary_fill_holes(main[:, :, z]) for z in range(main.shape[2])], 2)
-        if not _has_scalp(values, filled, spacing, background):
-            return filled, False
-    return _inside_head(values, spacing), True
+    area = head.sum(axis=(0, 1))
+    slices = np.flatnonzero(area > 0.5 * area.max())
+    chosen = np.unique(slices[np.linspace(0, len(slices) - 1, PROFILE_SLICES + 2).round().astype(int)[1:-1]])
+    found = []
+    for z in chosen:
+        inside = head[:, :, z]
+        if inside.all():
+            continue
+        # A face of the volume is no surface
+        depth = ndimage.distance_transform_edt(np.pad(inside, 1, mode="edge"), sampling=spacing[:2])
+        depth = depth[1:-1, 1:-1][inside] - 0.5 * float(min(spacing[:2]))
+        plane = values[:, :, z][inside].astype(np.float64)
+        shells = np.floor(depth / BAND_MM).astype(int)
+        if (shells >= 10).sum() < 20:
+            continue
+        levels = [np.median(plane[shells == k]) if (shells == k).any() else np.nan for k in range(8)]
+        found.append((levels, np.median(plane[shells >= 10]), *np.percentile(plane, (1, 99))))
+    if not found:
+        return 1.0, None
+    rises = [inside - next(v for v in levels if np.isfinite(v)) for levels, inside, _, _ in found]
+    side = 1.0 if np.median(rises) >= 0 else -1.0
+    profiles = []
+    for levels, _, low, high in found:
+        profile = np.array(levels[1:]) - low if side > 0 else high - np.array(levels[1:])
+        profiles.append(profile / max(float(np.nanmax(profile)), 1e-12))
+    middle = np.nanmedian(profiles, axis=0)
+    rim, gap = np.nanmax(middle[:2]), np.nanmin(middle[2:])
+    return side, float(gap / rim) if rim > 0 else None
 
 
-def _has_scalp(values: np.ndarray, head: np.ndarray, spacing: np.ndarray, background: float) -> bool:
-    """Whether a dark skull lies between a brighter rim and the inside, on the middle slices."""
-    zs = np.flatnonzero(head.any(axis=(0, 1)))
-    z = int(zs[len(zs) // 2])
-    depth = ndimage.distance_transform_edt(np.pad(head[:, :, z], 1), sampling=spacing[:2])[1:-1, 1:-1]
-    plane = values[:, :, z] - background
-    bands = [(0.0, 7.0), (5.0, 16.0), (20.0, 1e9)]
-    levels = [np.percentile(plane[(depth > a) & (depth <= b)], q) if ((depth > a) & (depth <= b)).any() else 0.0
-              for (a, b), q in zip(bands, (85, 15, 50), strict=True)]  # fmt: skip
-    rim, gap, inside = levels
-    return bool(gap < 0.35 * inside and rim > 0.6 * inside and inside > 0)
+def _dark_air(values: np.ndarray, head: np.ndarray, levels: list[_Level], side: float) -> np.ndarray:
+    """The volume with a contrast in which air is dark, and pads and air of another value set to the darkest."""
+    darkest = np.float32(side * np.percentile(side * values[head], 1))
+    for k, level in enumerate(levels):
+        if k > 0 or side * (level.value - float(darkest)) > level.tolerance:
+            values = np.where(level.near(values) & ~head, darkest, values)
+    return values if side > 0 else -values
 
 
 def _inside_head(values: np.ndarray, spacing: np.ndarray) -> np.ndarray:
+    """What lies SCALP_MM inside the head, by Otsu's threshold between air and tissue."""
     low, high = np.percentile(values, (1, 99))
     counts, edges = np.histogram(np.clip(values, low, high), 128)
     centres = (edges[:-1] + edges[1:]) / 2
@@ -76,8 +305,7 @@ def _inside_head(values: np.ndarray, spacing: np.ndarray) -> np.ndarray:
     above = below[-1] - below
     mean_above = (total - np.cumsum(counts * centres)) / np.maximum(above, 1)
     otsu = centres[(below * above * (mean_below - mean_above) ** 2).argmax()]
-    head = _largest(ndimage.binary_opening(values > low + 0.5 * (otsu - low)))
-    head = np.stack([ndimage.binary_fill_holes(head[:, :, z]) for z in range(head.shape[2])], 2)
+    head = _filled(_largest(ndimage.binary_opening(values > low + 0.5 * (otsu - low))))
     brain = np.zeros_like(head)
     for z in np.flatnonzero(head.any(axis=(0, 1))):
         depth = ndimage.distance_transform_edt(np.pad(head[:, :, z], 1), sampling=spacing[:2])[1:-1, 1:-1]
