@@ -54,8 +54,11 @@ def test_normalisation_is_robust_and_leaves_air_at_its_floor(rng):
     assert abs(np.median(z[volume.brain])) < 1e-3
     assert np.all(z[~volume.brain] == -4.0)
     assert z.max() <= 6.0
-    scaled = Volume.from_array({"flair": values * 7 + (values != 0) * 50}, affine).normalised("flair")
+    scaled = Volume.from_array({"flair": values * 7}, affine).normalised("flair")
     np.testing.assert_allclose(scaled, z, atol=1e-3)
+    moved = (values, values * 7 + (values != 0) * 50)  # a multiplicative field depends on where zero is
+    plain, offset = (Volume.from_array({"flair": v}, affine, bias="off").normalised("flair") for v in moved)
+    np.testing.assert_allclose(offset, plain, atol=1e-3)
 
 
 def test_constant_background_need_not_be_zero(rng):

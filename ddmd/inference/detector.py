@@ -28,6 +28,8 @@ from ddmd.io.volume import Volume, VolumeError
 from ddmd.models import checkpoint
 
 DEVICES = "auto, cpu, cuda, cuda:N, and gpu for cuda"
+READING_OPTIONS = ("affine", "sequences", "resample", "skull", "brain", "bias")  # of `Volume.read`
+
 
 
 class DetectionError(VolumeError):
@@ -196,6 +198,9 @@ class Detector:
         affine: np.ndarray | None = None,
         sequences: str | Sequence[str] | None = None,
         resample: str | bool | None = None,
+        skull: str = "auto",
+        brain: Any = None,
+        bias: str = "auto",
     ) -> Prepared:
         """Read a volume and cut it into slices, so that `detect` has only to compute.
 
@@ -209,6 +214,9 @@ class Detector:
                 sequences=sequences,
                 require=self.description.sequences,
                 resample=resample,
+                skull=skull,
+                brain=brain,
+                bias=bias,
             )
         slices = extract(volume, self.description.sequences, self.description.slice_grid)
         return Prepared(volume, slices)
@@ -280,6 +288,8 @@ class Detector:
         sampling = {k: options[k] for k in ("samples", "steps", "sampler", "seed", "batch") if k in options}
         self.sampling_config(**sampling)  # refused before anything is read
         self.lesion_criteria(options.get("threshold"))
+=======
+        reading = {key: options.pop(key) for key in READING_OPTIONS if key in options}
         for _, prepared in prefetch(volumes, lambda volume: self.prepare(volume, **reading)):
             yield self.detect(prepared(), **options)
 
@@ -290,6 +300,9 @@ class Detector:
         affine: np.ndarray | None = None,
         sequences: str | Sequence[str] | None = None,
         resample: str | bool | None = None,
+        skull: str = "auto",
+        brain: Any = None,
+        bias: str = "auto",
         samples: int | None = None,
         steps: int | None = None,
         sampler: str | None = None,
@@ -303,8 +316,8 @@ class Detector:
         Parameters
         ----------
         volume : path, {sequence: path}, list of paths, nibabel image, array, Volume, or Prepared
-        affine, sequences, resample
-            As `Volume.read` takes them.
+        affine, sequences, resample, skull, brain, bias
+            As `Volume.read` takes them; a `Volume` or `Prepared` was read with its own.
         samples, steps : int, optional
             S masks of N steps each; by default what the weights say.
         sampler : "ddim", "ddpm" or "dpm++2m", optional
@@ -329,6 +342,17 @@ class Detector:
         if not isinstance(volume, Prepared):
             volume = self.prepare(volume, affine=affine, sequences=sequences, resample=resample)
         maps = self.to_volume(volume, self.maps(volume, config, progress))
+=======
+            volume = self.prepare(
+                volume,
+                affine=affine,
+                sequences=sequences,
+                resample=resample,
+                skull=skull,
+                brain=brain,
+                bias=bias,
+            )
+        maps = self.to_volume(volume, detect_slices(self.system, volume.slices, config, progress))
         volume = volume.volume
         found = find_lesions(maps.probability, maps.uncertainty, volume.affine, criteria)
         return Detection(

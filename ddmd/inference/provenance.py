@@ -85,7 +85,7 @@ def quality(volume: Volume, probability: NDArray[np.floating]) -> dict[str, Any]
 
     Returns
     -------
-    {"Skull": bool, "Slices": int, "FieldOfViewMm": [x, y, z], "UncertainShare": float, "Flags": [str, ...]}
+    {"Skull": bool, "SkullConfidence": float, "Slices": int, "FieldOfViewMm": [x, y, z], "UncertainShare": float, "Flags": [str, ...]}
         UncertainShare is, of the voxels more probable than the lower bound of `UNCERTAIN`, the share below the
         upper one. Flags are "skull", "few slices", "small field of view" and "uncertain".
     """
@@ -103,6 +103,7 @@ def quality(volume: Volume, probability: NDArray[np.floating]) -> dict[str, Any]
     }
     return {
         "Skull": bool(volume.skull),
+        "SkullConfidence": round(volume.skull_confidence, 3),
         "Slices": slices,
         "FieldOfViewMm": field,
         "UncertainShare": round(share, 3),

@@ -17,7 +17,9 @@ LOG_RANGE, BINS, BIN_SMOOTHING = 1.2, 120, 3.0  # of the histograms of log inten
 ROUNDS = 15  # of reweighted least squares
 OUTLIER = 1.5  # robust standard deviations at which a block has a quarter of the weight
 RIDGE = 1e-5
-EVIDENCE = 2.2  # field over residual: real volumes without a field reach 1.8, those with a clear one exceed this
+EVIDENCE = (
+    2.2  # field over residual: real volumes without a field reach 1.8, those with a clear one exceed this
+)
 ADDITIVE_SCALE = 0.2  # typical spread of log intensity in a brain, one robust standard deviation
 
 
@@ -69,7 +71,9 @@ def estimate_bias_field(
     block = np.ravel_multi_index(tuple(cell.T), tuple(cell.max(0) + 1))
     count = int(block.max()) + 1
     bins = ((log_signal + LOG_RANGE) * (BINS / (2 * LOG_RANGE))).clip(0, BINS - 1).astype(np.int64)
-    histogram = np.bincount(block * BINS + bins, minlength=count * BINS).reshape(count, BINS).astype(np.float64)
+    histogram = (
+        np.bincount(block * BINS + bins, minlength=count * BINS).reshape(count, BINS).astype(np.float64)
+    )
     voxels = histogram.sum(1)
     used = voxels > MIN_BLOCK_SHARE * np.percentile(voxels[voxels > 0], 90)
     orders = np.indices((DEGREE + 1,) * 3).sum(0) <= DEGREE
@@ -78,7 +82,9 @@ def estimate_bias_field(
     histogram[:, [0, -1]] = 0  # what lies beyond the range
     smooth = ndimage.gaussian_filter1d(histogram, BIN_SMOOTHING, axis=1)
     mode = (smooth.argmax(1) + 0.5) * (2 * LOG_RANGE / BINS) - LOG_RANGE
-    centre = np.stack([np.bincount(block, axis, count) for axis in position.T], 1) / np.maximum(voxels, 1)[:, None]
+    centre = (
+        np.stack([np.bincount(block, axis, count) for axis in position.T], 1) / np.maximum(voxels, 1)[:, None]
+    )
     u, v, w = (2 * (centre - low) / np.maximum(high - low, 1) - 1).T
     terms = legendre.legvander3d(u, v, w, [DEGREE] * 3)[:, orders.ravel()][used]
     solution, spread = _robust_fit(terms, mode[used])
@@ -202,6 +208,7 @@ def _n4(
     shrink = [max(1, round(4.0 / s)) for s in reversed(tuple(spacing))]
     n4 = sitk.N4BiasFieldCorrectionImageFilter()
     n4.Execute(sitk.Shrink(image, shrink), sitk.Shrink(mask, shrink))
-    log_field = sitk.GetArrayFromImage(n4.GetLogBiasFieldAsImage(image))
+    log_field: np.ndarray = sitk.GetArrayFromImage(n4.GetLogBiasFieldAsImage(image))
     zero = np.float32(background)
-    return ((values - zero) * np.exp(-log_field) + zero).astype(np.float32)
+    corrected: np.ndarray = ((values - zero) * np.exp(-log_field) + zero).astype(np.float32)
+    return corrected

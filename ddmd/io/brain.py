@@ -82,7 +82,7 @@ def estimate_brain(
     skull : "auto", "on" or "off"
         What is known of the skull.
     mask : (X, Y, Z), optional
-        A brain mask; what is not 0 is brain.
+        A brain mask; what is not 0 is brain, and all else is taken away, a skull included.
 
     Returns
     -------
@@ -102,20 +102,22 @@ def estimate_brain(
             raise ValueError(f"the brain mask has shape {given.shape}; the image has {values.shape}")
         if not given.any():
             raise ValueError("the brain mask is empty")
-        return BrainEstimate(given, skull == "on", 1.0, "given")
+        return BrainEstimate(given, False, 1.0, "given")
     if background is None:
         background = background_value(values, np.isfinite(values))
-    levels = _background_levels(values, background)
-    head, exact = _not_background(values, levels)
+    levels, beside = _background(values, background)
+    head, exact = _not_background(values, levels, beside)
     if not head.any():
         return BrainEstimate(_inside_head(values, size), skull != "off", 1.0 if skull != "auto" else 0.5,
                              "head outline")  # fmt: skip
-    side, dip = _profile(values, head, size)
+    side, dip = _profile(values, head, size, _air_side(values, head, levels[0], exact))
     probability = _skull_probability(head, size, dip, exact) if skull == "auto" else float(skull == "on")
     confidence = max(probability, 1.0 - probability)
     if probability < 0.5:
         return BrainEstimate(head, False, confidence, "background")
-    return BrainEstimate(_inside_head(_dark_air(values, head, levels, side), size), True, confidence, "head outline")
+    return BrainEstimate(
+        _inside_head(_dark_air(values, head, levels, side), size), True, confidence, "head outline"
+    )
 
 
 def intensity_range(values: np.ndarray, constants: np.ndarray) -> float:
@@ -140,8 +142,8 @@ class _Level:
         return close
 
 
-def _background_levels(values: np.ndarray, background: float) -> list[_Level]:
-    """The values that the border consists of: air first, then constant pads."""
+def _background(values: np.ndarray, background: float) -> tuple[list[_Level], np.ndarray]:
+    """The values that the border consists of, air and constant pads; and bool (X, Y, Z), near to none of them."""
     border = border_values(values)
     distinct, counts = np.unique(border, return_counts=True)
     constants = distinct[counts >= PAD_SHARE * len(border)]
@@ -150,21 +152,23 @@ def _background_levels(values: np.ndarray, background: float) -> list[_Level]:
         background = _densest(border, tolerance)
     levels = [_level(background, border, tolerance)]
     levels += [_level(float(v), border, tolerance) for v in constants if abs(v - background) > tolerance]
+    beside = np.ones(values.shape, bool)
+    for level in levels:
+        beside &= ~level.near(values)
     for _ in range(2):  # what lies within a pad all round
-        rest = np.ones(values.shape, bool)
-        for level in levels:
-            rest &= ~level.near(values)
-        box = _bounding_box(rest)
-        if box is None or rest[box].size == values.size:
+        box = bounding_box(beside)
+        if box is None or beside[box].size == values.size:
             break
-        shell = border_values(values[box])[border_values(rest[box])]
-        if len(shell) < 0.5 * len(border_values(rest[box])):
+        touching = border_values(beside[box])
+        shell = border_values(values[box])[touching]
+        if len(shell) < 0.5 * len(touching):
             break
         inner = _densest(shell, tolerance)
         if np.mean(np.abs(shell - inner) <= tolerance) < 0.5:
             break
         levels.insert(0, _level(inner, shell, tolerance))
-    return levels
+        beside &= ~levels[0].near(values)
+    return levels, beside
 
 
 def _level(value: float, border: np.ndarray, tolerance: float) -> _Level:
@@ -174,14 +178,14 @@ def _level(value: float, border: np.ndarray, tolerance: float) -> _Level:
     return _Level(float(value), float(np.clip(2.5 * spread, tolerance, 10 * tolerance)))
 
 
-def _bounding_box(mask: np.ndarray) -> tuple[slice, ...] | None:
-    """The smallest box that holds the mask."""
+def bounding_box(mask: np.ndarray, margin: int = 0) -> tuple[slice, ...] | None:
+    """The smallest box that holds the mask, and a margin of voxels within the grid; None where it is empty."""
     box = []
     for axis in range(3):
         inside = np.flatnonzero(mask.any(axis=tuple({0, 1, 2} - {axis})))
         if not len(inside):
             return None
-        box.append(slice(int(inside[0]), int(inside[-1]) + 1))
+        box.append(slice(max(int(inside[0]) - margin, 0), int(inside[-1]) + 1 + margin))
     return tuple(box)
 
 
@@ -193,31 +197,39 @@ def _densest(values: np.ndarray, width: float) -> float:
     return float(np.median(values[bins == distinct[counts.argmax()]]))
 
 
-def _not_background(values: np.ndarray, levels: list[_Level]) -> tuple[np.ndarray, bool]:
+def _not_background(values: np.ndarray, levels: list[_Level], beside: np.ndarray) -> tuple[np.ndarray, bool]:
     """The largest body that is not background, holes of its slices filled; and whether the background is exact."""
-    exact, beside = np.ones(values.shape, bool), np.ones(values.shape, bool)
+    head = np.zeros(values.shape, bool)
+    box = bounding_box(beside, margin=3)
+    if box is None:
+        return head, False
+    all_near = beside.size - int(beside.sum())
+    inside, beside = values[box], beside[box].copy()
+    exact = np.ones(inside.shape, bool)
     for level in levels:
-        exact &= values != np.float32(level.value)
-        beside &= ~level.near(values)
-    main = _largest(exact)
-    inner = values[beside]
-    if not len(inner):
-        return beside, False
-    surface = main & ~ndimage.binary_erosion(main, border_value=1)  # a face of the volume is none
-    if surface.any() and beside[surface].mean() > 0.5 and 2 * (~exact).sum() > (~beside).sum():
-        return _filled(main), True  # the background is exact
-    air = levels[0]
-    contrast = float(np.median(inner)) - air.value
-    side = 1.0 if contrast >= 0 else -1.0
-    if np.mean(side * (inner - air.value) < 0) < 0.02:
+        exact &= inside != np.float32(level.value)
+    outside = values.size - inside.size  # exact or near: not looked at
+    if 2 * (outside + exact.size - int(exact.sum())) > all_near:
+        main = _largest(exact)
+        surface = main & ~ndimage.binary_erosion(main, border_value=1)  # a face of the volume is none
+        if surface.any() and beside[surface].mean() > 0.5:
+            head[box] = _filled(main)
+            return head, True
+    air = levels[0].value
+    tissue = inside[beside]
+    contrast = float(np.median(tissue)) - air
+    side = np.float32(1.0 if contrast >= 0 else -1.0)
+    if np.mean(side * (tissue - np.float32(air)) < 0) < 0.02:
         # Partial volume and ringing beside a blurred edge are no tissue
-        beside &= side * (values - air.value) > PARTIAL_VOLUME * abs(contrast)
-        return _filled(_largest(beside)), False
-    return _filled(_largest(ndimage.binary_opening(ndimage.binary_closing(beside)))), False
+        beside &= side * (inside - np.float32(air)) > PARTIAL_VOLUME * abs(contrast)
+    else:
+        beside = ndimage.binary_opening(ndimage.binary_closing(beside))
+    head[box] = _largest(_filled(beside))  # filled first: a dark skull parts the scalp from the brain
+    return head, False
 
 
 def _largest(mask: np.ndarray) -> np.ndarray:
-    """The largest body (6 neighbours) of a mask; one of a few voxels' thickness is cut off from it first."""
+    """The largest body (6 neighbours) of a mask."""
     parts, count = ndimage.label(mask)
     if count < 2:
         return mask
@@ -248,10 +260,20 @@ def _skull_probability(head: np.ndarray, spacing: np.ndarray, dip: float | None,
     return float(1.0 / (1.0 + np.exp(-evidence)))
 
 
-def _profile(values: np.ndarray, head: np.ndarray, spacing: np.ndarray) -> tuple[float, float | None]:
+def _air_side(values: np.ndarray, head: np.ndarray, air: _Level, exact: bool) -> float | None:
+    """1 where air is darker than tissue, -1 where it is brighter; None where its value may be arbitrary."""
+    tissue = values[head][::7]
+    if np.mean(tissue > air.value) > 0.95:
+        return 1.0
+    return None if exact or np.mean(tissue < air.value) < 0.95 else -1.0
+
+
+def _profile(
+    values: np.ndarray, head: np.ndarray, spacing: np.ndarray, side: float | None
+) -> tuple[float, float | None]:
     """Sign of the contrast, and the dip of the intensity below the surface.
 
-    The sign is 1 where the surface is darker than the inside. The dip is the lowest intensity 6 to 16 mm below
+    The sign is `side`, or where that is None 1 if the surface is darker than the inside. The dip is the lowest intensity 6 to 16 mm below
     the surface as a share of the highest 2 to 6 mm below it, where intensities count from the darkest of each
     slice; medians over shells and over slices. None where no slice is wide enough.
     """
@@ -270,18 +292,19 @@ def _profile(values: np.ndarray, head: np.ndarray, spacing: np.ndarray) -> tuple
         shells = np.floor(depth / BAND_MM).astype(int)
         if (shells >= 10).sum() < 20:
             continue
-        levels = [np.median(plane[shells == k]) if (shells == k).any() else np.nan for k in range(8)]
+        present = [k for k in range(8) if (shells == k).any()]  # thick voxels leave some shells empty
+        levels = np.interp(range(8), present, [np.median(plane[shells == k]) for k in present])
         found.append((levels, np.median(plane[shells >= 10]), *np.percentile(plane, (1, 99))))
     if not found:
-        return 1.0, None
-    rises = [inside - next(v for v in levels if np.isfinite(v)) for levels, inside, _, _ in found]
-    side = 1.0 if np.median(rises) >= 0 else -1.0
+        return side or 1.0, None
+    if side is None:
+        side = 1.0 if np.median([inside - levels[0] for levels, inside, _, _ in found]) >= 0 else -1.0
     profiles = []
     for levels, _, low, high in found:
-        profile = np.array(levels[1:]) - low if side > 0 else high - np.array(levels[1:])
-        profiles.append(profile / max(float(np.nanmax(profile)), 1e-12))
-    middle = np.nanmedian(profiles, axis=0)
-    rim, gap = np.nanmax(middle[:2]), np.nanmin(middle[2:])
+        profile = levels[1:] - low if side > 0 else high - levels[1:]
+        profiles.append(profile / max(float(profile.max()), 1e-12))
+    middle = np.median(profiles, axis=0)
+    rim, gap = middle[:2].max(), middle[2:].min()
     return side, float(gap / rim) if rim > 0 else None
 
 

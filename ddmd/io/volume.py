@@ -12,8 +12,14 @@ import numpy as np
 from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation
 from scipy import ndimage
 
-from ddmd.io.bias_field import bias_field
-from ddmd.io.brain import background_value, estimate_brain
+from ddmd.io.bias_field import BIAS_CHOICES, correct_bias
+from ddmd.io.brain import (
+    SKULL_CHOICES,
+    BrainEstimate,
+    background_value,
+    bounding_box,
+    estimate_brain,
+)
 from ddmd.io.errors import VolumeError
 from ddmd.io.geometry import GRID_TOLERANCE_MM, Geometry, grid_gap
 from ddmd.io.inputs import InputImage, array_image, input_images
@@ -22,6 +28,7 @@ from ddmd.io.sequences import SEQUENCES, sequence_of, stem
 
 __all__ = ["SEQUENCES", "Volume", "VolumeError", "estimate_brain", "sequence_of"]
 
+SURE = 0.9  # less sure than this whether the skull is on, the user is told
 LOWEST, HIGHEST = -4.0, 6.0  # robust z-scores are clipped to this; air is LOWEST
 
 
@@ -35,9 +42,11 @@ class Volume:
     native : image without voxels, of the grid that maps are returned on: its header has shape, affine, form
         codes and units of the input, and nothing else.
     name : of the file that the grid is taken from, without extensions.
-    skull : whether the skull seems to be on.
+    skull : whether the skull seems to be on, or was said to be.
     notes : what a user should know of how the input was read.
     sources : sequence -> path, or words for what was no file.
+    skull_confidence : float in [0.5, 1], how sure `skull` is; 1 where the caller said it or gave the brain.
+    bias : "auto", "off", "on" or "n4", what `normalised` does to bias fields; see `correct_bias`.
     """
 
     images: Mapping[str, np.ndarray]
@@ -48,6 +57,8 @@ class Volume:
     skull: bool
     notes: tuple[str, ...]
     sources: Mapping[str, str]
+    skull_confidence: float = 1.0
+    bias: str = "auto"
 
     @cached_property
     def spacing(self) -> tuple[float, float, float]:
@@ -65,6 +76,9 @@ class Volume:
         require: Sequence[str] = (),
         resample: str | bool | None = None,
         check_all: bool = False,
+        skull: str = "auto",
+        brain: Any = None,
+        bias: str = "auto",
     ) -> Volume:
         """Read a volume from files, nibabel images or arrays.
 
@@ -82,26 +96,48 @@ class Volume:
             named. This does not register them.
         check_all : bool
             Whether the grids of sequences that are not required must agree, too.
+        skull : "auto", "on" or "off"
+            Whether the skull is on; auto estimates it.
+        brain : path, nibabel image or array (X, Y, Z), optional
+            A brain mask on the image's grid, of any stripper; what is outside it is taken away.
+        bias : "auto", "off", "on" or "n4"
+            Whether bias fields are corrected; auto corrects those with clear evidence.
 
         Raises
         ------
         VolumeError
             Naming the file and what to do.
+        ValueError
+            If `skull` or `bias` is none of its choices.
         """
+        _check_choices(skull, bias)
         notes: list[str] = []
         chosen = _by_sequence(input_images(source, affine), _listed(sequences), require, notes)
         if require:
             others = [s for s in chosen if s not in require] if check_all and not resample else []
             chosen = {s: chosen[s] for s in (*require, *others)}
-        return cls._assemble(chosen, resample, notes)
+        return cls._assemble(chosen, resample, notes, skull=skull, brain=brain, bias=bias)
 
     @classmethod
-    def from_array(cls, images: Mapping[str, np.ndarray], affine: np.ndarray, name: str = "array") -> Volume:
-        """A volume of arrays (X, Y, Z) by sequence, on one grid whose affine (4, 4) gives mm."""
+    def from_array(
+        cls,
+        images: Mapping[str, np.ndarray],
+        affine: np.ndarray,
+        name: str = "array",
+        *,
+        skull: str = "auto",
+        brain: Any = None,
+        bias: str = "auto",
+    ) -> Volume:
+        """A volume of arrays (X, Y, Z) by sequence, on one grid whose affine (4, 4) gives mm.
+
+        The other options are those of `read`.
+        """
+        _check_choices(skull, bias)
         if not images:
             raise VolumeError(f"{name}: no image given; give at least one")
         chosen = {s: array_image(a, affine, f"{name} ({s})", s) for s, a in images.items()}
-        return cls._assemble(chosen, None, [], name)
+        return cls._assemble(chosen, None, [], name, skull=skull, brain=brain, bias=bias)
 
     @classmethod
     def _assemble(
@@ -110,6 +146,10 @@ class Volume:
         resample: str | bool | None,
         notes: list[str],
         name: str | None = None,
+        *,
+        skull: str,
+        brain: Any,
+        bias: str,
     ) -> Volume:
         target = resample if isinstance(resample, str) else next(iter(chosen))
         if target not in chosen:
@@ -130,34 +170,47 @@ class Volume:
                 )
             canonical[s] = np.ascontiguousarray(apply_orientation(values, orientation))
         labels = {s: image.label for s, image in chosen.items()}
-        brain, skull, images = _clean(canonical, labels, notes, grid.affine)
-        if skull:
-            notes.append(
-                f"{label}: the skull seems to be on; results are less reliable outside the brain. Strip it "
-                "first (HD-BET or SynthStrip) for better ones"
-            )
+        mask = None if brain is None else _brain_mask(brain, grid, label, orientation)
+        estimate, images = _clean(canonical, labels, notes, grid.affine, skull, mask)
+        notes += _brain_notes(estimate, label)
         return cls(
             images=images,
-            brain=brain,
+            brain=estimate.mask,
             affine=grid.affine @ inv_ornt_aff(orientation, grid.shape),
             native=grid.native,
             name=name or stem(label),
-            skull=skull,
+            skull=estimate.skull_on,
             notes=tuple(notes),
             sources=labels,
+            skull_confidence=estimate.confidence,
+            bias=bias,
         )
 
     def normalised(self, sequence: str) -> np.ndarray:
         """Robust z-scores float32 (X, Y, Z) of a sequence over the brain, in [LOWEST, HIGHEST].
 
-        Of a stripped brain once more after its bias field is taken away (`ddmd.bias_field`); outside it,
-        LOWEST, what air is. Where the skull is on, the brain is a guess, and no field is fitted to it.
+        Without the bias field, as `bias` says; where the skull is on, the brain is a guess, and "auto" fits no
+        field to it. Outside a stripped brain, LOWEST, what air is.
         """
-        z = self._robust_z_scores(self.images[sequence])
+        values = self.images[sequence]
+        method = "off" if self.skull and self.bias == "auto" else self.bias
+        if method != "off":
+            values, _ = correct_bias(values, self.brain, self.spacing, self.zero_signal(sequence), method)
+        z = self._robust_z_scores(values)
         if not self.skull:
-            z = self._robust_z_scores(z - bias_field(z, self.brain))
             z[~self.brain] = LOWEST
         return z
+
+    def zero_signal(self, sequence: str) -> float:
+        """What no signal is in a sequence: the median beside the brain, or the lowest value if all is brain."""
+        values = self.images[sequence]
+        box = bounding_box(self.brain)
+        beside = values[box][~self.brain[box]]
+        return (
+            float(np.median(beside[:: max(1, len(beside) // 100_000)]))
+            if len(beside)
+            else float(values.min())
+        )
 
     def _robust_z_scores(self, values: np.ndarray) -> np.ndarray:
         """(x - median) / (interquartile range / 1.349) over the brain, which is a z-score of normal values."""
@@ -276,12 +329,60 @@ def _resampled(
     return resampled.astype(np.float32)
 
 
+def _check_choices(skull: str, bias: str) -> None:
+    if skull not in SKULL_CHOICES:
+        raise ValueError(f"skull is {skull!r}; allowed are {', '.join(SKULL_CHOICES)}")
+    if bias not in BIAS_CHOICES:
+        raise ValueError(f"bias is {bias!r}; allowed are {', '.join(BIAS_CHOICES)}")
+
+
+def _brain_mask(brain: Any, grid: Geometry, label: str, orientation: np.ndarray) -> np.ndarray:
+    """A given brain mask as bool (X, Y, Z) in canonical order; refused where it is on another grid or empty."""
+    if isinstance(brain, np.ndarray):
+        image = array_image(brain, grid.affine, "brain mask")
+    else:
+        (image,) = input_images(brain)
+    difference = _difference(image.geometry, grid)
+    if difference is not None:
+        raise VolumeError(
+            f"{image.label}: the brain mask and {label} are on different grids: {difference}; resample the mask "
+            "onto the image"
+        )
+    mask = np.nan_to_num(intensities_of(image.stored())[0]) > 0
+    if not mask.any():
+        raise VolumeError(f"{image.label}: the brain mask is empty; give one whose brain is above 0")
+    canonical: np.ndarray = np.ascontiguousarray(apply_orientation(mask, orientation))
+    return canonical
+
+
+def _brain_notes(estimate: BrainEstimate, label: str) -> list[str]:
+    """What a user should know of the brain: nothing where it was surely stripped."""
+    if estimate.skull_on and estimate.confidence == 1.0:
+        return [f"{label}: {estimate.describe()}; results are less reliable outside the brain"]
+    if estimate.skull_on:
+        return [
+            f"{label}: the skull seems to be on ({estimate.confidence:.0%} sure); results are less reliable "
+            "outside the brain. Strip it first (HD-BET or SynthStrip) for better ones, or pass --skull off "
+            "(skull='off') if it is off"
+        ]
+    if estimate.confidence < SURE:
+        return [
+            f"{label}: the skull seems to be off ({estimate.confidence:.0%} sure); pass --skull on (skull='on') "
+            "if it is on"
+        ]
+    return []
+
+
 def _clean(
-    data: dict[str, np.ndarray], labels: dict[str, str], notes: list[str], affine: np.ndarray
-) -> tuple[np.ndarray, bool, dict[str, np.ndarray]]:
-    """Brain, whether the skull is on, and images without NaN; refuses what holds no brain."""
-    brain: np.ndarray | None = None
-    skull = False
+    data: dict[str, np.ndarray],
+    labels: dict[str, str],
+    notes: list[str],
+    affine: np.ndarray,
+    skull: str,
+    mask: np.ndarray | None,
+) -> tuple[BrainEstimate, dict[str, np.ndarray]]:
+    """The brain and images without NaN; refuses what holds no brain."""
+    estimate: BrainEstimate | None = None
     images = {}
     for s, values in data.items():
         finite = np.isfinite(values)
@@ -293,11 +394,12 @@ def _clean(
             raise VolumeError(f"{labels[s]}: the volume is {what}; there is no image in it; export it again")
         background = background_value(values, finite)
         filled = np.where(finite, values, np.float32(background))
-        if brain is None:
-            brain, skull = estimate_brain(filled, np.linalg.norm(affine[:3, :3], axis=0), background, affine)
-            if not brain.any():
+        if estimate is None:
+            spacing = np.linalg.norm(affine[:3, :3], axis=0)
+            estimate = estimate_brain(filled, spacing, background, skull=skull, mask=mask)
+            if not estimate.mask.any():
                 raise VolumeError(f"{labels[s]}: no brain found in the volume; check that it is a head MRI")
-        bad = int((~finite & brain).sum())
+        bad = int((~finite & estimate.mask).sum())
         if bad:
             raise VolumeError(f"{labels[s]}: {bad} voxels inside the brain are NaN or Inf; export it again")
         if not finite.all():
@@ -305,5 +407,5 @@ def _clean(
                 f"{labels[s]}: {int((~finite).sum())} NaN or Inf voxels outside the brain, set to background"
             )
         images[s] = filled
-    assert brain is not None
-    return brain, skull, images
+    assert estimate is not None
+    return estimate, images
