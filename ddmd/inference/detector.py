@@ -31,7 +31,6 @@ DEVICES = "auto, cpu, cuda, cuda:N, and gpu for cuda"
 READING_OPTIONS = ("affine", "sequences", "resample", "skull", "brain", "bias")  # of `Volume.read`
 
 
-
 class DetectionError(VolumeError):
     """Maps of a case that are not finite; the message names the case and says what to do."""
 
@@ -284,12 +283,10 @@ class Detector:
         VolumeError
             When it is the turn of a volume that cannot be used.
         """
-        reading = {key: options.pop(key) for key in ("affine", "sequences", "resample") if key in options}
+        reading = {key: options.pop(key) for key in READING_OPTIONS if key in options}
         sampling = {k: options[k] for k in ("samples", "steps", "sampler", "seed", "batch") if k in options}
         self.sampling_config(**sampling)  # refused before anything is read
         self.lesion_criteria(options.get("threshold"))
-=======
-        reading = {key: options.pop(key) for key in READING_OPTIONS if key in options}
         for _, prepared in prefetch(volumes, lambda volume: self.prepare(volume, **reading)):
             yield self.detect(prepared(), **options)
 
@@ -340,9 +337,6 @@ class Detector:
         criteria = self.lesion_criteria(threshold)
         config = self.sampling_config(samples, steps, sampler, seed, batch)
         if not isinstance(volume, Prepared):
-            volume = self.prepare(volume, affine=affine, sequences=sequences, resample=resample)
-        maps = self.to_volume(volume, self.maps(volume, config, progress))
-=======
             volume = self.prepare(
                 volume,
                 affine=affine,
@@ -352,7 +346,7 @@ class Detector:
                 brain=brain,
                 bias=bias,
             )
-        maps = self.to_volume(volume, detect_slices(self.system, volume.slices, config, progress))
+        maps = self.to_volume(volume, self.maps(volume, config, progress))
         volume = volume.volume
         found = find_lesions(maps.probability, maps.uncertainty, volume.affine, criteria)
         return Detection(
