@@ -119,7 +119,7 @@ def _route(op: str, device: str) -> tuple[Callable[..., Any], str, str | None]:
 
 # --------------------------------------------------------------------------- registration
 
-_library: Any = torch.library.Library("ddmd", "DEF")  # type: ignore[no-untyped-call]
+_library: Any = torch.library.Library("ddmd", "DEF")
 
 
 def _implementation(op: str, device: str) -> Callable[..., Any]:
