@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from ddmd import _moved
 from ddmd._register_ops import register_with_torch
 
 __version__ = "0.1.0"
@@ -35,6 +36,7 @@ __all__ = [
 
 
 register_with_torch()
+_moved.install()
 
 
 def __getattr__(name: str) -> Any:

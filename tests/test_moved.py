@@ -1,0 +1,47 @@
+"""Module paths of 0.1 give the modules that took their places, and say so."""
+
+import subprocess
+import sys
+
+import pytest
+
+from ddmd._moved import MOVED
+
+CHILD = """
+import importlib, sys, warnings
+old, new = sys.argv[1:]
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always", FutureWarning)
+    module = importlib.import_module(old)
+    again = importlib.import_module(old)
+assert module is again is importlib.import_module(new) is sys.modules[old]
+assert module.__name__ == new and module.__spec__.name == new
+told = [str(w.message) for w in caught if w.category is FutureWarning and old + " is now" in str(w.message)]
+assert told == [f"{old} is now {new}; the old name goes in the next release"], told
+package, _, name = old.rpartition(".")
+assert getattr(sys.modules[package], name) is module
+"""
+
+
+@pytest.mark.parametrize("old", ["ddmd.volume", "ddmd.weights", "ddmd.data.datasets", "ddmd.training.painting"])
+def test_an_old_module_is_the_new_one_with_one_warning(old):
+    result = subprocess.run([sys.executable, "-c", CHILD, old, MOVED[old]], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def test_every_old_name_leads_to_a_module_that_is_there():
+    import importlib.util
+
+    for old, new in MOVED.items():
+        assert importlib.util.find_spec(new) is not None, f"{old} leads to {new}"
+
+
+def test_other_missing_modules_are_still_missing():
+    with pytest.raises(ModuleNotFoundError, match=r"ddmd\.nothing"):
+        __import__("ddmd.nothing")
+
+
+def test_no_module_of_the_package_is_imported_by_an_old_name():
+    code = "import warnings; warnings.simplefilter('error', FutureWarning); import ddmd.cli, ddmd.inference.detector, ddmd.training.run"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
