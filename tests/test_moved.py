@@ -23,7 +23,9 @@ assert getattr(sys.modules[package], name) is module
 """
 
 
-@pytest.mark.parametrize("old", ["ddmd.volume", "ddmd.weights", "ddmd.data.datasets", "ddmd.training.painting"])
+@pytest.mark.parametrize(
+    "old", ["ddmd.volume", "ddmd.weights", "ddmd.data.datasets", "ddmd.training.painting"]
+)
 def test_an_old_module_is_the_new_one_with_one_warning(old):
     result = subprocess.run([sys.executable, "-c", CHILD, old, MOVED[old]], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
