@@ -159,7 +159,7 @@ def test_rivals_bring_back_the_four_maps_that_ours_do(rng, monkeypatch):
     """All sides start from slices on the CPU and end with probability, uncertainty, X and Y there."""
     pytest.importorskip("diffusers", reason="diffusers is not installed")
     from benchmarks import rivals
-    from ddmd.inference import ensemble
+    from ddmd.inference.session import detect_slices
 
     system = tiny_system()
     values, affine = head(rng, (40, 48, 6))
@@ -170,7 +170,7 @@ def test_rivals_bring_back_the_four_maps_that_ours_do(rng, monkeypatch):
     for name in ("QUICK_ROUNDS", "SLOW_ROUNDS"):
         monkeypatch.setattr(rivals, name, 1)
     rivals.compare(system, slices, config, False)
-    expected = ensemble.detect_slices(system, slices, config)
+    expected = detect_slices(system, slices, config)
     first = kept[0]  # of the run from our noise, by diffusers in float32
     for name in ("probability", "uncertainty", "inter", "intra"):
         ours, theirs = getattr(expected, name), getattr(first, name)
@@ -178,18 +178,27 @@ def test_rivals_bring_back_the_four_maps_that_ours_do(rng, monkeypatch):
         assert torch.allclose(theirs, ours, atol=0.02), name
 
 
-def test_the_reference_backend_is_measured_on_a_system_without_captured_graphs(monkeypatch):
+def test_the_reference_backend_is_measured_by_a_session_of_its_own(monkeypatch):
+    """A session that captured a graph before would replay our kernels."""
     from benchmarks import rivals
+    from ddmd.ops import registry
 
-    system, graphs = tiny_system(), []
-    system.samplings["a configuration"] = "a captured graph"
-    monkeypatch.setattr(
-        rivals.ensemble, "detect_slices", lambda used, *_: graphs.append(dict(used.samplings))
-    )
-    rivals._by_reference(system, None, None)
-    assert graphs
-    assert all(own == {} for own in graphs)
-    assert system.samplings, "the system itself keeps its graphs"
+    backends = []
+
+    class Recorder:
+        def __init__(self, *_):
+            backends.append(registry.serving("denoise_step", "cpu")[0])
+
+        def run(self, *_):
+            backends.append(registry.serving("denoise_step", "cpu")[0])
+            return self
+
+        cpu = run
+
+    monkeypatch.setattr(rivals, "Session", Recorder)
+    rivals._by_reference(tiny_system(), None, None)
+    assert len(backends) > 2
+    assert set(backends) == {"reference"}
 
 
 def test_a_cohort_is_measured_by_the_wall_clock_of_the_command(tmp_path, monkeypatch):
