@@ -374,7 +374,7 @@ def test_a_signal_while_saving_leaves_nothing_half_done(tiny, flair, tmp_path, n
 def test_a_command_without_its_extra_names_it(tmp_path, flair):
     script = (
         "import sys\n"
-        "for name in ('accelerate', 'tensorboard', 'monai', 'sklearn'): sys.modules[name] = None\n"
+        "for name in ('accelerate', 'tensorboard', 'monai', 'sklearn', 'nilearn'): sys.modules[name] = None\n"
         "sys.argv = ['ddmd', *sys.argv[1:]]\n"
         "from ddmd.cli import main\nmain()"
     )
@@ -382,6 +382,7 @@ def test_a_command_without_its_extra_names_it(tmp_path, flair):
     for args, extra in (
         (["train", str(tmp_path / "c.toml"), "-o", str(tmp_path / "run")], "ddmd[train]"),
         (["evaluate", str(tmp_path), "-o", str(tmp_path / "evaluation")], "ddmd[evaluate]"),
+        (["phantom", str(tmp_path / "phantom")], "ddmd[phantom]"),
     ):
         done = subprocess.run(
             [sys.executable, "-c", script, *args], capture_output=True, text=True, check=False

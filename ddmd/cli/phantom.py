@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from ddmd.cli import console
+from ddmd.cli.entry import require_extra
 from ddmd.cli.options import Debug
 
 
@@ -22,6 +23,7 @@ def command(
 
     Its files are t1, t1ce, t2, flair and the exact mask.
     """
+    require_extra("phantom", ("nilearn",))
     from ddmd.data.phantom import phantom, write
 
     made = phantom(seed=seed, spacing_mm=spacing, lesions=0 if healthy else 3)
