@@ -330,8 +330,15 @@ class Detector:
         ------
         VolumeError
             If the volume cannot be used, naming the file and what to do.
+        DetectionError
+            If the maps are not finite.
         ValueError
-            If an option is out of range.
+            If an option is of another type or out of range.
+
+        Notes
+        -----
+        Convolutions are summed in an order that torch chooses by shape, threads and device. Between batches and
+        thread counts on a CPU, probabilities differ by less than 1e-5 in float32 and 5e-3 in bfloat16.
         """
         begun = time.perf_counter()
         criteria = self.lesion_criteria(threshold)
