@@ -9,7 +9,7 @@ WHEELS ?= wheels
 OUT ?= build/gpu-check
 export MAX_JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: demo test lint bench bench-gpu gpu-wheels gpu-check wheel-check clean
+.PHONY: demo test lint fuzz bench bench-gpu gpu-wheels gpu-check wheel-check clean
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info)' \
@@ -60,6 +60,10 @@ lint: $(VENV)/lint.stamp
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+
+# Two minutes of mutated volumes, weights and tables: each must end in success or one clear line.
+fuzz: $(VENV)/test.stamp
+	@$(BIN)/python -m tests.fuzz --seconds 120
 
 # --benchmark-only measures; results go where benchmarks.table reads them
 RESULT = benchmarks/results/$(shell $(BIN)/python -c "from benchmarks.timing import machine; print(machine())" 2>/dev/null)-$(shell date +%F).json
