@@ -79,6 +79,10 @@ class Case:
         sequences : those to read
         options : passed to `Volume.read`; without effect on a stack.
 
+        Returns
+        -------
+        Volume
+
         Raises
         ------
         DatasetError

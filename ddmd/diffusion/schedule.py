@@ -64,12 +64,32 @@ class Schedule:
         return torch.stack((alpha_bar.sqrt(), (1.0 - alpha_bar).sqrt()), 1).float()
 
     def timesteps(self, n: int, stop: float = 0.0) -> Tensor:
-        """(n,) int64, descending from T - 1 towards stop T, evenly spaced; the last one's successor is x_0.
+        """The steps that are taken: evenly spaced from T - 1 towards stop T; the last one's successor is x_0.
 
         Averaged over a lesion, x_t shows a smooth mask long before any one pixel does. What is uncertain is
         therefore decided in the first few percent of the steps, and later steps only sharpen it: steps that
         stop early draw masks that still differ. Chen (2023), "On the importance of noise scheduling",
         reports the same of large images.
+
+        Parameters
+        ----------
+        n : int
+            N, from 1 to (1 - stop) T.
+        stop : float in [0, 1)
+
+        Returns
+        -------
+        (n,) int64 on the CPU, descending
+
+        Raises
+        ------
+        ValueError
+            If an argument is out of range.
+
+        Examples
+        --------
+        >>> Schedule(steps=1000).timesteps(4).tolist()
+        [999, 749, 499, 249]
         """
         stop = validation.real("stop", stop, 0.0, 1.0)
         if stop == 1.0:
@@ -81,7 +101,7 @@ class Schedule:
     def coefficients(
         self, n: int, sampler: Sampler = "ddim", eta: float = 0.0, clip: float = 1.0, stop: float = 0.0
     ) -> Tensor:
-        """The sampling table: (n, 8) float32 on the CPU, for `ops.denoise_step`, columns `ops.COLUMNS`.
+        """The table of a sampler for `ops.denoise_step`: a row a step, columns `ops.COLUMNS`.
 
         Parameters
         ----------
@@ -96,6 +116,10 @@ class Schedule:
         clip : float
             The predicted x_0 is clamped to [-clip, clip].
         stop : float in [0, 1)
+
+        Returns
+        -------
+        (n, 8) float32 on the CPU
 
         Raises
         ------

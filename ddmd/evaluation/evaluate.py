@@ -61,6 +61,10 @@ def evaluate(
     overwrite : whether `out` may hold an earlier evaluation
     progress : called with the name of each case, optional
 
+    Returns
+    -------
+    Report
+
     Raises
     ------
     EvaluationError

@@ -176,6 +176,14 @@ class Detection:
     def overlay(self, path: str | Path) -> Path:
         """Write the picture to a PNG file; its folder is made if it is not there.
 
+        Parameters
+        ----------
+        path : of the PNG file
+
+        Returns
+        -------
+        The path.
+
         Raises
         ------
         OutputError

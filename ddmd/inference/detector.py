@@ -112,8 +112,18 @@ class Detector:
 
     A detector does not change and may be shared by threads: each thread computes in a `Session` of its own.
 
-    >>> detector = Detector.load("flair-image-labels")        # doctest: +SKIP
-    >>> detection = detector.detect("flair.nii.gz")   # doctest: +SKIP
+    Parameters
+    ----------
+    system : System
+        Networks and description, as `load` gives them.
+
+    Examples
+    --------
+    >>> from ddmd.data.phantom import phantom
+    >>> detector = Detector.load("flair-image-labels", device="cpu")
+    >>> flair = phantom(seed=1, spacing_mm=4.0).images["flair"]
+    >>> detector.detect({"flair": flair}, samples=2).mask.shape == flair.shape
+    True
     """
 
     system: checkpoint.System
@@ -141,6 +151,10 @@ class Detector:
         device : "auto", "cpu", "cuda", "cuda:N"; "gpu" is "cuda", and a number N is "cuda:N"
         precision : "auto", "float32" or "bfloat16"
             "auto" is what is faster on the device; see `checkpoint.pick_dtype`.
+
+        Returns
+        -------
+        Detector
 
         Raises
         ------
@@ -179,6 +193,15 @@ class Detector:
     ) -> SamplingConfig:
         """The weights' default sampling, but for what is given.
 
+        Parameters
+        ----------
+        samples, steps, sampler, seed, batch
+            As `detect` takes them.
+
+        Returns
+        -------
+        SamplingConfig
+
         Raises
         ------
         ValueError
@@ -203,8 +226,22 @@ class Detector:
     ) -> Prepared:
         """Read a volume and cut it into slices, so that `detect` has only to compute.
 
-        Takes what `detect` takes, and raises what it raises of the volume. Needs no device: it can be
-        done for the next volume while this one is computed.
+        Needs no device: it can be done for the next volume while this one is computed.
+
+        Parameters
+        ----------
+        volume : path, {sequence: path}, list of paths, nibabel image, array, or Volume
+        affine, sequences, resample, skull, brain, bias
+            As `Volume.read` takes them.
+
+        Returns
+        -------
+        Prepared
+
+        Raises
+        ------
+        VolumeError
+            If the volume cannot be used, naming the file and what to do.
         """
         if not isinstance(volume, Volume):
             volume = Volume.read(
@@ -223,6 +260,15 @@ class Detector:
     def lesion_criteria(self, threshold: float | None = None) -> LesionCriteria:
         """Which components of a probability map are lesions, by the weights; the threshold may be another.
 
+        Parameters
+        ----------
+        threshold : float in (0, 1), optional
+            By default the weights' own, which validation patients chose.
+
+        Returns
+        -------
+        LesionCriteria
+
         Raises
         ------
         ValueError
@@ -235,11 +281,33 @@ class Detector:
         return LesionCriteria(threshold, description.min_lesion_ml, description.min_peak)
 
     def maps(self, prepared: Prepared, config: SamplingConfig, progress: Progress | None = None) -> Maps:
-        """What is computed of every slice, in the session of the thread that calls."""
+        """What is computed of every slice, in the session of the thread that calls.
+
+        Parameters
+        ----------
+        prepared : Prepared
+        config : SamplingConfig
+        progress : called with (slices done, slices in all), optional
+
+        Returns
+        -------
+        Maps
+            Four maps (Z, 1, H, W) float32 on the slices' grid, on the device.
+        """
         return self.session.run(prepared.slices, config, progress)
 
     def to_volume(self, prepared: Prepared, maps: Maps) -> VolumeMaps:
         """Maps of slices on the volume they are of; probability and uncertainty smoothed through the plane.
+
+        Parameters
+        ----------
+        prepared : Prepared
+        maps : Maps
+
+        Returns
+        -------
+        VolumeMaps
+            float32 (X, Y, Z) each, on the volume's canonical grid.
 
         Raises
         ------
@@ -277,6 +345,11 @@ class Detector:
         volumes : iterable of what `detect` takes as its volume
         **options
             As `detect` takes them, the same for all.
+
+        Yields
+        ------
+        Detection
+            One a volume, in their order.
 
         Raises
         ------
@@ -325,6 +398,10 @@ class Detector:
         batch : int, optional
             Most slices computed at once. It changes time and memory; see Notes for the result.
         progress : called with (slices done, slices in all), optional
+
+        Returns
+        -------
+        Detection
 
         Raises
         ------

@@ -103,6 +103,10 @@ class Volume:
         bias : "auto", "off", "on" or "n4"
             Whether bias fields are corrected; auto corrects those with clear evidence.
 
+        Returns
+        -------
+        Volume
+
         Raises
         ------
         VolumeError
@@ -129,9 +133,26 @@ class Volume:
         brain: Any = None,
         bias: str = "auto",
     ) -> Volume:
-        """A volume of arrays (X, Y, Z) by sequence, on one grid whose affine (4, 4) gives mm.
+        """A volume of arrays by sequence, on one grid.
 
-        The other options are those of `read`.
+        Parameters
+        ----------
+        images : sequence -> (X, Y, Z)
+            Real numbers of any type; intensities have no unit.
+        affine : (4, 4)
+            Voxels to mm.
+        name : of the volume, for messages and files
+        skull, brain, bias
+            As `read` takes them.
+
+        Returns
+        -------
+        Volume
+
+        Raises
+        ------
+        VolumeError
+            If an array is no head MRI, naming its sequence.
         """
         _check_choices(skull, bias)
         if not images:
@@ -191,6 +212,14 @@ class Volume:
 
         Without the bias field, as `bias` says; where the skull is on, the brain is a guess, and "auto" fits no
         field to it. Outside a stripped brain, LOWEST, what air is.
+
+        Parameters
+        ----------
+        sequence : one of `images`
+
+        Returns
+        -------
+        (X, Y, Z) float32
         """
         values = self.images[sequence]
         method = "off" if self.skull and self.bias == "auto" else self.bias
@@ -202,7 +231,16 @@ class Volume:
         return z
 
     def zero_signal(self, sequence: str) -> float:
-        """What no signal is in a sequence: the median beside the brain, or the lowest value if all is brain."""
+        """What no signal is in a sequence: the median beside the brain, or the lowest value if all is brain.
+
+        Parameters
+        ----------
+        sequence : one of `images`
+
+        Returns
+        -------
+        float, in the image's own intensities
+        """
         values = self.images[sequence]
         box = bounding_box(self.brain)
         beside = values[box][~self.brain[box]]
@@ -225,6 +263,15 @@ class Volume:
         """A map (X, Y, Z) on the canonical grid, as an image on the input's own grid and in its units.
 
         Its header has nothing of the input's but the geometry.
+
+        Parameters
+        ----------
+        values : (X, Y, Z)
+        dtype : numpy type of the voxels
+
+        Returns
+        -------
+        nibabel image
         """
         order = io_orientation(self.native.affine)
         inverse = np.empty_like(order)

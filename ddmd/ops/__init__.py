@@ -64,8 +64,8 @@ def denoise_step(
 ) -> Tensor:
     """One update of the sampling loop, in place: DDPM, DDIM with any eta, or DPM-Solver++ (2M).
 
-    Which sampler it is, and what the network predicts, is in the table: see
-    `ddmd.Schedule.sampler` and, for the formula, `reference.denoise_step`.
+    The table says which sampler it is and what the network predicts: `Schedule.coefficients` makes it, and
+    `reference.denoise_step` has the formula.
 
     Parameters
     ----------
