@@ -9,7 +9,8 @@ import torch
 from ddmd.cohort.cases import Case
 from ddmd.models.denoiser import DenoiserConfig
 from ddmd.training.config import DenoiserStage
-from ddmd.training.dataset import PreparedCase
+from ddmd.training.device_slices import DeviceSlices
+from ddmd.training.prepared_case import PreparedCase
 from ddmd.training.pseudo_masks import (
     ELSEWHERE,
     NEAR_MARGIN_PX,
@@ -112,17 +113,17 @@ def test_a_doubtful_teacher_takes_all_it_found_for_lesion_and_believes_little_el
     core = disc(lesion.shape, (40, 52), 8)
     drawn = torch.from_numpy(np.where(core, 0.6, np.where(lesion, 0.25, 0.0)).astype(np.float32))
     teacher = SimpleNamespace(
-        eval=lambda: None, train=lambda: None, stage=DenoiserStage(doubt=doubting),
+        eval=lambda: None, train=lambda: None, stage=DenoiserStage(teacher_uncertainty=doubting, share_symmetric=0.0),
         condition=SimpleNamespace(config=DenoiserConfig()),
-        draw=lambda image, seed: (drawn if image[0, 0, 0, 0] == 0 else drawn.flip(-1)).expand(2, len(image), 1, -1, -1),
+        draw=lambda image, seed: (drawn if image[0, 0, 0, 0] < 0.5 else drawn.flip(-1)).expand(2, len(image), 1, -1, -1),
     )  # fmt: skip
     image = np.zeros((5, 1, *lesion.shape), np.float16)
     image[..., :, -1] = 1  # so that the stand-in knows a mirror image
     brain = np.ones((5, *lesion.shape), bool)
     label = np.array([1, 1, 1, 1, 0], np.int8)
     item = PreparedCase(Case("a", "a", "set", {}), image, brain, brain, label, offset=1, offset_mm=1.0)
-    told = update_pseudo_masks(teacher, [item], seed=0)
-    assert (told["made"], told["skipped"], told["mean_doubt"]) == (4, 0, float(doubting))
+    summary = update_pseudo_masks(teacher, DeviceSlices([item], torch.device("cpu"), 1.0), seed=0)
+    assert (summary["made"], summary["skipped"], summary["mean_uncertainty"]) == (4, 0, float(doubting))
     assert not item.mask[4].any()
     far = ~disc(lesion.shape, (40, 52), 12 + NEAR_MARGIN_PX + 1)
     assert (item.mask[0] == (lesion if doubting else core)).mean() > 0.995, "but for what opening takes"

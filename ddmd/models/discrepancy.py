@@ -19,11 +19,13 @@ def homogeneous_loss(z: Tensor, label: Tensor) -> Tensor:
     z : (n, d)
         Codes.
     label : (n,) int64
-        0 has no lesion, 1 has one.
+        0 has no lesion, 1 has one, -1 is not known and takes no part.
     """
-    counts = torch.bincount(label, minlength=2).to(torch.float32)
+    known = label >= 0
+    counts = torch.stack(((label == 0).sum(), (label == 1).sum())).to(torch.float32)
     pairs = (counts * (counts - 1.0) / 2.0).sum().clamp(min=1.0)
-    return ops.pairwise_sqdist(z, label, 2) / (pairs * z.shape[1])
+    group = torch.where(known, label, 2)  # codes in the third group are all 0, and nothing apart
+    return ops.pairwise_sqdist(z * known[:, None], group, 3) / (pairs * z.shape[1])
 
 
 def heterogeneous_loss(z: Tensor, label: Tensor, bound: float = 2.0, floor: float = 1e-2) -> Tensor:
@@ -37,20 +39,19 @@ def heterogeneous_loss(z: Tensor, label: Tensor, bound: float = 2.0, floor: floa
     z : (n, d)
         Codes.
     label : (n,) int64
-        0 has no lesion, 1 has one.
+        0 has no lesion, 1 has one, -1 is not known and takes no part.
     bound : float
         KL per dimension, in nats, beyond which the labels count as apart.
     floor : float
         Added to the variances, so that few slices cannot make them vanish.
     """
-    if bool((label == 0).sum() < 2) or bool((label == 1).sum() < 2):
-        return z.sum() * 0.0
-    positive, negative = z[label == 1], z[label == 0]
-    kl = ops.gaussian_kl(
-        positive.mean(0),
-        (positive.var(0, correction=0) + floor).log(),
-        negative.mean(0),
-        (negative.var(0, correction=0) + floor).log(),
-        "mean",
-    )
-    return torch.relu(bound - kl)
+    mean, log_variance, enough = [], [], []
+    for value in (1, 0):
+        member = (label == value).to(z.dtype)[:, None]
+        count = member.sum()
+        mean.append((z * member).sum(0) / count.clamp(min=1.0))
+        variance = ((z - mean[-1]).square() * member).sum(0) / count.clamp(min=1.0)
+        log_variance.append((variance + floor).log())
+        enough.append(count >= 2)
+    kl = ops.gaussian_kl(mean[0], log_variance[0], mean[1], log_variance[1], "mean")
+    return torch.where(enough[0] & enough[1], torch.relu(bound - kl), 0.0)

@@ -1,116 +1,320 @@
-"""What makes one scanner's images look like another's: MONAI's transforms, in the order of an acquisition."""
+"""Augmentation on the device: geometry, contrast, bias fields, resolution and noise of a batch of slices.
+
+Planes are half robust z-scores less that of air, so that air is 0. Nothing here waits for the device.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
 
 import numpy as np
-from numpy.random import Generator
+import torch
+from torch import Tensor
+from torch.nn import functional
 
 from ddmd.training.lesion_painter import AIR_MARGIN, HIGH, LOW
+from ddmd.training.sample_random import NoiseFields, SampleRandom
 
-MOST_SPREAD = 3.0  # a curve that left less of the tissue's range than a third of it is not wholly undone
+MAX_SPREAD = 3.0  # a curve that leaves less than a third of the tissue's range is not wholly undone
+CURVE_POINTS = 17  # of a contrast curve, evenly spaced from air to the brightest
+ELASTIC_CELLS = 5
+BLUR_RADIUS = 4
+ZOOMS = (0.35, 0.45, 0.55, 0.65, 0.8)  # of the coarse grids that lost resolution is simulated on
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Geometry, contrast, bias field, resolution, ringing, noise and saturation, each with its chance.
+    """Chance of each change, and how strong the geometric ones and bias fields are.
 
-    Masks are moved with the planes and keep their meaning; intensities never change them. Transforms:
-    `monai.transforms` (the extra ddmd[train]), decided by the generator that a call is given.
-
-    flip, affine, warp : left-right, rotation with scale, shear and shift, and a grid distorted.
-    contrast : a random monotone curve; then, what normalisation would take back of it taken back, a gain about
-        the tissue's median and an offset.
-    bias, blur, coarse, ringing, noise, window : a smooth field, lost sharpness, lost resolution, Gibbs
-        ringing, white noise, and the brightest tissue saturated.
+    Parameters
+    ----------
+    flip, affine, elastic : float
+        Chances: left-right; rotation with scale, shear and shift; a smooth displacement.
+    rotation, shear, scale, shift, elastic_px : float
+        Largest rotation (rad), shear, relative change of size, shift (pixels); typical displacement (pixels).
+    contrast : float
+        Chance of a random monotone curve and of a gain and an offset about the tissue's median. Median and
+        interquartile range of the curve's result are what they were, as of any normalised volume.
+    bias, strong_bias : float
+        Chances of a weak and of a strong multiplicative field.
+    weak_field, strong_field : (low, high)
+        Range of the standard deviation of the field's logarithm.
+    blur, coarse, ringing, noise, saturation : float
+        Chances of lost sharpness, lost resolution, Gibbs ringing, white noise, and the brightest tissue cut off.
     """
 
     flip: float = 0.5
     affine: float = 0.7
-    warp: float = 0.2
+    elastic: float = 0.2
+    rotation: float = 0.35
+    shear: float = 0.1
+    scale: float = 0.35
+    shift: float = 12.0
+    elastic_px: float = 3.0
     contrast: float = 0.7
-    bias: float = 0.6
+    bias: float = 0.45
+    strong_bias: float = 0.25
+    weak_field: tuple[float, float] = (0.01, 0.1)
+    strong_field: tuple[float, float] = (0.1, 0.4)
     blur: float = 0.25
     coarse: float = 0.2
     ringing: float = 0.1
     noise: float = 0.5
-    window: float = 0.1
+    saturation: float = 0.1
 
-    @cached_property
-    def _geometry(self) -> Any:
-        from monai import transforms as T
 
-        keys = ("planes", "masks")
-        return T.Compose([
-            T.RandFlipd(keys, spatial_axis=1, prob=self.flip),
-            T.RandAffined(
-                keys, rotate_range=0.35, shear_range=0.1, translate_range=12.0, scale_range=0.35,
-                padding_mode="zeros", prob=self.affine,
-            ),
-            T.RandGridDistortiond(keys, num_cells=4, distort_limit=0.15, padding_mode="zeros", prob=self.warp),
-        ])  # fmt: skip
+# --------------------------------------------------------------------------- geometry
 
-    @cached_property
-    def _curve(self) -> Any:
-        from monai import transforms as T
 
-        return T.OneOf([
-            T.RandHistogramShift(num_control_points=(8, 14), prob=self.contrast),
-            T.RandAdjustContrast(gamma=(0.65, 1.5), prob=self.contrast),
-        ])  # fmt: skip
+@dataclass(frozen=True)
+class Geometry:
+    """Where each pixel of the output comes from: canvas = shift + matrix (pixel + displacement).
 
-    @cached_property
-    def _gain(self) -> Any:
-        from monai import transforms as T
+    Coordinates are (x, y) pixels from the middle of the output and of the canvas.
 
-        return T.Compose([
-            T.RandScaleIntensity(factors=(-0.25, 0.35), prob=self.contrast),
-            T.RandShiftIntensity(offsets=0.25, prob=self.contrast),
-        ])  # fmt: skip
+    matrix : (N, 2, 2), shift : (N, 2), displacement : (N, S, S, 2) float32.
+    """
 
-    @cached_property
-    def _acquisition(self) -> Any:
-        from monai import transforms as T
+    matrix: Tensor
+    shift: Tensor
+    displacement: Tensor
 
-        return T.Compose([
-            T.RandBiasField(degree=3, coeff_range=(-0.1, 0.1), prob=self.bias),
-            T.RandGaussianSmooth(sigma_x=(0.3, 1.2), sigma_y=(0.3, 1.2), prob=self.blur),
-            T.RandSimulateLowResolution(
-                downsample_mode="area", upsample_mode="bilinear", zoom_range=(0.35, 0.8), align_corners=False,
-                prob=self.coarse,
-            ),
-            T.RandGibbsNoise(alpha=(0.2, 0.6), prob=self.ringing),
-            T.RandGaussianNoise(std=0.2, prob=self.noise),
-        ])  # fmt: skip
+    def canvas(self) -> Tensor:
+        """(N, S, S, 2) canvas coordinates of every output pixel."""
+        size = self.displacement.shape[1]
+        pixels = pixel_grid(size, self.matrix.device) + self.displacement
+        moved = pixels.flatten(1, 2) @ self.matrix.transpose(1, 2) + self.shift[:, None]
+        return moved.view_as(pixels)
 
-    def __call__(
-        self, planes: np.ndarray, masks: np.ndarray, rng: Generator
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Planes (P, C, H, W) and masks (M, H, W), both float32, moved alike; planes also altered."""
-        seed = int(rng.integers(2**32))
-        flat = planes.reshape(-1, *planes.shape[-2:]) - LOW  # air is 0, as in an image
-        moved = self._geometry.set_random_state(seed)({"planes": flat, "masks": masks})
-        image, air = np.asarray(moved["planes"]), np.asarray(moved["planes"]) <= AIR_MARGIN
-        if not air.all():
-            image = self._contrast(image, ~air, seed)
-        image = np.asarray(self._acquisition.set_random_state(seed + 3)(image))
-        if rng.random() < self.window:
-            image = np.minimum(image, np.quantile(image[..., ::2, ::2], rng.uniform(0.97, 0.999)))
-        image = np.where(air, 0.0, np.maximum(image, 2 * AIR_MARGIN))  # dark tissue is not air
-        image = np.clip(image + LOW, LOW, HIGH).astype(np.float32)
-        return image.reshape(planes.shape), np.ascontiguousarray(moved["masks"], dtype=np.float32)
 
-    def _contrast(self, image: np.ndarray, tissue: np.ndarray, seed: int) -> np.ndarray:
-        """Median and interquartile range of the curve's result are what they were, as of any normalised volume."""
-        quartiles = (0.25, 0.5, 0.75)
-        low, median, high = np.quantile(image[tissue][::4], quartiles).astype(np.float32)
-        curved = np.asarray(self._curve.set_random_state(seed + 1)(image))
-        new_low, new_median, new_high = np.quantile(curved[tissue][::4], quartiles).astype(np.float32)
-        spread = (
-            min((high - low) / (new_high - new_low), MOST_SPREAD) if new_high - new_low > AIR_MARGIN else 1.0
-        )
-        centred = (curved - new_median) * spread
-        return np.asarray(self._gain.set_random_state(seed + 2)(centred)) + median
+def pixel_grid(size: int, device: torch.device) -> Tensor:
+    """(S, S, 2) coordinates (x, y) of pixels from the middle of a square."""
+    at = torch.arange(size, dtype=torch.float32, device=device) - (size - 1) / 2
+    return torch.stack(torch.meshgrid(at, at, indexing="xy"), -1)
+
+
+def draw_geometry(
+    random: SampleRandom, config: Augmentation, middle: np.ndarray, extent: np.ndarray, size: int
+) -> dict[str, np.ndarray]:
+    """Matrix (N, 2, 2), shift (N, 2), elastic amplitude and the mirror's reflection, on the host.
+
+    Parameters
+    ----------
+    middle, extent : (N, 2), (y, x), of the box around each slice's brain.
+    size : int, pixels of a side of the output.
+    """
+    count = len(random)
+    moved = random.chance(config.affine)
+    angle = random.uniform(-config.rotation, config.rotation) * moved
+    scale = 1.0 + random.uniform(-config.scale, config.scale, 2) * moved[:, None]
+    shear = random.uniform(-config.shear, config.shear) * moved
+    flip = np.where(random.chance(config.flip), -1.0, 1.0)
+    cos, sin, one, zero = np.cos(angle), np.sin(angle), np.ones(count), np.zeros(count)
+    rotation = np.stack((cos, -sin, sin, cos), -1).reshape(-1, 2, 2)
+    sheared = np.stack((one, shear, zero, one), -1).reshape(-1, 2, 2)
+    scaled = np.stack((scale[:, 0] * flip, zero, zero, scale[:, 1]), -1).reshape(-1, 2, 2)
+    matrix = rotation @ sheared @ scaled
+    slack = np.maximum(extent - size, 0.0) / 2
+    jitter = random.uniform(-1, 1, 2) * (slack + config.shift * moved[:, None])
+    shift = (middle + jitter)[:, ::-1]  # (x, y)
+    amplitude = config.elastic_px * random.uniform(0.3, 1.0) * random.chance(config.elastic)
+    return {"matrix": matrix, "shift": np.ascontiguousarray(shift), "elastic": amplitude}
+
+
+def draw_mirror(
+    random: SampleRandom, matrix: np.ndarray, shift: np.ndarray, symmetric: float
+) -> dict[str, np.ndarray]:
+    """Reflection p' = R p + o (N, 2, 2), (N, 2) about the head's midline, and where none is made.
+
+    Half of the reflections are about a vertical line, as at inference, where a tilted head is not turned upright.
+    """
+    flip = np.diag([-1.0, 1.0])
+    inverse = np.linalg.inv(matrix)
+    reflection = inverse @ flip @ matrix
+    offset = (inverse @ (flip @ shift[..., None] - shift[..., None]))[..., 0]
+    true = {"true_reflection": reflection, "true_offset": offset}
+    upright = random.chance(0.5)
+    middle = -(inverse @ shift[..., None])[..., 0]
+    reflection = np.where(upright[:, None, None], flip, reflection)
+    offset = np.where(upright[:, None], middle * np.array([2.0, 0.0]), offset)
+    same = random.chance(symmetric)
+    reflection = np.where(same[:, None, None], np.eye(2), reflection)
+    return true | {"reflection": reflection, "reflection_offset": np.where(same[:, None], 0.0, offset)}
+
+
+def elastic_displacement(amplitude: Tensor, size: int, fields: NoiseFields) -> Tensor:
+    """(N, S, S, 2) smooth displacement in pixels."""
+    coarse = fields.normal(2, ELASTIC_CELLS, ELASTIC_CELLS) * amplitude[:, None, None, None]
+    fine = functional.interpolate(coarse, size=(size, size), mode="bicubic", align_corners=True)
+    return fine.permute(0, 2, 3, 1)
+
+
+def sample_canvas(maps: Tensor, canvas: Tensor, mode: str = "bilinear") -> Tensor:
+    """Maps (N, C, H, W) at canvas coordinates (N, S, S, 2); 0 outside."""
+    height, width = maps.shape[-2:]
+    extent = torch.full((2,), 2.0 / width, dtype=torch.float32, device=maps.device)
+    extent[1] = 2.0 / height
+    return functional.grid_sample(maps, canvas * extent, mode=mode, padding_mode="zeros", align_corners=False)
+
+
+def reflect(plane: Tensor, reflection: Tensor, offset: Tensor) -> Tensor:
+    """Planes (N, C, S, S) seen in the mirror p' = R p + o; pixels from the middle."""
+    size = plane.shape[-1]
+    at = pixel_grid(size, plane.device).flatten(0, 1) @ reflection.transpose(1, 2) + offset[:, None]
+    return sample_canvas(plane, at.view(-1, size, size, 2))
+
+
+# --------------------------------------------------------------------------- intensities
+
+
+def draw_intensities(random: SampleRandom, config: Augmentation) -> dict[str, np.ndarray]:
+    """What is changed in each sample, on the host."""
+    gamma = random.uniform(0.65, 1.5)
+    at = np.linspace(0.0, 1.0, CURVE_POINTS)
+    bent = np.cumsum(0.25 + random.unit(CURVE_POINTS - 1), axis=1)
+    bent = np.concatenate((np.zeros((len(random), 1)), bent / bent[:, -1:]), 1)
+    curve = np.where(random.chance(0.5)[:, None], at ** gamma[:, None], bent)
+    curve = np.where(random.chance(config.contrast)[:, None], curve, at)
+    gain = 1.0 + random.uniform(-0.25, 0.35) * random.chance(config.contrast)
+    offset = random.uniform(-0.25, 0.25) * random.chance(config.contrast)
+    kind = random.choice(
+        (max(0.0, 1 - config.bias - config.strong_bias), config.bias, config.strong_bias)
+    )
+    field = np.choose(
+        kind, (0.0 * gamma, random.uniform(*config.weak_field), random.uniform(*config.strong_field))
+    )
+    return {
+        "curve": curve * (HIGH - LOW),
+        "gain": gain,
+        "offset": offset,
+        "field": field,
+        "coefficients": random.normal(9),
+        "blurred": random.chance(config.blur),
+        "sigma": random.uniform(0.3, 1.2, 2),
+        "zoom": np.where(random.chance(config.coarse), random.integers(0, len(ZOOMS)), -1),
+        "ringing": np.where(random.chance(config.ringing), random.uniform(0.4, 0.8), 0.0),
+        "noise": random.uniform(0.0, 0.2) * random.chance(config.noise),
+        "saturation": np.where(random.chance(config.saturation), random.uniform(0.97, 0.999), 2.0),
+    }
+
+
+def tissue_quantiles(planes: Tensor, tissue: Tensor, quantiles: tuple[float, ...] | Tensor) -> Tensor:
+    """(N, Q) quantiles of the tissue in every fourth pixel of planes (N, C, S, S); 0 without tissue."""
+    values = planes[..., ::4, ::4].flatten(1)
+    there = tissue[..., ::4, ::4].flatten(1)
+    ordered = values.masked_fill(~there, float("inf")).sort(1).values
+    count = there.sum(1, keepdim=True)
+    if isinstance(quantiles, tuple):
+        wanted = torch.stack([torch.full_like(planes[:, 0, 0, 0], q) for q in quantiles], 1)
+    else:
+        wanted = quantiles
+    at = (wanted * (count - 1).clamp(min=0)).long()
+    return torch.where(count > 0, ordered.gather(1, at), torch.zeros_like(wanted))
+
+
+def bias_field(coefficients: Tensor, strength: Tensor, size: int) -> Tensor:
+    """(N, 1, S, S) multiplicative field: the exponential of a cubic polynomial of a given standard deviation."""
+    at = torch.linspace(-1.0, 1.0, size, dtype=torch.float32, device=coefficients.device)
+    y, x = torch.meshgrid(at, at, indexing="ij")
+    basis = torch.stack((x, y, x * x, x * y, y * y, x**3, x * x * y, x * y * y, y**3))
+    log_field = (coefficients @ basis.flatten(1)).view(-1, 1, size, size)
+    log_field = log_field - log_field.mean((2, 3), keepdim=True)
+    spread = log_field.std((2, 3), keepdim=True).clamp(min=1e-6)
+    return torch.exp(log_field / spread * strength[:, None, None, None])
+
+
+def _curved(planes: Tensor, curve: Tensor) -> Tensor:
+    """Piecewise linear curves (N, CURVE_POINTS) from air to the brightest, applied to planes (N, C, S, S)."""
+    at = (planes * ((CURVE_POINTS - 1) / (HIGH - LOW))).clamp(0, CURVE_POINTS - 1 - 1e-4)
+    low = at.long()
+    flat = low.flatten(1)
+    left, right = curve.gather(1, flat), curve.gather(1, flat + 1)
+    return torch.lerp(left, right, (at - low).flatten(1)).view_as(planes)
+
+
+def _blur(planes: Tensor, sigma: Tensor) -> Tensor:
+    """Planes (N, C, S, S) blurred by Gaussians of sigma (N, 2) pixels along y and x."""
+    n, c = planes.shape[:2]
+    at = torch.arange(-BLUR_RADIUS, BLUR_RADIUS + 1, dtype=torch.float32, device=planes.device)
+    kernel = torch.exp(-0.5 * (at / sigma[..., None]) ** 2)
+    kernel = (kernel / kernel.sum(-1, keepdim=True)).repeat_interleave(c, 0)
+    flat = planes.reshape(1, n * c, *planes.shape[2:])
+    flat = functional.conv2d(flat, kernel[:, 0].view(-1, 1, 2 * BLUR_RADIUS + 1, 1), padding=(BLUR_RADIUS, 0), groups=n * c)  # fmt: skip
+    flat = functional.conv2d(flat, kernel[:, 1].view(-1, 1, 1, 2 * BLUR_RADIUS + 1), padding=(0, BLUR_RADIUS), groups=n * c)  # fmt: skip
+    return flat.view_as(planes)
+
+
+def _ringing(planes: Tensor, kept: Tensor) -> Tensor:
+    """Spatial frequencies above a share `kept` (N,) of the highest are cut off."""
+    spectrum = torch.fft.rfft2(planes)
+    fy = torch.fft.fftfreq(planes.shape[-2], dtype=torch.float32, device=planes.device)
+    fx = torch.fft.rfftfreq(planes.shape[-1], dtype=torch.float32, device=planes.device)
+    radius = torch.hypot(fy[:, None], fx[None]) * 2
+    spectrum = spectrum * (radius <= kept[:, None, None, None])
+    return torch.fft.irfft2(spectrum, s=planes.shape[-2:])
+
+
+def _coarse(planes: Tensor, zoom: float) -> Tensor:
+    """Resolution lost on a grid that is `zoom` times as fine."""
+    small = functional.interpolate(planes, scale_factor=zoom, mode="area")
+    return functional.interpolate(small, size=planes.shape[-2:], mode="bilinear", align_corners=False)
+
+
+def change_intensities(
+    planes: Tensor, values: dict[str, Tensor], drawn: dict[str, np.ndarray], fields: NoiseFields
+) -> Tensor:
+    """Planes (N, C, S, S) as another scanner would have made them; air stays air.
+
+    Parameters
+    ----------
+    planes : float32, air is 0.
+    values : what `draw_intensities` gives, on the device.
+    drawn : the same on the host, which decides what is launched for which rows.
+    fields : NoiseFields
+
+    Returns
+    -------
+    (N, C, S, S) float32 in [0, HIGH - LOW]
+    """
+    tissue = planes > AIR_MARGIN
+    quartiles = (0.25, 0.5, 0.75)
+    before = tissue_quantiles(planes, tissue, quartiles)
+    changed = planes * bias_field(values["coefficients"], values["field"], planes.shape[-1])
+    changed = _curved(changed, values["curve"])
+    after = tissue_quantiles(changed, tissue, quartiles)
+    spread = (before[:, 2] - before[:, 0]) / (after[:, 2] - after[:, 0]).clamp(min=AIR_MARGIN)
+    spread = spread.clamp(max=MAX_SPREAD) * values["gain"]
+    middle = before[:, 1] + values["offset"]
+    per_row = (slice(None), None, None, None)
+    changed = (changed - after[:, 1][per_row]) * spread[per_row] + middle[per_row]
+    changed = torch.where(tissue, changed, 0.0)
+    changed = _acquire(changed, values, drawn)
+    changed = changed + fields.normal(*planes.shape[1:]) * values["noise"][per_row]
+    limit = tissue_quantiles(changed, tissue, values["saturation"][:, None].clamp(max=1.0))
+    limit = torch.where(values["saturation"][:, None] <= 1.0, limit, HIGH - LOW)
+    changed = torch.minimum(changed, limit[:, :, None, None])
+    changed = changed.clamp(2 * AIR_MARGIN, HIGH - LOW)  # dark tissue is not air
+    return torch.where(tissue, changed, 0.0)
+
+
+def _acquire(planes: Tensor, values: dict[str, Tensor], drawn: dict[str, np.ndarray]) -> Tensor:
+    """Blur, lost resolution and ringing, each of the rows that it was drawn for."""
+    device = planes.device
+
+    def rows_where(chosen: np.ndarray) -> Tensor | None:
+        if not chosen.any():
+            return None
+        at = torch.from_numpy(np.flatnonzero(chosen))
+        return at.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else at
+
+    rows = rows_where(drawn["blurred"])
+    if rows is not None:
+        planes = planes.index_copy(0, rows, _blur(planes[rows], values["sigma"][rows]))
+    for number, zoom in enumerate(ZOOMS):
+        rows = rows_where(drawn["zoom"] == number)
+        if rows is not None:
+            planes = planes.index_copy(0, rows, _coarse(planes[rows], zoom))
+    rows = rows_where(drawn["ringing"] > 0)
+    if rows is not None:
+        planes = planes.index_copy(0, rows, _ringing(planes[rows], values["ringing"][rows]))
+    return planes

@@ -53,17 +53,20 @@ class DenoiserStage:
     rounds : tuple of float
         Shares of the steps at which the network's own masks on positive slices are made anew
         (image-label track).
-    normal, painted, carved, over, masked : float
+    share_normal, share_painted, share_transplanted, share_painted_beside, share_masked : float
         Shares of a batch: normal slices as they are, lesions painted on normal slices, lesions of B's masks
         put into normal slices, lesions painted on positive slices beside what is there, and slices of B with
         their mask (pixel track) or pseudo-mask, where they have one (image track; from the first round on, the
         others' shares until then).
-    bag : float
+    share_symmetric : float
+        Share of the samples whose mirror image is replaced by the slice itself, so that a lesion that is the same
+        on both sides is not taken for normal.
+    bag_weight : float
         Weight of the loss by which a positive slice holds a lesion somewhere, whatever its pseudo-mask
         (image-label track; multiple-instance learning, with the masked share's slices as bags).
-    doubt : bool
-        Whether the teacher may be unsure of a patient: its threshold is then lower, all that reaches it is lesion,
-        and little is said of what is far from it.
+    teacher_uncertainty : bool
+        Whether the teacher may be uncertain about a patient: its threshold is then lower, all that reaches it is
+        lesion, and little is said of what is far from it.
     hard_from : float
         Share of the steps from which lesions are also painted that are no brighter than their
         surroundings.
@@ -76,14 +79,15 @@ class DenoiserStage:
     learning_rate: float = 2e-3
     ema: float = 0.998
     rounds: tuple[float, ...] = (0.3, 0.5, 0.68, 0.84)
-    normal: float = 0.12
-    painted: float = 0.35
-    carved: float = 0.0
-    over: float = 0.18
-    masked: float = 0.35
-    bag: float = 0.15
-    doubt: bool = True
+    share_normal: float = 0.12
+    share_painted: float = 0.35
+    share_transplanted: float = 0.0
+    share_painted_beside: float = 0.18
+    share_masked: float = 0.35
+    bag_weight: float = 0.15
+    teacher_uncertainty: bool = True
     hard_from: float = 0.48
+    share_symmetric: float = 0.4
     use_inter: bool = True
     use_intra: bool = True
 
@@ -96,7 +100,8 @@ SAMPLING = Sampling(steps=1, samples=6, eta=1.0, stop=0.98, mirror=True)
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Everything `ddmd train` needs. A patient named in `holdout` is never trained on.
+    """Everything `ddmd train` needs. A patient named in `holdout` is a test patient, one named in
+    `validation_patients` a validation patient, whatever the shares; neither is trained on.
 
     sampling is how the finished weights draw masks by default.
 
@@ -122,8 +127,8 @@ class TrainConfig:
     validation: float = 0.1
     test: float = 0.2
     holdout: tuple[str, ...] = ()
+    validation_patients: tuple[str, ...] = ()
     licence: str = ""
-    workers: int = 1
     checkpoint_minutes: float = 2.0
     precision: str = "auto"
     start: str | None = None

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from scipy import ndimage
 
-from ddmd.training.dataset import PreparedCase, with_mirror
+from ddmd.training.device_slices import DeviceSlices
 from ddmd.training.stages import DenoiserLosses
 
 MIN_PEAK = 0.2  # a positive slice on which nothing is this probable gets no pseudo-mask
@@ -95,12 +95,15 @@ def make_pseudo_mask(
 
 
 def update_pseudo_masks(
-    losses: DenoiserLosses, packed: list[PreparedCase], seed: int, batch: int = 16
+    losses: DenoiserLosses, slices: DeviceSlices, seed: int, batch: int = 16
 ) -> dict[str, float]:
-    """Give every positive slice (image-level label 1) a pseudo-mask by what was learnt so far."""
+    """Give every positive slice (image-level label 1) a pseudo-mask by what was learnt so far.
+
+    The teacher's draws are made on the device; components are found on the host, patient by patient.
+    """
     losses.eval()
-    made, skipped, area, doubts = 0, 0, 0.0, []
-    for item in packed:
+    made, skipped, area, uncertainties = 0, 0, 0.0, []
+    for number, item in enumerate(slices.cases):
         item.mask, item.weight = None, None
         positive = np.flatnonzero(item.label == 1)
         if not len(positive):
@@ -109,37 +112,53 @@ def update_pseudo_masks(
         deviation = np.zeros(item.head.shape, np.float32)
         for first in range(0, len(positive), batch):
             zs = positive[first : first + batch]
-            drawn = _draws(losses, item, zs, seed)
+            drawn = _teacher_draws(losses, slices, number, zs, seed)
             mean[zs], deviation[zs] = drawn.mean(0) * item.head[zs], drawn.std(0)
         smooth = ndimage.gaussian_filter(mean, (SMOOTHING, 0, 0))
         threshold = thresholds(smooth, item.label == 1)
-        found = candidate_components(smooth, threshold)
-        doubtful = teacher_uncertainty(smooth, found) * losses.stage.doubt
-        doubts.append(doubtful)
-        if doubtful:
-            threshold *= 1 - LOWERED * doubtful
-            found = candidate_components(smooth, threshold)
+        components = candidate_components(smooth, threshold)
+        uncertainty = teacher_uncertainty(smooth, components) * losses.stage.teacher_uncertainty
+        uncertainties.append(uncertainty)
+        if uncertainty:
+            threshold *= 1 - LOWERED * uncertainty
+            components = candidate_components(smooth, threshold)
         masks = np.zeros(item.head.shape, np.float16)
         weights = np.ones(item.head.shape, np.float16)
         for z in positive:
-            if not found[z].any():
+            if not components[z].any():
                 skipped += 1
                 continue
-            masks[z], weights[z] = make_pseudo_mask(found[z], smooth[z], deviation[z], threshold[z], doubtful)
+            masks[z], weights[z] = make_pseudo_mask(
+                components[z], smooth[z], deviation[z], threshold[z], uncertainty
+            )
             made += 1
             area += float(masks[z].sum(dtype=np.float32))
         if masks.any():
             item.mask, item.weight = masks, weights
     losses.train()
+    slices.update_masks()
     return {
-        "made": made, "skipped": skipped, "mean_pixels": area / max(made, 1), "mean_doubt": float(np.mean(doubts or 0)),
-    }  # fmt: skip
+        "made": made,
+        "skipped": skipped,
+        "mean_pixels": area / max(made, 1),
+        "mean_uncertainty": float(np.mean(uncertainties or 0)),
+    }
 
 
-def _draws(losses: DenoiserLosses, item: PreparedCase, zs: np.ndarray, seed: int) -> np.ndarray:
-    """One-step draws of slices zs and of their mirror images, mirrored back: (draws, Z, H, W)."""
-    seen = losses.condition.config
-    planes = np.stack([with_mirror(item.planes(z, seen.context), seen) for z in zs])
-    image = torch.from_numpy(planes).flatten(1, 2)
-    draws = torch.cat((losses.draw(image, seed), losses.draw(image.flip(-1), seed).flip(-1)))
-    return draws[:, :, 0].numpy()
+def _teacher_draws(
+    losses: DenoiserLosses, slices: DeviceSlices, case: int, zs: np.ndarray, seed: int
+) -> np.ndarray:
+    """One-step draws (draws, Z, H, W) of slices zs, and of the slices flipped, flipped back.
+
+    A network that sees the mirror image gets the slice itself in its place in the second half, as it does in
+    training, so that lesions that are the same on both sides are found, too.
+    """
+    config, symmetric = losses.condition.config, losses.stage.share_symmetric > 0
+    image = slices.planes(case, zs, config.context, config.mirrored)
+    flipped = image.flip(-1)
+    if config.mirrored and symmetric:
+        channels = config.sequences
+        middle = flipped[:, config.context * channels : (config.context + 1) * channels]
+        flipped = torch.cat((flipped[:, :-channels], middle), 1)
+    draws = torch.cat((losses.draw(image, seed), losses.draw(flipped, seed).flip(-1)))
+    return draws[:, :, 0].cpu().numpy()

@@ -20,21 +20,18 @@ from ddmd.diffusion.schedule import Schedule
 from ddmd.models.autoencoder import AutoencoderEnsemble
 from ddmd.models.checkpoint import System, pick_dtype
 from ddmd.models.denoiser import ConditionNet, Denoiser
+from ddmd.training.batch_maker import BatchMaker, Stage as BatchStage
 from ddmd.training.config import TrainConfig, read_config
-from ddmd.training.dataset import (
-    PreparedCase,
-    TrainingDataset,
-    load_cases,
-    load_pseudo_masks,
-    save_pseudo_masks,
-)
+from ddmd.training.device_slices import DeviceSlices
 from ddmd.training.initial_weights import start_of
 from ddmd.training.loop import Plan, Stage
+from ddmd.training.prepared_case import PreparedCase, load_cases, load_pseudo_masks, save_pseudo_masks
 from ddmd.training.pseudo_masks import update_pseudo_masks
 from ddmd.training.stages import AutoencoderLosses, DenoiserLosses
 
 log = logging.getLogger("ddmd.training")
-LOG_EVERY = 50  # steps between TensorBoard points
+LOG_EVERY = 100  # steps between lines of the log where there is no terminal
+SHOWN = 8  # samples of a stage that TensorBoard shows
 
 
 def cases_of(config: TrainConfig) -> list[Case]:
@@ -48,7 +45,7 @@ def cases_of(config: TrainConfig) -> list[Case]:
 
 
 def split_of(config: TrainConfig, cases: list[Case]) -> dict[str, str]:
-    """patient -> "train", "validation" or "test"; held-out patients are always "test"."""
+    """patient -> "train", "validation" or "test"; held-out patients are "test"."""
     fractions = {
         "train": 1 - config.validation - config.test,
         "validation": config.validation,
@@ -57,6 +54,7 @@ def split_of(config: TrainConfig, cases: list[Case]) -> dict[str, str]:
     whole = {entry.name or Path(entry.root).name for entry in config.data if not entry.split}
     split = split_by_patient((c for c in cases if c.source not in whole), fractions, config.seed)
     split |= {case.patient: "train" for case in cases if case.source in whole}
+    split |= {case.patient: "validation" for case in cases if case.patient in config.validation_patients}
     return split | {case.patient: "test" for case in cases if case.patient in config.holdout}
 
 
@@ -108,8 +106,8 @@ def train(config: str | Path | TrainConfig, out: str | Path, until: str | None =
     if config.labels == "image":  # nothing below can open a mask it does not know of
         training = [dataclasses.replace(case, masks=None) for case in training]
     log.info("reading %d cases", len(training))
-    packed = load_cases(training, config, read_masks=config.labels == "pixel")
-    run = _Run(config, out, accelerator, packed, start)
+    prepared = load_cases(training, config, read_masks=config.labels == "pixel")
+    run = _Run(config, out, accelerator, prepared, start)
     stages = run.stages()
     if until is not None and until not in stages:
         raise ValueError(f"until is {until!r}; allowed are the stages of this run: {', '.join(stages)}")
@@ -132,10 +130,11 @@ class _Run:
         config: TrainConfig,
         out: Path,
         accelerator: Any,
-        packed: list[PreparedCase],
+        cases: list[PreparedCase],
         start: System | None,
     ) -> None:
-        self.config, self.out, self.accelerator, self.packed = config, out, accelerator, packed
+        self.config, self.out, self.accelerator = config, out, accelerator
+        self.slices = DeviceSlices(cases, accelerator.device, config.mm)
         self.dtype = pick_dtype(config.precision, accelerator.device)
         torch.manual_seed(config.seed)
         self.autoencoders = {
@@ -172,34 +171,33 @@ class _Run:
             stages["denoiser"] = self._denoiser
         return stages
 
-    def _draw(self, kind: str, count: int) -> TrainingDataset:
+    def batches(self, stage: BatchStage) -> BatchMaker:
+        """What makes the batches of a stage."""
         shares = {entry.name or Path(entry.root).name: entry.weight for entry in self.config.data}
-        return TrainingDataset(self.packed, self.config, kind, shares, count)
+        return BatchMaker(self.slices, self.config, stage, shares, self.schedule.steps)
 
     def _stage(self, name: str, losses: nn.Module, steps: int, batch: int, rate: float, ema: float) -> Stage:
-        plan = Plan(
-            name, steps, batch, rate, ema, self.config.workers, self.config.checkpoint_minutes, self.dtype
-        )
+        plan = Plan(name, steps, batch, rate, ema, self.config.checkpoint_minutes, self.dtype)
         return Stage(losses, plan, self.out, self.accelerator)
 
     def _logger(self, name: str) -> Callable[[int, dict[str, float]], None]:
-        def on_step(step: int, losses: dict[str, float]) -> None:
-            if self.writer is not None and step % LOG_EVERY == 0:
+        def on_losses(step: int, losses: dict[str, float]) -> None:
+            if self.writer is not None:
                 for key, value in losses.items():
                     self.writer.add_scalar(f"{name}/{key}", value, step)
-            if step % 500 == 0 and not sys.stderr.isatty():
+            if step % LOG_EVERY == 0 and not sys.stderr.isatty() and self.accelerator.is_main_process:
                 log.info("%s step %d %s", name, step, {k: round(v, 4) for k, v in losses.items()})
 
-        return on_step
+        return on_losses
 
     def _autoencoders(self, which: str) -> None:
         plan = self.config.autoencoder_stage
         losses = AutoencoderLosses(self.autoencoders[which], plan, mixed=which == "b")
         name = f"autoencoders_{which}"
         stage = self._stage(name, losses, plan.steps, plan.batch, plan.learning_rate, ema=0.0)
-        data = self._draw("normal" if which == "a" else "mixed", plan.steps * plan.batch)
         if not stage.finished:
-            stage.run(data, plan.steps, self._logger(name))
+            batches = self.batches("normal" if which == "a" else "mixed")
+            stage.run(batches, plan.steps, self._logger(name))
 
     def _denoiser(self) -> None:
         plan, config = self.config.denoiser_stage, self.config
@@ -208,7 +206,7 @@ class _Run:
             ensemble.requires_grad_(False)
         losses = DenoiserLosses(
             self.autoencoders["a"], self.autoencoders["b"], self.condition, self.denoiser, self.schedule, plan,
-            diffusion=config.system == "ddmd",
+            diffusion=config.system == "ddmd", seed=config.seed,
         )  # fmt: skip
         stage = self._stage("denoiser", losses, plan.steps, plan.batch, plan.learning_rate, plan.ema)
         rounds = [round(share * plan.steps) for share in plan.rounds] if config.labels == "image" else []
@@ -216,40 +214,41 @@ class _Run:
             if stage.step >= edge:
                 continue
             if number and config.labels == "image":
-                self._teach(losses, stage, number)
-            stage.run(self._draw("lesions", plan.steps * plan.batch), edge, self._logger("denoiser"))
-            self._show(losses, stage)
+                self._update_pseudo_masks(losses, stage, number)
+            batches = self.batches("lesions")
+            stage.run(batches, edge, self._logger("denoiser"))
+            self._show(losses, stage, batches)
         losses.load_state_dict(stage.averaged())
 
-    def _teach(self, losses: DenoiserLosses, stage: Stage, number: int) -> None:
+    def _update_pseudo_masks(self, losses: DenoiserLosses, stage: Stage, number: int) -> None:
         """Pseudo-masks by the averaged weights; the weights in training stay as they are.
 
-        They are kept in the run's folder: a run that was killed goes on with those it had.
+        The main process makes them and keeps them in the run's folder, where all read them: a run that was
+        stopped goes on with those it had.
         """
         kept = self.out / f"pseudo_masks_{number}.npz"
-        if kept.exists():
-            load_pseudo_masks(self.packed, kept)
-            return
-        current = {k: v.clone() for k, v in losses.state_dict().items()}
-        losses.load_state_dict(stage.averaged())
-        with stage.autocast():
-            told = update_pseudo_masks(losses, self.packed, self.config.seed + number)
-        losses.load_state_dict(current)
-        if self.accelerator.is_main_process:
-            save_pseudo_masks(self.packed, kept)
-        log.info("round %d of pseudo-masks at step %d: %s", number, stage.step, told)
+        if self.accelerator.is_main_process and not kept.exists():
+            current = {k: v.clone() for k, v in losses.state_dict().items()}
+            losses.load_state_dict(stage.averaged())
+            with stage.autocast():
+                summary = update_pseudo_masks(losses, self.slices, self.config.seed + number)
+            losses.load_state_dict(current)
+            save_pseudo_masks(self.slices.cases, kept)
+            log.info("round %d of pseudo-masks at step %d: %s", number, stage.step, summary)
+        self.accelerator.wait_for_everyone()
+        load_pseudo_masks(self.slices.cases, kept)
+        self.slices.update_masks()
 
-    def _show(self, losses: DenoiserLosses, stage: Stage) -> None:
+    def _show(self, losses: DenoiserLosses, stage: Stage, batches: BatchMaker) -> None:
         """A few samples with their mask and the network's one-step draw, for TensorBoard."""
         if self.writer is None:
             return
-        draw = self._draw("lesions", 8)
-        batch = [draw[i] for i in range(8)]
-        image, mask = (torch.stack([b[k] for b in batch]) for k in ("planes", "mask"))
+        batch = batches.samples(0, SHOWN)
+        image, mask = batch["planes"], batch["mask"]
         losses.eval()
         with stage.autocast():
             drawn = losses.draw(image, self.config.seed).mean(0)
         losses.train()
         middle = self.config.denoiser.context * self.config.denoiser.sequences
         shown = torch.cat(((image[:, middle : middle + 1] + 2) / 5, mask, drawn), 3).clamp(0, 1)
-        self.writer.add_images("denoiser/image, mask, draw", shown, stage.step)
+        self.writer.add_images("denoiser/image, mask, draw", shown.cpu(), stage.step)

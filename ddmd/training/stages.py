@@ -16,6 +16,7 @@ from ddmd.training.config import AutoencoderStage, DenoiserStage
 
 DISCREPANCY_SCALE = 4.0  # X and Y times this are of the size of the image's own planes
 BAG = 48  # pixels of a positive slice that are asked to be lesion; the smallest lesions are smaller
+NOISE_STEP = 1 << 20  # step coordinate of the noise of training; no sampler goes so far
 TEACHER_DRAWS = 2  # draws of x_T, each with and without left-right flip, that vote on a pseudo-mask
 
 
@@ -26,26 +27,36 @@ class AutoencoderLosses(nn.Module):
         super().__init__()
         self.ensemble, self.stage, self.mixed = ensemble, stage, mixed
 
-    def forward(self, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
-        # member k sees the batch in its own order: K different runs over the same slices
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         b, k = batch["planes"], self.ensemble.config.members
-        order = torch.randperm(len(b))
-        rolled = torch.stack([order.roll(i * max(1, len(b) // k)) for i in range(k)], 1)
-        mine = b[rolled].flatten(1, 2)
-        codes = self.ensemble.encode(mine.contiguous(memory_format=torch.channels_last))
-        recon = self.ensemble.decode(codes).transpose(0, 1).flatten(1, 2)
-        losses = {"reconstruction": functional.smooth_l1_loss(recon.float(), mine, beta=0.2)}
-        label = batch["label"][rolled]
-        for member in range(k):
-            known = label[:, member] >= 0
-            z, y = codes[known, member].float().mean((2, 3)), label[known, member]
-            if self.stage.homogeneous and len(z):
-                loss = self.stage.homogeneous * homogeneous_loss(z, y) / k
-                losses["homogeneous"] = losses.get("homogeneous", 0.0) + loss
-            if self.mixed and self.stage.heterogeneous and len(z):
-                loss = self.stage.heterogeneous * heterogeneous_loss(z, y, self.stage.bound) / k
-                losses["heterogeneous"] = losses.get("heterogeneous", 0.0) + loss
+        codes = self.ensemble.encode(b.repeat(1, k, 1, 1).contiguous(memory_format=torch.channels_last))
+        recon = self.ensemble.decode(codes).float()
+        losses = {"reconstruction": functional.smooth_l1_loss(recon, b.expand_as(recon), beta=0.2)}
+        label, z = gather_processes(batch["label"]), gather_processes(codes.float().mean((3, 4)))
+        if self.stage.homogeneous:
+            each = [homogeneous_loss(z[:, member], label) for member in range(k)]
+            losses["homogeneous"] = torch.stack(each).mean() * self.stage.homogeneous
+        if self.mixed and self.stage.heterogeneous:
+            each = [heterogeneous_loss(z[:, member], label, self.stage.bound) for member in range(k)]
+            losses["heterogeneous"] = torch.stack(each).mean() * self.stage.heterogeneous
         return losses
+
+
+def gather_processes(local: Tensor) -> Tensor:
+    """Rows of all processes, in their order, for losses over pairs of the global batch.
+
+    Gradients reach the rows of this process alone, times the number of processes: their mean over processes,
+    which distributed training takes, is the gradient of one process with the whole batch.
+    """
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return local
+    count, rank = distributed.get_world_size(), distributed.get_rank()
+    rows = [torch.zeros_like(local) for _ in range(count)]
+    distributed.all_gather(rows, local.detach().contiguous())
+    if local.requires_grad:
+        rows[rank] = local * count - local.detach() * (count - 1)
+    return torch.cat(rows)
 
 
 class DenoiserLosses(nn.Module):
@@ -66,6 +77,7 @@ class DenoiserLosses(nn.Module):
         schedule: Schedule,
         stage: DenoiserStage,
         diffusion: bool = True,
+        seed: int = 0,
     ) -> None:
         super().__init__()
         self.diffusion = diffusion
@@ -74,7 +86,11 @@ class DenoiserLosses(nn.Module):
         if not diffusion:  # what gets no gradient is not waited for by other processes
             denoiser.requires_grad_(False)
             condition.to_features.requires_grad_(False)
-        self.schedule, self.table = schedule, schedule.noising_table()
+        self.schedule = schedule
+        self.register_buffer("table", schedule.noising_table(), persistent=False)
+        self.register_buffer("seed", torch.full((), seed, dtype=torch.int64, device="cpu"), persistent=False)
+        self.table: Tensor
+        self.seed: Tensor
 
     def planes(self, image: Tensor) -> Tensor:
         """Image planes (N, P C, H, W) followed by X and Y of the middle slice."""
@@ -90,7 +106,7 @@ class DenoiserLosses(nn.Module):
             inter = intra = torch.zeros_like(image[:, :1])
         return torch.cat((image, inter, intra), 1).contiguous(memory_format=torch.channels_last)
 
-    def forward(self, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         mask, weight = batch["mask"], batch["weight"]
         condition = self.condition(self.planes(batch["planes"]))
         evidence = condition.evidence.float()
@@ -98,22 +114,13 @@ class DenoiserLosses(nn.Module):
             "evidence": (functional.binary_cross_entropy_with_logits(evidence, mask, reduction="none") * weight).mean() * 4,
             "dice": 0.3 * soft_dice(evidence, mask, weight),
         }  # fmt: skip
-        if "bag" in batch and self.stage.bag:
+        if "bag" in batch and self.stage.bag_weight:
             most = evidence.flatten(1).topk(BAG, 1).values.mean(1)
-            losses["bag"] = self.stage.bag * (functional.softplus(-most) * batch["bag"]).mean()
+            losses["bag"] = self.stage.bag_weight * (functional.softplus(-most) * batch["bag"]).mean()
         if self.diffusion:
-            rows = len(mask)
-            t = torch.randint(self.schedule.steps, (rows,), device=mask.device)
-            index = torch.arange(rows, device=mask.device)
-            seed = torch.randint(2**31, (), device=mask.device)
+            t, index = batch["t"], batch["index"]
             noisy = ops.noise(
-                2 * mask - 1,
-                t,
-                self.table.to(mask.device),
-                torch.tensor(step, device=mask.device),
-                seed,
-                index,
-                index,
+                2 * mask - 1, t, self.table, torch.full_like(t[0], NOISE_STEP), self.seed, index, torch.zeros_like(index)
             )
             logits = self.denoiser(noisy, condition, t).float()
             loss = functional.binary_cross_entropy_with_logits(logits, mask, reduction="none")
@@ -122,20 +129,20 @@ class DenoiserLosses(nn.Module):
 
     @torch.no_grad()
     def draw(self, image: Tensor, seed: int) -> Tensor:
-        """One-step draws of x_0 from pure noise, as a probability (TEACHER_DRAWS, N, 1, H, W), on the CPU."""
-        image = image.to(next(self.condition.parameters()).device)
+        """One-step draws of x_0 from pure noise, as a probability (TEACHER_DRAWS, N, 1, H, W)."""
         condition: Condition = self.condition(self.planes(image))
         if not self.diffusion:
-            return condition.evidence.float().sigmoid()[None].cpu()
+            return condition.evidence.float().sigmoid()[None]
         n, device = len(image), image.device
         index = torch.arange(n, device=device)
-        t = torch.full((n,), self.schedule.steps - 1, device=device)
+        t = torch.full((n,), self.schedule.steps - 1, dtype=torch.int64, device=device)
+        key = torch.full((), seed, dtype=torch.int64, device=device)
         drawn = []
         for sample in range(TEACHER_DRAWS):
-            at = Coordinates(torch.tensor(seed, device=device), torch.full_like(index, sample), index)
+            at = Coordinates(key, torch.full_like(index, sample), index)
             noise = pure_noise(torch.zeros_like(condition.evidence, dtype=torch.float32), at)
             drawn.append(0.5 + 0.5 * predicted_sample(self.denoiser(noise, condition, t).float()))
-        return torch.stack(drawn).cpu()
+        return torch.stack(drawn)
 
 
 def soft_dice(logits: Tensor, mask: Tensor, weight: Tensor) -> Tensor:

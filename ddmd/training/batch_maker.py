@@ -1,0 +1,374 @@
+"""Batches of training samples, made on the device: which slices, painted or not, and how they are altered."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ddmd.training import augmentation, lesion_painter
+from ddmd.training.augmentation import Augmentation, Geometry
+from ddmd.training.config import TrainConfig
+from ddmd.training.device_slices import DeviceSlices
+from ddmd.training.lesion_painter import LOW, PainterConfig
+from ddmd.training.sample_random import NoiseFields, SampleRandom, pick, to_device
+
+Stage = Literal["normal", "mixed", "lesions"]
+STAGES: dict[Stage, int] = {"normal": 1, "mixed": 2, "lesions": 3}  # A, B, and what the denoiser learns from
+SAMPLE_KINDS = ("normal", "painted", "transplanted", "painted_beside", "masked")
+NORMAL, PAINTED, TRANSPLANTED, PAINTED_BESIDE, MASKED = range(len(SAMPLE_KINDS))
+NEAR_MM = 25.0  # normal slices this far from a positive one are half as likely to be painted on
+NEGATIVE_WEIGHT = 0.03  # trust in "no lesion here" on a positive slice of which no more than its label is known
+BESIDE_WEIGHT = 0.3  # least trust in "no lesion here" around a painted lesion
+BESIDE_PX = 6  # pixels around a painted lesion that are likely to be normal
+STRIPPED = 0.25  # chance that what is outside the brain is taken away, with a rim of it or with more
+WIDE_GAP = 0.3  # chance that the neighbouring slices are farther away
+WIDE_GAP_MM = (5.0, 9.0)
+
+
+class BatchMaker:
+    """Makes the batch of any step: a function of (seed, stage, sample) and of the masks there are.
+
+    Sample i of the run depends on i alone. Step s of a global batch of n has the samples s n to s n + n - 1,
+    of which each process makes its own; so a resumed run repeats, and several processes do what one does.
+
+    Parameters
+    ----------
+    slices : DeviceSlices
+    config : TrainConfig
+    stage : "normal", "mixed" or "lesions"
+        Slices of A for the first auto-encoders, of B for the second, or what the denoiser learns from.
+    weights : source -> share of the samples
+    timesteps : int
+        T of the diffusion.
+    """
+
+    def __init__(
+        self,
+        slices: DeviceSlices,
+        config: TrainConfig,
+        stage: Stage,
+        weights: Mapping[str, float],
+        timesteps: int = 1000,
+        augmentation_config: Augmentation | None = None,
+        painter_config: PainterConfig | None = None,
+    ) -> None:
+        self.slices, self.config, self.stage, self.timesteps = slices, config, stage, timesteps
+        self.weights = dict(weights)
+        self.augmentation = augmentation_config or Augmentation()
+        self.painter = painter_config or PainterConfig()
+        self.context = config.denoiser.context if stage == "lesions" else 0
+        self.batch = (config.denoiser_stage if stage == "lesions" else config.autoencoder_stage).batch
+        self._label = np.concatenate([case.label for case in slices.cases])
+        self._case = np.repeat(np.arange(len(slices.cases)), np.diff(slices.first))
+        self._slice_mm = np.array([case.offset_mm / case.offset for case in slices.cases])
+        self._offset = np.array([case.offset for case in slices.cases])
+        self._nearness = np.concatenate([case_nearness(case.brain, case.label, mm) for case, mm in zip(slices.cases, self._slice_mm, strict=True)])  # fmt: skip
+        self.update_masks()
+
+    # ------------------------------------------------------------------ what is drawn from
+
+    def update_masks(self) -> None:
+        """Take note of which slices have a mask, after `DeviceSlices.update_masks`."""
+        masked = [
+            np.zeros(len(case.image), bool) if case.mask is None else case.mask.any(axis=(1, 2))
+            for case in self.slices.cases
+        ]
+        self._masked = np.concatenate(masked)
+        everything = np.ones(len(self._label), bool)
+        # as bags, positive slices without a mask are drawn, too
+        bags = self.config.labels == "image" and self.config.denoiser_stage.bag_weight > 0
+        positive = self._label == 1
+        self._tables = {
+            "all": self._table(everything),
+            "normal": self._table(self._label == 0),
+            "paintable": self._table(self._label == 0, self._nearness),
+            "positive": self._table(positive),
+            "masked": self._table(self._masked),
+            "bags": self._table(positive if bags else self._masked),
+        }
+        self._kind_tables = ("normal", "paintable", "paintable", "positive", "bags")
+
+    def _table(self, usable: np.ndarray, chance: np.ndarray | None = None) -> np.ndarray | None:
+        """Cumulative chance of each slice: by source, then by case, then by `chance`; None without any."""
+        if not usable.any():
+            return None
+        own = np.where(usable, 1.0 if chance is None else chance, 0.0)
+        per_case = np.bincount(self._case, own, len(self.slices.cases))
+        there = per_case > 0
+        sources = [case.case.source for case in self.slices.cases]
+        counts: dict[str, int] = {}
+        for source, used in zip(sources, there, strict=True):
+            counts[source] = counts.get(source, 0) + int(used)
+        share = np.array(
+            [self.weights[s] / counts[s] if used else 0.0 for s, used in zip(sources, there, strict=True)]
+        )
+        chances = own * (share / np.where(there, per_case, 1.0))[self._case]
+        return np.cumsum(chances) if chances.any() else None
+
+    def shares(self) -> np.ndarray:
+        """(5,) shares of `SAMPLE_KINDS` among the samples, 0 of those that no slice is there for.
+
+        Raises
+        ------
+        ValueError
+            If all are 0.
+        """
+        stage = self.config.denoiser_stage
+        shares = np.array(
+            [
+                stage.share_normal, stage.share_painted, stage.share_transplanted,
+                stage.share_painted_beside, stage.share_masked,
+            ]
+        )  # fmt: skip
+        there = np.array([self._tables[name] is not None for name in self._kind_tables])
+        there[[TRANSPLANTED, MASKED]] &= self._tables["masked"] is not None
+        shares = np.where(there, shares, 0.0)
+        if not shares.any():
+            raise ValueError(
+                "no slice is there for any share of a batch above 0; check the image-level labels and the shares: "
+                "before the first round of pseudo-masks there are no masked and no transplanted slices"
+            )
+        return shares
+
+    # ------------------------------------------------------------------ one batch
+
+    def make(self, step: int, rank: int = 0, processes: int = 1) -> dict[str, Tensor]:
+        """The samples of one process at a step.
+
+        Returns
+        -------
+        dict of tensors on the device
+            planes (N, P C [+ C of the mirror image], S, S) float32, half robust z-scores; label (N,) int64;
+            index (N,) int64; of the denoiser's stage also mask and weight (N, 1, S, S) float32, t (N,) int64,
+            and, with image-level labels, bag (N,) float32.
+        """
+        local = self.batch // processes
+        return self.samples(step * self.batch + rank * local, local)
+
+    def samples(self, first: int, count: int) -> dict[str, Tensor]:
+        """Samples `first` to `first + count - 1` of the run."""
+        device, stage = self.slices.device, STAGES[self.stage]
+        index = np.arange(first, first + count, dtype=np.int64)
+        random = SampleRandom(self.config.seed, stage, index)
+        on_device = torch.arange(first, first + count, dtype=torch.int64, device=device)
+        fields = NoiseFields(self.config.seed, stage, on_device)
+        batch = self._lesions(random, fields) if self.stage == "lesions" else self._plain(random, fields)
+        return batch | {"index": on_device}
+
+    def _plain(self, random: SampleRandom, fields: NoiseFields) -> dict[str, Tensor]:
+        """Slices alone, for the auto-encoders."""
+        name = "normal" if self.stage == "normal" else "all"
+        table = self._tables[name]
+        if table is None:
+            raise ValueError("the training data has no normal slice; check its image-level labels")
+        row = pick(table, random.unit())
+        geometry = self._draw_geometry(random, row)
+        drawn = augmentation.draw_intensities(random, self.augmentation)
+        arrays = {f"geometry {k}": v for k, v in geometry.items()}
+        arrays |= {f"intensity {k}": v for k, v in drawn.items()} | {"row": row, "label": self._label[row]}
+        values = to_device(arrays, self.slices.device)
+        canvas = self._geometry(_part(values, "geometry"), fields).canvas()
+        planes = augmentation.sample_canvas(self.slices.image[values["row"]].float(), canvas)
+        planes = augmentation.change_intensities(planes, _part(values, "intensity"), drawn, fields)
+        return {"planes": planes + LOW, "label": values["label"]}
+
+    def _draw_geometry(self, random: SampleRandom, row: np.ndarray) -> dict[str, np.ndarray]:
+        return augmentation.draw_geometry(
+            random, self.augmentation, self.slices.middle[row], self.slices.extent[row], self.config.size
+        )
+
+    def _geometry(self, values: dict[str, Tensor], fields: NoiseFields) -> Geometry:
+        elastic = augmentation.elastic_displacement(values["elastic"], self.config.size, fields)
+        return Geometry(values["matrix"], values["shift"], elastic)
+
+    def _neighbours(self, random: SampleRandom, row: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Rows (N, P) of each slice between its neighbours, and the millimetres between them (N,)."""
+        case = self._case[row]
+        wide = np.maximum(1, np.round(random.uniform(*WIDE_GAP_MM) / self._slice_mm[case])).astype(np.int64)
+        offset = np.where(random.chance(WIDE_GAP), wide, self._offset[case])
+        around = row[:, None] + offset[:, None] * np.arange(-self.context, self.context + 1)
+        low, high = self.slices.first[case][:, None], self.slices.first[case + 1][:, None] - 1
+        return np.clip(around, low, high), offset * self._slice_mm[case]
+
+    def _lesions(self, random: SampleRandom, fields: NoiseFields) -> dict[str, Tensor]:
+        """What the denoiser learns from."""
+        config, stage = self.config, self.config.denoiser_stage
+        kind = random.choice(self.shares())
+        unit, donor_unit = random.unit(), random.unit()
+        row = np.zeros(len(random), np.int64)
+        for number, name in enumerate(self._kind_tables):
+            table = self._tables[name]
+            if table is not None:
+                row = np.where(kind == number, pick(table, unit), row)
+        masked_table = self._tables["masked"]
+        donor = row if masked_table is None else pick(masked_table, donor_unit)
+        around, gap_mm = self._neighbours(random, row)
+        donor_around, _ = self._neighbours(random, donor)
+        geometry = self._draw_geometry(random, row)
+        mirror = augmentation.draw_mirror(
+            random, geometry["matrix"], geometry["shift"], stage.share_symmetric if config.denoiser.mirrored else 0.0
+        )
+        drawn = augmentation.draw_intensities(random, self.augmentation)
+        hard = random.index >= stage.hard_from * stage.steps * stage.batch
+        lesions = lesion_painter.draw_lesions(random, self.painter, hard)
+        painted = np.flatnonzero((kind == PAINTED) | (kind == PAINTED_BESIDE))
+        transplanted = np.flatnonzero(kind == TRANSPLANTED)
+        lesions = {k: v[painted] for k, v in lesions.items()}
+        lists = lesion_painter.lesion_lists(lesions, config.mm)
+        own_mask = np.isin(kind, (PAINTED_BESIDE, MASKED))
+        arrays: dict[str, np.ndarray] = {
+            "around": around,
+            "label": self._label[row],
+            "gap": gap_mm / config.mm,
+            "painted": painted,
+            "transplanted": transplanted,
+            "donor": donor_around[transplanted],
+            "donor_shift": (self.slices.middle[donor] - self.slices.middle[row])[transplanted, ::-1],
+            "rim": random.uniform(*lesion_painter.TRANSPLANT_RIM)[transplanted],
+            "own_mask": own_mask & self._masked[row],
+            "unknown": own_mask & ~self._masked[row],
+            "beside": (kind == PAINTED_BESIDE)[painted],
+            "bag": kind == MASKED,
+            "t": random.integers(0, self.timesteps),
+            "stripped": random.chance(STRIPPED),
+            "stripped_at": random.uniform(-3.0, 4.0),
+        }
+        arrays |= {f"geometry {k}": v for k, v in geometry.items()}
+        arrays |= {f"mirror {k}": v for k, v in mirror.items()}
+        arrays |= {f"intensity {k}": v for k, v in drawn.items()}
+        arrays |= {f"lesion {k}": v for k, v in lesions.items()}
+        arrays |= {f"list {k}": v for k, v in lists.items()}
+        turns = _turns(lists["large_row"])
+        arrays |= {f"turn {i}": turn for i, turn in enumerate(turns)}
+        values = to_device(arrays, self.slices.device)
+        values["turns"] = [values[f"turn {i}"] for i in range(len(turns))]  # type: ignore[assignment]
+        planes, mask, weight = self._compose(values, len(painted), len(transplanted), fields)
+        flat = augmentation.change_intensities(
+            planes.flatten(1, 2), _part(values, "intensity"), drawn, fields
+        )
+        if config.denoiser.mirrored:
+            channels = planes.shape[2]
+            middle = flat[:, self.context * channels : (self.context + 1) * channels]
+            reflected = augmentation.reflect(
+                middle, values["mirror reflection"], values["mirror reflection_offset"]
+            )
+            flat = torch.cat((flat, reflected), 1)
+        batch = {
+            "planes": flat + LOW,
+            "mask": mask[:, None],
+            "weight": weight[:, None],
+            "label": values["label"],
+            "t": values["t"],
+        }
+        if config.labels == "image":
+            batch["bag"] = values["bag"].float()
+        return batch
+
+    def _compose(
+        self, values: dict[str, Tensor], painted_count: int, transplanted_count: int, fields: NoiseFields
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Planes (N, P, C, S, S), mask and weight (N, S, S) before intensities are changed."""
+        slices, config = self.slices, self.config
+        geometry = self._geometry(_part(values, "geometry"), fields)
+        around, middle = values["around"], values["around"][:, self.context]
+        guide = torch.stack((slices.depth[middle], slices.fluid[middle]), 1).float()
+        outside = 20.0  # added, so that what lies beyond the canvas, which is 0, is far outside
+        guide = augmentation.sample_canvas(guide + outside, geometry.canvas()) - outside
+        depth, fluid = guide.unbind(1)
+        lesions = None
+        rows = values["painted"]
+        own_fields = fields.rows(rows)
+        if painted_count:
+            lists = _part(values, "list")
+            lesions = lesion_painter.paint(
+                _part(values, "lesion"), lists, values["turns"], depth[rows], fluid[rows],  # type: ignore[arg-type]
+                values["mirror true_reflection"][rows], values["mirror true_offset"][rows],
+                values["gap"][rows], around.shape[1], config.mm, own_fields,
+            )  # fmt: skip
+            displacement = geometry.displacement.index_add(0, rows, lesions.push)
+            geometry = Geometry(geometry.matrix, geometry.shift, displacement)
+        canvas = geometry.canvas()
+        channels = slices.image.shape[1]
+        image = slices.image[around].flatten(1, 2).float()
+        planes = augmentation.sample_canvas(image, canvas).unflatten(1, (-1, channels))
+        known = torch.stack((slices.mask[middle].float(), slices.weight[middle].float() - 1.0), 1)
+        known = augmentation.sample_canvas(known, canvas)
+        own = values["own_mask"][:, None, None]
+        mask = ((known[:, 0] > 0.5) & own).float()
+        weight = torch.where(own, known[:, 1] + 1.0, 1.0)
+        weight = torch.where(values["unknown"][:, None, None], NEGATIVE_WEIGHT, weight)
+        if transplanted_count:
+            planes, mask, weight = self._transplant(values, canvas, depth, planes, mask, weight)
+        if lesions is not None:
+            planes = planes.index_copy(
+                0, rows, lesion_painter.fill(planes[rows], lesions, _part(values, "lesion"), config.mm, own_fields)
+            )
+            mask, weight = _add_painted(values, lesions.alpha[:, self.context], depth, mask, weight)
+        rim = values["stripped_at"][:, None, None] * config.mm
+        kept = (depth > rim) | (mask > 0) | ~values["stripped"][:, None, None]
+        planes = planes * kept[:, None, None]
+        return planes, mask, weight
+
+    def _transplant(
+        self, values: dict[str, Tensor], canvas: Tensor, depth: Tensor, planes: Tensor, mask: Tensor, weight: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Give some samples the lesions of others' slices, and what is lesion then, and how sure that is."""
+        slices, rows, donor = self.slices, values["transplanted"], values["donor"]
+        at = canvas[rows] + values["donor_shift"][:, None, None]
+        image = augmentation.sample_canvas(slices.image[donor].flatten(1, 2).float(), at)
+        masks = augmentation.sample_canvas(slices.mask[donor].float(), at)
+        trust = augmentation.sample_canvas(slices.weight[donor[:, self.context]].float()[:, None] - 1.0, at)
+        given, share = lesion_painter.transplant(
+            planes[rows], depth[rows], image.unflatten(1, (-1, planes.shape[2])), masks, values["rim"]
+        )
+        there = share > 0
+        new_mask = ((masks[:, self.context] > 0.5) & there).float()
+        new_weight = torch.where(there, trust[:, 0] + 1.0, 1.0)
+        return (
+            planes.index_copy(0, rows, given),
+            mask.index_copy(0, rows, new_mask),
+            weight.index_copy(0, rows, new_weight),
+        )
+
+
+def _add_painted(
+    values: dict[str, Tensor], alpha: Tensor, depth: Tensor, mask: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Painted lesions join the mask; beside known or unknown lesions, their surroundings are trusted, too."""
+    rows = values["painted"]
+    painted = (alpha >= 0.5) & (depth[rows] > 0)
+    own_mask, own_weight = mask[rows], weight[rows]
+    near = functional.max_pool2d(painted.float(), 2 * BESIDE_PX + 1, 1, BESIDE_PX) > 0
+    around = near & values["beside"][:, None, None] & (own_mask == 0) & (own_weight > 0)
+    own_weight = torch.where(around, own_weight.clamp(min=BESIDE_WEIGHT), own_weight)
+    own_weight = torch.where(painted, 1.0, own_weight)
+    own_mask = torch.maximum(own_mask, painted.float())
+    return mask.index_copy(0, rows, own_mask), weight.index_copy(0, rows, own_weight)
+
+
+def _turns(row: np.ndarray) -> list[np.ndarray]:
+    """Places in a list of lesions, so that those of one turn are of different samples."""
+    turn = np.array([int((row[:i] == r).sum()) for i, r in enumerate(row)], np.int64)
+    return [np.flatnonzero(turn == i) for i in range(int(turn.max(initial=-1)) + 1)]
+
+
+def _part(values: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {k[len(prefix) + 1 :]: v for k, v in values.items() if k.startswith(f"{prefix} ")}
+
+
+def case_nearness(brain: np.ndarray, label: np.ndarray, slice_mm: float) -> np.ndarray:
+    """(Z,) how much anatomy a slice shares with those that have lesions: brain area, and closeness.
+
+    Lesion-free slices of patients lie mostly at the ends of the head, lesions do not.
+    """
+    area = brain.sum(axis=(1, 2)).astype(np.float64) + 1.0
+    positive = np.flatnonzero(label == 1)
+    if not len(positive):
+        return area
+    apart = np.abs(np.arange(len(label))[:, None] - positive).min(axis=1)
+    return area / (1.0 + (apart * slice_mm / NEAR_MM) ** 2)
