@@ -282,8 +282,9 @@ def change_intensities(
     changed = planes * bias_field(values["coefficients"], values["field"], planes.shape[-1])
     changed = _curved(changed, values["curve"])
     after = tissue_quantiles(changed, tissue, quartiles)
-    spread = (before[:, 2] - before[:, 0]) / (after[:, 2] - after[:, 0]).clamp(min=AIR_MARGIN)
-    spread = spread.clamp(max=MAX_SPREAD) * values["gain"]
+    left = after[:, 2] - after[:, 0]
+    spread = ((before[:, 2] - before[:, 0]) / left.clamp(min=AIR_MARGIN)).clamp(max=MAX_SPREAD)
+    spread = torch.where(left > AIR_MARGIN, spread, 1.0) * values["gain"]
     middle = before[:, 1] + values["offset"]
     per_row = (slice(None), None, None, None)
     changed = (changed - after[:, 1][per_row]) * spread[per_row] + middle[per_row]
