@@ -26,23 +26,27 @@ from ddmd.models.denoiser import Condition, ConditionNet, Denoiser, DenoiserConf
 from ddmd.models.discrepancy import heterogeneous_loss, homogeneous_loss
 from ddmd.training import loop, train
 from ddmd.training.augmentation import Augmentation
-from ddmd.training.device_slices import DeviceSlices
-from ddmd.training.config import AutoencoderStage, DataEntry, DenoiserStage, TrainConfig, read_config
-from ddmd.training.prepared_case import PreparedCase
 from ddmd.training.batch_maker import NEGATIVE_WEIGHT, BatchMaker
+from ddmd.training.config import AutoencoderStage, DataEntry, DenoiserStage, TrainConfig, read_config
+from ddmd.training.device_slices import DeviceSlices
 from ddmd.training.loop import DivergedError, Plan, Stage, learning_rate, train_step
+from ddmd.training.prepared_case import PreparedCase
 from ddmd.training.stages import BAG, DenoiserLosses, soft_dice
 from ddmd.training.threshold import TOLERANCE, choose, lowest
 from ddmd.training.weight_average import average
 from tests.volumes import write_slices
 
-STILL = Augmentation(**{field.name: 0.0 for field in dataclasses.fields(Augmentation) if field.type == "float"})
+STILL = Augmentation(
+    **{field.name: 0.0 for field in dataclasses.fields(Augmentation) if field.type == "float"}
+)
 
 
 def batch_maker(prepared, config, stage="lesions", **options) -> BatchMaker:
     """Batches whose slices are neither moved nor altered, unless `options` say so."""
     made = DeviceSlices(prepared, torch.device("cpu"), config.mm)
-    return BatchMaker(made, config, stage, {"set": 1.0}, **{"augmentation_config": STILL, **options})
+    return BatchMaker(
+        made, config, stage, {"set": 1.0}, **{"augmentation_config": STILL, "stripped": 0.0, **options}
+    )
 
 
 pytest.importorskip("accelerate", reason="the extra ddmd[train] is not installed")
@@ -162,7 +166,12 @@ def test_of_thresholds_that_are_hardly_told_apart_the_lowest_is_taken():
 
 def test_shares_that_no_slice_can_fill_are_refused(config, rng):
     only = dataclasses.replace(
-        config.denoiser_stage, share_normal=0.0, share_painted=0.0, share_painted_beside=0.0, share_masked=0.7, share_transplanted=0.3
+        config.denoiser_stage,
+        share_normal=0.0,
+        share_painted=0.0,
+        share_painted_beside=0.0,
+        share_masked=0.7,
+        share_transplanted=0.3,
     )
     case = Case("a", "a", "set", {})
     image = rng.normal(size=(1, 1, 16, 16)).astype(np.float16)
@@ -354,7 +363,10 @@ share_transplanted = 0.1
         assert done.returncode == 0, done.stderr[-3000:]
     for name in ("autoencoders_a", "autoencoders_b", "denoiser"):
         one, two = (load_file(tmp_path / n / f"{name}.checkpoint.safetensors") for n in "12")
-        one, two = (torch.cat([v.flatten() for k, v in sorted(w.items()) if k.startswith("model.")]) for w in (one, two))
+        one, two = (
+            torch.cat([v.flatten() for k, v in sorted(w.items()) if k.startswith("model.")])
+            for w in (one, two)
+        )
         apart = float((one - two).norm() / one.norm())
         print(name, apart)
         assert apart < 1e-5, name
@@ -378,7 +390,11 @@ def test_transplanted_lesions_come_with_their_mask_and_its_weight(rng):
     mask[:, 25:35, 25:35] = 1
     prepared[0].mask, prepared[0].weight = mask, np.where(mask, 0.5, 1.0).astype(np.float16)
     stage = DenoiserStage(
-        share_normal=0.0, share_painted=0.0, share_painted_beside=0.0, share_masked=0.0, share_transplanted=1.0
+        share_normal=0.0,
+        share_painted=0.0,
+        share_painted_beside=0.0,
+        share_masked=0.0,
+        share_transplanted=1.0,
     )
     config = TrainConfig(data=(DataEntry("set"),), size=80, denoiser_stage=stage)
     batch = batch_maker(prepared, config).samples(0, 10)
@@ -430,7 +446,9 @@ def test_a_bag_wants_a_lesion_somewhere():
         "index": torch.tensor([0, 1]),
     }
     told = losses(batch)
-    assert float(told["bag"]) == pytest.approx(DenoiserStage().bag_weight * np.log1p(np.exp(-2.0)) / 2, rel=1e-5)
+    assert float(told["bag"]) == pytest.approx(
+        DenoiserStage().bag_weight * np.log1p(np.exp(-2.0)) / 2, rel=1e-5
+    )
     del batch["bag"]
     assert "bag" not in losses(batch)
 

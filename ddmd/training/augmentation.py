@@ -177,9 +177,7 @@ def draw_intensities(random: SampleRandom, config: Augmentation) -> dict[str, np
     curve = np.where(random.chance(config.contrast)[:, None], curve, at)
     gain = 1.0 + random.uniform(-0.25, 0.35) * random.chance(config.contrast)
     offset = random.uniform(-0.25, 0.25) * random.chance(config.contrast)
-    kind = random.choice(
-        (max(0.0, 1 - config.bias - config.strong_bias), config.bias, config.strong_bias)
-    )
+    kind = random.choice((max(0.0, 1 - config.bias - config.strong_bias), config.bias, config.strong_bias))
     field = np.choose(
         kind, (0.0 * gamma, random.uniform(*config.weak_field), random.uniform(*config.strong_field))
     )

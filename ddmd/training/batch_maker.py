@@ -22,10 +22,12 @@ STAGES: dict[Stage, int] = {"normal": 1, "mixed": 2, "lesions": 3}  # A, B, and 
 SAMPLE_KINDS = ("normal", "painted", "transplanted", "painted_beside", "masked")
 NORMAL, PAINTED, TRANSPLANTED, PAINTED_BESIDE, MASKED = range(len(SAMPLE_KINDS))
 NEAR_MM = 25.0  # normal slices this far from a positive one are half as likely to be painted on
-NEGATIVE_WEIGHT = 0.03  # trust in "no lesion here" on a positive slice of which no more than its label is known
+NEGATIVE_WEIGHT = (
+    0.03  # trust in "no lesion here" on a positive slice of which no more than its label is known
+)
 BESIDE_WEIGHT = 0.3  # least trust in "no lesion here" around a painted lesion
 BESIDE_PX = 6  # pixels around a painted lesion that are likely to be normal
-STRIPPED = 0.25  # chance that what is outside the brain is taken away, with a rim of it or with more
+STRIPPED = 0.25
 WIDE_GAP = 0.3  # chance that the neighbouring slices are farther away
 WIDE_GAP_MM = (5.0, 9.0)
 
@@ -45,6 +47,9 @@ class BatchMaker:
     weights : source -> share of the samples
     timesteps : int
         T of the diffusion.
+    augmentation_config, painter_config : optional
+    stripped : float
+        Chance that what is outside the brain is taken away, with a rim of it or with more.
     """
 
     def __init__(
@@ -56,9 +61,10 @@ class BatchMaker:
         timesteps: int = 1000,
         augmentation_config: Augmentation | None = None,
         painter_config: PainterConfig | None = None,
+        stripped: float = STRIPPED,
     ) -> None:
         self.slices, self.config, self.stage, self.timesteps = slices, config, stage, timesteps
-        self.weights = dict(weights)
+        self.weights, self.stripped = dict(weights), stripped
         self.augmentation = augmentation_config or Augmentation()
         self.painter = painter_config or PainterConfig()
         self.context = config.denoiser.context if stage == "lesions" else 0
@@ -211,7 +217,10 @@ class BatchMaker:
         donor_around, _ = self._neighbours(random, donor)
         geometry = self._draw_geometry(random, row)
         mirror = augmentation.draw_mirror(
-            random, geometry["matrix"], geometry["shift"], stage.share_symmetric if config.denoiser.mirrored else 0.0
+            random,
+            geometry["matrix"],
+            geometry["shift"],
+            stage.share_symmetric if config.denoiser.mirrored else 0.0,
         )
         drawn = augmentation.draw_intensities(random, self.augmentation)
         hard = random.index >= stage.hard_from * stage.steps * stage.batch
@@ -235,7 +244,7 @@ class BatchMaker:
             "beside": (kind == PAINTED_BESIDE)[painted],
             "bag": kind == MASKED,
             "t": random.integers(0, self.timesteps),
-            "stripped": random.chance(STRIPPED),
+            "stripped": random.chance(self.stripped),
             "stripped_at": random.uniform(-3.0, 4.0),
         }
         arrays |= {f"geometry {k}": v for k, v in geometry.items()}
@@ -306,7 +315,9 @@ class BatchMaker:
             planes, mask, weight = self._transplant(values, canvas, depth, planes, mask, weight)
         if lesions is not None:
             planes = planes.index_copy(
-                0, rows, lesion_painter.fill(planes[rows], lesions, _part(values, "lesion"), config.mm, own_fields)
+                0,
+                rows,
+                lesion_painter.fill(planes[rows], lesions, _part(values, "lesion"), config.mm, own_fields),
             )
             mask, weight = _add_painted(values, lesions.alpha[:, self.context], depth, mask, weight)
         rim = values["stripped_at"][:, None, None] * config.mm
@@ -315,7 +326,13 @@ class BatchMaker:
         return planes, mask, weight
 
     def _transplant(
-        self, values: dict[str, Tensor], canvas: Tensor, depth: Tensor, planes: Tensor, mask: Tensor, weight: Tensor
+        self,
+        values: dict[str, Tensor],
+        canvas: Tensor,
+        depth: Tensor,
+        planes: Tensor,
+        mask: Tensor,
+        weight: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Give some samples the lesions of others' slices, and what is lesion then, and how sure that is."""
         slices, rows, donor = self.slices, values["transplanted"], values["donor"]

@@ -39,9 +39,7 @@ class DeviceSlices:
         width = max(case.image.shape[-1] for case in cases)
         total, channels = int(self.first[-1]), cases[0].image.shape[1]
         canvas = (total, height, width)
-        self.image = torch.zeros(
-            (total, channels, height, width), dtype=torch.float16, device=device
-        )
+        self.image = torch.zeros((total, channels, height, width), dtype=torch.float16, device=device)
         self.depth = torch.full(canvas, SURFACE_MM[0], dtype=torch.int8, device=device)
         self.fluid = torch.full(canvas, NO_FLUID_MM, dtype=torch.int8, device=device)
         self.mask = torch.zeros(canvas, dtype=torch.uint8, device=device)

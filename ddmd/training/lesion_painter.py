@@ -333,12 +333,11 @@ def paint(
     band = _bands(values, depth, fluid, grid, reflection, offset, planes, mm, fields)
     alpha, scaled = torch.maximum(alpha, band), torch.maximum(scaled, band)
     factor = torch.where(alpha > 1e-3, scaled / alpha.clamp(min=1e-3), 1.0)
-    return Lesions(alpha * brain[:, None], factor, inside, push)
+    tissue = torch.where(values["kind"][:, None, None] == LARGE, 1.0, fluid.clamp(0, 1))  # not the ventricles
+    return Lesions(alpha * (brain * tissue)[:, None], factor, inside, push)
 
 
-def _share(
-    values: dict[str, Tensor], row: Tensor, number: Tensor, surface: Tensor, mm: float
-) -> Tensor:
+def _share(values: dict[str, Tensor], row: Tensor, number: Tensor, surface: Tensor, mm: float) -> Tensor:
     """Share of each pixel (L, P, h, w); lesions of fewer than 3 pixels in the middle plane are left out."""
     edge = torch.minimum(values["edge"][row, number], values["radius"][row, number]) / mm
     share = (0.5 + surface / (2 * edge[:, None, None, None])).clamp(0, 1)
@@ -346,9 +345,7 @@ def _share(
     return share * seen[:, None, None, None]
 
 
-def _mass_effect(
-    values: dict[str, Tensor], row: Tensor, number: Tensor, offset: Tensor, mm: float
-) -> Tensor:
+def _mass_effect(values: dict[str, Tensor], row: Tensor, number: Tensor, offset: Tensor, mm: float) -> Tensor:
     """Tissue moves outwards, most at the lesion's edge: where each pixel (L, S, S, 2) comes from."""
     radius = (values["radius"][row, number] / mm)[:, None, None, None]
     shift = torch.minimum(values["push"][row][:, None, None, None] / mm, 0.5 * radius)  # never folded over
@@ -468,7 +465,9 @@ def fill(
     return torch.lerp(planes, target, alpha).clamp(0.0, HIGH - LOW)
 
 
-def transplant(planes: Tensor, depth: Tensor, donor: Tensor, masks: Tensor, rim: Tensor) -> tuple[Tensor, Tensor]:
+def transplant(
+    planes: Tensor, depth: Tensor, donor: Tensor, masks: Tensor, rim: Tensor
+) -> tuple[Tensor, Tensor]:
     """Put the lesions of one patient's slice, with a rim of what is around them, into another's.
 
     As CarveMix does (Zhang et al., MICCAI 2021): at the same place, so that they lie where lesions do.

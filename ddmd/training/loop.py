@@ -151,7 +151,9 @@ class Stage:
         """The EMA of the weights (the weights themselves where the plan has none)."""
         return self.ema if self.plan.ema else self.model.state_dict()
 
-    def run(self, batches: BatchSource, until: int, on_losses: Callable[[int, dict[str, float]], None]) -> None:
+    def run(
+        self, batches: BatchSource, until: int, on_losses: Callable[[int, dict[str, float]], None]
+    ) -> None:
         """Train from the current step to `until`; `on_losses` gets the means of READ_EVERY steps.
 
         Raises

@@ -20,7 +20,8 @@ from ddmd.diffusion.schedule import Schedule
 from ddmd.models.autoencoder import AutoencoderEnsemble
 from ddmd.models.checkpoint import System, pick_dtype
 from ddmd.models.denoiser import ConditionNet, Denoiser
-from ddmd.training.batch_maker import BatchMaker, Stage as BatchStage
+from ddmd.training.batch_maker import BatchMaker
+from ddmd.training.batch_maker import Stage as BatchStage
 from ddmd.training.config import TrainConfig, read_config
 from ddmd.training.device_slices import DeviceSlices
 from ddmd.training.initial_weights import start_of

@@ -120,7 +120,13 @@ class DenoiserLosses(nn.Module):
         if self.diffusion:
             t, index = batch["t"], batch["index"]
             noisy = ops.noise(
-                2 * mask - 1, t, self.table, torch.full_like(t[0], NOISE_STEP), self.seed, index, torch.zeros_like(index)
+                2 * mask - 1,
+                t,
+                self.table,
+                torch.full_like(t[0], NOISE_STEP),
+                self.seed,
+                index,
+                torch.zeros_like(index),
             )
             logits = self.denoiser(noisy, condition, t).float()
             loss = functional.binary_cross_entropy_with_logits(logits, mask, reduction="none")
