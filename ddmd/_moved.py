@@ -34,7 +34,7 @@ MOVED = {
     "ddmd.training.average": "ddmd.training.weight_average",
     "ddmd.training.extraction": "ddmd.training.brain_extraction",
     "ddmd.training.painting": "ddmd.training.lesion_painter",
-    "ddmd.training.samples": "ddmd.training.dataset",
+    "ddmd.training.samples": "ddmd.training.prepared_case",
     "ddmd.training.start": "ddmd.training.initial_weights",
     "ddmd.volume": "ddmd.io.volume",
     "ddmd.weights": "ddmd.models.checkpoint",

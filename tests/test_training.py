@@ -1,6 +1,7 @@
 """Training end to end on a few small slices: tracks, resuming, determinism, processes, losses."""
 
 import dataclasses
+import errno
 import json
 import logging
 import os
@@ -32,6 +33,7 @@ from ddmd.training.device_slices import DeviceSlices
 from ddmd.training.loop import DivergedError, Plan, Stage, learning_rate, train_step
 from ddmd.training.prepared_case import PreparedCase
 from ddmd.training.stages import BAG, DenoiserLosses, soft_dice
+from ddmd.training.run import LOCK, _locked
 from ddmd.training.threshold import TOLERANCE, choose, lowest
 from ddmd.training.weight_average import average
 from tests.volumes import write_slices
@@ -129,7 +131,7 @@ def test_what_a_run_cannot_begin_from_is_refused_before_anything_is_written(conf
     again = dataclasses.replace(config, start=str(anomaly), autoencoder_stage=none)
     with pytest.raises(ValueError, match="has no autoencoders_b"):
         train(again, tmp_path / "run")
-    assert not list((tmp_path / "run").iterdir())
+    assert [p.name for p in (tmp_path / "run").iterdir()] == [LOCK]
     with pytest.raises(
         ValueError, match="until is 'autoencoders'; allowed are .* autoencoders_a, .* denoiser"
     ):
@@ -146,7 +148,7 @@ def test_choosing_a_threshold_changes_nothing_else(config, tmp_path):
     assert all(torch.equal(before[k], after[k]) for k in before | after)
     assert told.threshold == threshold
     assert told.threshold_chosen.endswith("on 1 validation patients")
-    assert told.sampling == dataclasses.asdict(config.sampling)
+    assert told.sampling.items() <= dataclasses.asdict(config.sampling).items()
     choose(tmp_path / "run", path, steps=2)
     assert checkpoint.describe(path).sampling == told.sampling | {"steps": 2}
     choose(tmp_path / "run", path, peak=0.9)
@@ -479,14 +481,172 @@ def test_shipped_configurations_read_and_hold_the_same_patients_out(path):
     assert (config.seed, config.validation, config.test) == (0, 0.1, 0.2), "the split of the runs before"
 
 
-def test_mistakes_in_a_configuration_are_named(tmp_path):
-    for text, message in (
-        ("labels = 'voxel'\n[[data]]\nroot='x'", "labels is 'voxel'; allowed are"), ("seed = 1", "data is empty"),
-        ("speed = 3\n[[data]]\nroot='x'", "speed not known; allowed are"), ("= 3", "not TOML"),
+GOOD = """
+name = "tiny"
+labels = "image"
+seed = 0
+size = 64
+checkpoint_minutes = 0.1
+[[data]]
+root = "data/lgg"
+name = "lgg"
+[autoencoder]
+width = 8
+[autoencoder_stage]
+steps = 12
+batch = 4
+[denoiser]
+noise_width = 16
+mirrored = true
+[denoiser_stage]
+steps = 20
+batch = 6
+rounds = [0.3, 0.6]
+share_normal = 0.12
+"""
+MISTAKES = {  # what is replaced, by what, and the entry that the message names
+    "name leaves the folder": ('"tiny"', '"../../escaped"', "name"),
+    "name is a path": ('"tiny"', '"/tmp/escaped"', "name"),
+    "name has a folder": ('"tiny"', '"a/b"', "name"),
+    "name has a backslash": ('"tiny"', "'a\\\\b'", "name"),
+    "name is hidden": ('"tiny"', '".tiny"', "name"),
+    "name has a line": ('"tiny"', '"tiny\\n"', "name"),
+    "name is empty": ('"tiny"', '""', "name"),
+    "name is a number": ('"tiny"', "3", "name"),
+    "labels": ('"image"', '"voxel"', "labels"),
+    "steps is text": ("steps = 12", "steps = 'x'", "steps"),
+    "steps is a fraction": ("steps = 12", "steps = 1.5", "steps"),
+    "steps is true": ("steps = 12", "steps = true", "steps"),
+    "steps is 0": ("steps = 12", "steps = 0", "steps is 0 in AutoencoderStage"),
+    "batch is 0": ("batch = 4", "batch = 0", "batch"),
+    "batch is negative": ("batch = 4", "batch = -1", "batch"),
+    "batch is huge": ("batch = 4", "batch = 1000000000", "batch"),
+    "size is text": ("size = 64", "size = 'x'", "size"),
+    "size is 0": ("size = 64", "size = 0", "size"),
+    "size is 72": ("size = 64", "size = 72", "size is 72; allowed are multiples of 16"),
+    "seed is negative": ("seed = 0", "seed = -1", "seed"),
+    "data is a table": ("[[data]]", "[data]", "data"),
+    "data is a number": ('[[data]]\nroot = "data/lgg"\nname = "lgg"', "data = 3", "data"),
+    "width is 0": ("width = 8", "width = 0", r"\[autoencoder\] width is 0"),
+    "width is huge": ("width = 8", "width = 1000000", r"\[autoencoder\] width is 1000000"),
+    "noise_width is 0": ("noise_width = 16", "noise_width = 0", "noise_width"),
+    "widths are 3": ("noise_width = 16", "widths = [8, 8, 8]", "widths"),
+    "rounds is a number": ("[0.3, 0.6]", "0.3", "rounds"),
+    "rounds is text": ("[0.3, 0.6]", "['x']", "rounds"),
+    "rounds is nan": ("[0.3, 0.6]", "[nan]", "rounds"),
+    "rounds fall": ("[0.3, 0.6]", "[0.6, 0.3]", "rounds"),
+    "a share is negative": ("share_normal = 0.12", "share_normal = -1.0", "share_normal"),
+    "a share is nan": ("share_normal = 0.12", "share_normal = nan", "share_normal"),
+    "all shares are 0": ("share_normal = 0.12", "share_normal = 0.0\nshare_painted = 0.0\nshare_painted_beside = 0.0\nshare_masked = 0.0", "share"),
+    "root is a number": ('root = "data/lgg"', "root = 3", "root"),
+    "weight is nan": ('name = "lgg"', "weight = nan", "weight"),
+    "weight is 0": ('name = "lgg"', "weight = 0.0", "weight"),
+    "an entry is not known": ("seed = 0", "seed = 0\nspeed = 3", "speed not known"),
+    "an entry of a section is not known": ("width = 8", "width = 8\nspeed = 3", "speed not known"),
+    "a section is a number": ("[autoencoder]\nwidth = 8", "", None),
+    "validation is 2": ("seed = 0", "validation = 2.0", "validation"),
+    "nobody is left": ("seed = 0", "validation = 0.5\ntest = 0.5", "validation and test"),
+    "holdout is text": ("seed = 0", "holdout = 'x'", "holdout"),
+    "sequences is text": ("seed = 0", "sequences = 'flair'", "sequences"),
+    "mm is 0": ("seed = 0", "mm = 0.0", "mm"),
+    "precision": ("seed = 0", "precision = 'x'", "precision"),
+    "checkpoint_minutes is text": ("checkpoint_minutes = 0.1", "checkpoint_minutes = 'x'", "checkpoint_minutes"),
+    "learning_rate is nan": ("batch = 4", "learning_rate = nan", "learning_rate"),
+    "learning_rate is huge": ("batch = 4", "learning_rate = 1e30", "learning_rate"),
+    "samples is 0": ("[autoencoder]", "[sampling]\nsamples = 0\n[autoencoder]", "samples"),
+    "sampler": ("[autoencoder]", "[sampling]\nsampler = 'x'\n[autoencoder]", "sampler"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("old", "new", "named"), MISTAKES.values(), ids=MISTAKES)
+def test_mistakes_in_a_configuration_are_named_in_one_line(tmp_path, old, new, named):
+    path = tmp_path / "bad.toml"
+    assert old in GOOD
+    path.write_text(GOOD.replace(old, new, 1))
+    if named is None:
+        read_config(path)
+        return
+    with pytest.raises(ValueError, match=named) as raised:
+        read_config(path)
+    assert str(raised.value).startswith(str(path))
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "content", [b"= 3", b"\0", b"\xff\xfe", b"a = " + b"[" * 5000, None, b""], ids=range(6)
+)
+def test_what_is_no_toml_is_refused_in_one_line(tmp_path, content):
+    path = tmp_path / "bad.toml"
+    path.mkdir() if content is None else path.write_bytes(content)
+    with pytest.raises(ValueError, match="not TOML|data") as raised:
+        read_config(path)
+    assert str(raised.value).startswith(str(path))
+
+
+def test_entries_of_0_1_keep_working_with_a_warning(tmp_path):
+    path = tmp_path / "old.toml"
+    old = "normal = 0.1\npainted = 0.2\ncarved = 0.3\nover = 0.4\nmasked = 0.5\nbag = 0.0\ndoubt = false"
+    path.write_text(("workers = 0\n" + GOOD).replace("share_normal = 0.12", old))
+    with pytest.warns(FutureWarning, match="carved is now share_transplanted"):
+        stage = read_config(path).denoiser_stage
+    assert (stage.share_normal, stage.share_painted, stage.share_transplanted) == (0.1, 0.2, 0.3)
+    assert (stage.share_painted_beside, stage.share_masked) == (0.4, 0.5)
+    assert (stage.bag_weight, stage.teacher_uncertainty) == (0.0, False)
+
+
+def test_damaged_files_of_a_run_are_named_with_what_to_delete(config, tmp_path):
+    out = tmp_path / "run"
+    weights = load_file(train(config, out))
+    denoiser = out / "denoiser.checkpoint.safetensors"
+    trained = denoiser.read_bytes()
+    for name in (
+        "autoencoders_b.checkpoint.safetensors", "denoiser.checkpoint.safetensors", "pseudo_masks_1.npz",
+        "split.json", "config.json",
     ):  # fmt: skip
-        (tmp_path / "bad.toml").write_text(text)
-        with pytest.raises(ValueError, match=message):
-            read_config(tmp_path / "bad.toml")
+        whole = (out / name).read_bytes()
+        damages = [whole[: len(whole) // 2], b""]
+        if name.startswith("denoiser"):
+            tensors, state = loop._load(out / name)
+            next(v for k, v in tensors.items() if k.startswith("model.")).view(-1)[0] = float("nan")
+            loop._save(out / name, tensors, state)
+            damages.append((out / name).read_bytes())
+        for damaged in damages:
+            (out / name).write_bytes(damaged)
+            if name.startswith("pseudo"):  # read only where the stage goes on
+                as_if_stopped(denoiser, 2)
+            with pytest.raises(ValueError, match=f"{name}.*delete") as raised:
+                train(config, out)
+            assert "\n" not in str(raised.value)
+        (out / name).write_bytes(whole)
+        denoiser.write_bytes(trained)
+    assert worst_difference(weights, load_file(train(config, out))) == 0
+
+
+def as_if_stopped(path, step):
+    """As if the run had been stopped at a step."""
+    tensors, _ = loop._load(path)
+    loop._save(path, tensors, {"step": step})
+
+
+def test_two_runs_in_one_folder_the_second_is_told(config, tmp_path):
+    (tmp_path / "run").mkdir()
+    with (
+        _locked(tmp_path / "run", True),
+        pytest.raises(ValueError, match="another process is training in this folder"),
+    ):
+        train(config, tmp_path / "run")
+
+
+def test_a_full_disk_is_told_in_one_line_and_the_run_goes_on_later(config, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "save_file", full)
+        with pytest.raises(ValueError, match="No space left on device.*start again"):
+            train(config, tmp_path / "run")
+    assert not [p for p in (tmp_path / "run").iterdir() if "partial" in p.name]
+    assert train(config, tmp_path / "run").exists()
 
 
 def test_losses_follow_their_formulas():

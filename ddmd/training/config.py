@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import tomllib
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+
+from ddmd.diffusion.samplers import SamplingConfig
 from ddmd.models.autoencoder import AutoencoderConfig
-from ddmd.models.checkpoint import PARTS, Sampling
 from ddmd.models.denoiser import MULTIPLE, DenoiserConfig
+
+Share = Annotated[float, Field(allow_inf_nan=False, ge=0, le=1)]
+NotNegative = Annotated[float, Field(allow_inf_nan=False, ge=0, le=1e6)]
+Positive = Annotated[float, Field(allow_inf_nan=False, gt=0, le=1e6)]
+Steps = Annotated[int, Field(ge=0, le=10**8)]
+Batch = Annotated[int, Field(ge=1, le=4096)]
+LearningRate = Annotated[float, Field(allow_inf_nan=False, gt=0, le=1)]
+FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]{0,99}$")]  # no folder, nothing hidden
 
 
 @dataclass(frozen=True)
@@ -21,11 +31,13 @@ class DataEntry:
     With split = false all of it is trained on, but for the patients in `holdout`.
     """
 
-    root: str
+    root: Annotated[str, Field(min_length=1)]
     layout: str = "auto"
     name: str | None = None
-    weight: float = 1.0
+    weight: Positive = 1.0
     split: bool = True
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
 
 @dataclass(frozen=True)
@@ -36,12 +48,14 @@ class AutoencoderStage:
     dimension.
     """
 
-    steps: int = 1500
-    batch: int = 12
-    learning_rate: float = 2e-3
-    homogeneous: float = 0.02
-    heterogeneous: float = 0.02
-    bound: float = 2.0
+    steps: Steps = 1500
+    batch: Batch = 12
+    learning_rate: LearningRate = 2e-3
+    homogeneous: NotNegative = 0.02
+    heterogeneous: NotNegative = 0.02
+    bound: NotNegative = 2.0
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
 
 @dataclass(frozen=True)
@@ -74,28 +88,40 @@ class DenoiserStage:
         Whether X and Y reach the network, for the ablations. Without both, no auto-encoder is trained.
     """
 
-    steps: int = 9000
-    batch: int = 16
-    learning_rate: float = 2e-3
-    ema: float = 0.998
-    rounds: tuple[float, ...] = (0.3, 0.5, 0.68, 0.84)
-    share_normal: float = 0.12
-    share_painted: float = 0.35
-    share_transplanted: float = 0.0
-    share_painted_beside: float = 0.18
-    share_masked: float = 0.35
-    bag_weight: float = 0.15
+    steps: Steps = 9000
+    batch: Batch = 16
+    learning_rate: LearningRate = 2e-3
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.998
+    rounds: tuple[Share, ...] = (0.3, 0.5, 0.68, 0.84)
+    share_normal: Share = 0.12
+    share_painted: Share = 0.35
+    share_transplanted: Share = 0.0
+    share_painted_beside: Share = 0.18
+    share_masked: Share = 0.35
+    bag_weight: NotNegative = 0.15
     teacher_uncertainty: bool = True
-    hard_from: float = 0.48
-    share_symmetric: float = 0.4
+    hard_from: Share = 0.48
+    share_symmetric: Share = 0.4
     use_inter: bool = True
     use_intra: bool = True
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    def __post_init__(self) -> None:
+        shares = (
+            self.share_normal, self.share_painted, self.share_transplanted, self.share_painted_beside,
+            self.share_masked,
+        )  # fmt: skip
+        if not any(shares):
+            raise ValueError("all shares of a batch are 0; give at least one of [denoiser_stage] share_*")
+        if list(self.rounds) != sorted(self.rounds):
+            raise ValueError(f"rounds is {list(self.rounds)}; allowed are shares of the steps that rise")
 
 
 # Measured on validation patients (`python -m benchmarks.quality`): one step finds as much as a hundred do, and the
 # mirror image gives masks that differ where the network may be wrong. Where more steps are asked for, they are taken
 # at the highest noise alone, with fresh noise at each.
-SAMPLING = Sampling(steps=1, samples=6, eta=1.0, stop=0.98, mirror=True)
+SAMPLING = SamplingConfig(steps=1, samples=6, eta=1.0, stop=0.98, mirror=True)
 
 
 @dataclass(frozen=True)
@@ -117,36 +143,34 @@ class TrainConfig:
     """
 
     data: tuple[DataEntry, ...]
-    name: str = "flair-image-labels"
-    sequences: tuple[str, ...] = ("flair",)
+    name: FileName = "flair-image-labels"
+    sequences: Annotated[tuple[str, ...], Field(min_length=1)] = ("flair",)
     labels: Literal["image", "pixel"] = "image"
     system: Literal["ddmd", "supervised", "anomaly"] = "ddmd"
-    seed: int = 0
-    size: int = 144
-    mm: float = 1.0
-    validation: float = 0.1
-    test: float = 0.2
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    size: Annotated[int, Field(ge=32, le=1024)] = 144
+    mm: Annotated[float, Field(ge=0.25, le=8)] = 1.0
+    validation: Share = 0.1
+    test: Share = 0.2
     holdout: tuple[str, ...] = ()
     validation_patients: tuple[str, ...] = ()
     licence: str = ""
-    checkpoint_minutes: float = 2.0
-    precision: str = "auto"
-    start: str | None = None
+    checkpoint_minutes: NotNegative = 2.0
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    start: Annotated[str, Field(min_length=1)] | None = None
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
     autoencoder_stage: AutoencoderStage = field(default_factory=AutoencoderStage)
     denoiser_stage: DenoiserStage = field(default_factory=DenoiserStage)
-    sampling: Sampling = SAMPLING
+    sampling: SamplingConfig = SAMPLING
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
     def __post_init__(self) -> None:
-        if self.labels not in ("image", "pixel"):
-            raise ValueError(f"labels is {self.labels!r}; allowed are 'image' and 'pixel'")
-        if self.system not in PARTS:
-            raise ValueError(f"system is {self.system!r}; allowed are {', '.join(PARTS)}")
-        if self.size % MULTIPLE:
-            raise ValueError(f"size is {self.size}; allowed are multiples of {MULTIPLE}")
         if not self.data:
             raise ValueError("data is empty; name at least one data set as [[data]]")
+        if self.size % MULTIPLE:
+            raise ValueError(f"size is {self.size}; allowed are multiples of {MULTIPLE}")
         for stage in (self.autoencoder_stage, self.denoiser_stage):
             if stage.steps < (0 if self.start else 1):
                 raise ValueError(
@@ -155,17 +179,75 @@ class TrainConfig:
         for part in (self.autoencoder, self.denoiser):
             if part.sequences != len(self.sequences):
                 raise ValueError(
-                    f"sequences is {self.sequences}; allowed are {part.sequences}, as in "
-                    f"{type(part).__name__}"
+                    f"sequences is {self.sequences}; allowed are {part.sequences}, as in {type(part).__name__}"
                 )
+        if self.validation + self.test >= 1:
+            raise ValueError(
+                f"validation and test are {self.validation} and {self.test}; allowed are shares that leave "
+                "some to train on"
+            )
 
 
-def _build(kind: type, values: dict[str, Any], where: str) -> Any:
-    known = {f.name for f in dataclasses.fields(kind)}
-    unknown = sorted(set(values) - known)
-    if unknown:
-        raise ValueError(f"{where}: {', '.join(unknown)} not known; allowed are {', '.join(sorted(known))}")
-    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+# Entries of 0.1 that have another name now, and those that are no longer needed.
+RENAMED = {
+    "normal": "share_normal",
+    "painted": "share_painted",
+    "carved": "share_transplanted",
+    "over": "share_painted_beside",
+    "masked": "share_masked",
+    "bag": "bag_weight",
+    "doubt": "teacher_uncertainty",
+}
+GONE = {"workers": "batches are made on the device"}
+
+
+def validate(values: dict[str, Any], where: str) -> TrainConfig:
+    """A configuration from a dictionary as TOML gives it: types, ranges and names of all entries are checked.
+
+    Raises
+    ------
+    ValueError
+        In one line: `where`, the entry, what it is and what is allowed.
+    """
+    values = _with_old_names(values, where)
+    try:
+        return _ADAPTER.validate_json(json.dumps(values, default=str), strict=True)
+    except ValidationError as error:
+        raise ValueError(f"{where}: {_first_problem(error)}") from None
+
+
+def _with_old_names(values: dict[str, Any], where: str) -> dict[str, Any]:
+    """Entries of 0.1 under their names of today, with a warning."""
+    values = dict(values)
+    for name, why in GONE.items():
+        if name in values:
+            warnings.warn(f"{where}: {name} is not used any more: {why}", FutureWarning, stacklevel=3)
+            del values[name]
+    stage = values.get("denoiser_stage")
+    if isinstance(stage, dict):
+        for old in sorted(RENAMED.keys() & stage.keys()):
+            warnings.warn(
+                f"{where}: [denoiser_stage] {old} is now {RENAMED[old]}", FutureWarning, stacklevel=3
+            )
+        values["denoiser_stage"] = {RENAMED.get(k, k): v for k, v in stage.items()}
+    return values
+
+
+def _first_problem(error: ValidationError) -> str:
+    """The first of the problems, in one line that names the entry."""
+    first = error.errors()[0]
+    entry = " ".join(str(part) for part in first["loc"]) or "the configuration"
+    if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        return f"{entry} not known; see the example in ddmd/training/recipes"
+    if first["type"] == "value_error":  # raised by a check of our own, which names what is within the section
+        section = f"[{entry}] " if first["loc"] else ""
+        return section + str(first["ctx"]["error"]).replace("\n", " ")
+    value = repr(first["input"])
+    value = value if len(value) <= 60 else value[:57] + "..."
+    return f"{entry} is {value}; {first['msg'].replace('Input', 'it')}"
+
+
+_ADAPTER = TypeAdapter(TrainConfig)
 
 
 def read_config(path: str | Path) -> TrainConfig:
@@ -178,35 +260,21 @@ def read_config(path: str | Path) -> TrainConfig:
     """
     path = Path(path)
     try:
-        values = tomllib.loads(path.read_text())
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file; give the path of a training configuration") from None
-    except tomllib.TOMLDecodeError as error:
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
         raise ValueError(f"{path}: not TOML ({error})") from None
-    return _whole(values, str(path))
+    return validate(values, str(path))
 
 
 def read_run(folder: str | Path) -> TrainConfig:
     """The configuration that `train` wrote into a run's folder; ValueError where there is none."""
     path = Path(folder) / "config.json"
     try:
-        values = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not readable ({error}); give the folder of a run") from None
-    return _whole(values, str(path))
-
-
-def _whole(values: dict[str, Any], where: str) -> TrainConfig:
-    parts = {
-        "autoencoder": AutoencoderConfig,
-        "denoiser": DenoiserConfig,
-        "autoencoder_stage": AutoencoderStage,
-        "denoiser_stage": DenoiserStage,
-        "sampling": Sampling,
-    }
-    for key, kind in parts.items():
-        if key in values:
-            values[key] = _build(kind, values[key], f"{where}, [{key}]")
-    values["data"] = [_build(DataEntry, entry, f"{where}, [[data]]") for entry in values.get("data", [])]
-    config: TrainConfig = _build(TrainConfig, values, where)
-    return config
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: not the configuration of a run; give the folder of a run")
+    return validate(values, str(path))

@@ -12,12 +12,17 @@ if TYPE_CHECKING:
     from ddmd.training.run import _Run
 
 
+def weights_path(run: _Run) -> Path:
+    """Where `export` writes."""
+    return run.out / f"{run.config.name}.safetensors"
+
+
 def export(run: _Run, split: dict[str, str]) -> Path:
     """Write OUT/<name>.safetensors: the networks, their sizes, and how they were trained."""
     from ddmd.models import checkpoint
 
     config = run.config
-    path = run.out / f"{config.name}.safetensors"
+    path = weights_path(run)
     description = checkpoint.Description(
         name=config.name,
         sequences=config.sequences,
@@ -29,7 +34,7 @@ def export(run: _Run, split: dict[str, str]) -> Path:
         use_inter=config.denoiser_stage.use_inter,
         use_intra=config.denoiser_stage.use_intra,
         system=config.system,
-        sampling=dataclasses.asdict(config.sampling),
+        sampling={k: v for k, v in dataclasses.asdict(config.sampling).items() if k not in ("seed", "batch")},
         min_peak=0.0 if config.system == "anomaly" else checkpoint.Description.min_peak,
         training={
             "labels": config.labels,

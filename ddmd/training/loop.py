@@ -25,7 +25,7 @@ WARM_UP = 100  # steps over which the learning rate rises
 READ_EVERY = 25  # steps between looks at the losses, each of which waits for the device
 
 
-class DivergedError(RuntimeError):
+class DivergedError(ValueError, RuntimeError):
     """The loss is no longer a number; the batch that did it was saved."""
 
 
@@ -257,7 +257,9 @@ def train_step(
         decay = min(stage.plan.ema, (2 + stage.step) / (11 + stage.step))
         floats = [(stage.ema[k], v) for k, v in stage.model.state_dict().items() if v.is_floating_point()]
         with torch.no_grad():
-            get_ema_multi_avg_fn(decay)([e for e, _ in floats], [v for _, v in floats], None)
+            get_ema_multi_avg_fn(decay)(  # type: ignore[no-untyped-call]
+                [e for e, _ in floats], [v for _, v in floats], None
+            )
     return {k: v.detach() for k, v in losses.items()}, bad
 
 
@@ -265,7 +267,8 @@ class _Losses:
     """Sums of losses on the device, and the first step whose gradient was not finite."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.first_bad = device, None
+        self.device = device
+        self.first_bad: int | None = None
         self._clear()
 
     def _clear(self) -> None:
@@ -283,7 +286,7 @@ class _Losses:
         """Read and forget: one wait for the device."""
         names = list(self._sums)
         values = torch.stack([*(self._sums[n].double() for n in names), self._bad]).tolist()
-        self.first_bad: int | None = int(values[-1]) if values[-1] >= 0 else None
+        self.first_bad = int(values[-1]) if values[-1] >= 0 else None
         means = {n: v / self._steps for n, v in zip(names, values, strict=False)}
         self._clear()
         return means

@@ -3,28 +3,34 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import logging
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from ddmd.cohort.cases import Case
 from ddmd.cohort.discovery import find_cases
 from ddmd.cohort.splits import read_split, split_by_patient, write_split
 from ddmd.diffusion.schedule import Schedule
+from ddmd.io.atomic import write_text
 from ddmd.models.autoencoder import AutoencoderEnsemble
 from ddmd.models.checkpoint import System, pick_dtype
 from ddmd.models.denoiser import ConditionNet, Denoiser
 from ddmd.training.batch_maker import BatchMaker
 from ddmd.training.batch_maker import Stage as BatchStage
-from ddmd.training.config import TrainConfig, read_config
+from ddmd.training.config import TrainConfig, read_config, validate
 from ddmd.training.device_slices import DeviceSlices
-from ddmd.training.initial_weights import start_of
+from ddmd.training.initial_weights import initial_system
 from ddmd.training.loop import Plan, Stage
 from ddmd.training.prepared_case import PreparedCase, load_cases, load_pseudo_masks, save_pseudo_masks
 from ddmd.training.pseudo_masks import update_pseudo_masks
@@ -32,6 +38,7 @@ from ddmd.training.stages import AutoencoderLosses, DenoiserLosses
 
 log = logging.getLogger("ddmd.training")
 LOG_EVERY = 100  # steps between lines of the log where there is no terminal
+LOCK = "lock"  # file in a run's folder that the process which trains there holds
 SHOWN = 8  # samples of a stage that TensorBoard shows
 
 
@@ -82,33 +89,119 @@ def train(config: str | Path | TrainConfig, out: str | Path, until: str | None =
     DivergedError
         If the loss stops being a number.
     """
-    from accelerate import Accelerator
-
     config = config if isinstance(config, TrainConfig) else read_config(config)
+    validate(dataclasses.asdict(config), "the configuration")
     out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    described = json.dumps(dataclasses.asdict(config), indent=1, default=str)
-    written = out / "config.json"
-    if written.exists() and json.loads(written.read_text()) != json.loads(described):
+    accelerator = _accelerator()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with _interrupted_by_sigterm(), _locked(out, accelerator.is_main_process):
+            return _train(config, out, until, accelerator)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(
+            f"{out}: {error}; make room or mend what it names, and start again: the run goes on from its last "
+            "checkpoint"
+        ) from error
+
+
+def _accelerator() -> Any:
+    try:
+        import tensorboard  # noqa: F401  (what the main process writes its log with)
+        from accelerate import Accelerator
+    except ModuleNotFoundError as error:
+        raise ValueError(f"training needs {error.name}; install it with pip install 'ddmd[train]'") from None
+    return Accelerator()
+
+
+@contextmanager
+def _interrupted_by_sigterm() -> Iterator[None]:
+    """SIGTERM ends a run as Ctrl-C does: in one line, with its last checkpoint kept."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt("stopped by SIGTERM")
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _locked(out: Path, main: bool) -> Iterator[None]:
+    """Hold the folder of a run, so that no second run writes there; nothing in other processes of the run."""
+    if not main:
+        yield
+        return
+    import fcntl
+
+    with open(out / LOCK, "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                raise
+            raise ValueError(
+                f"{out}: another process is training in this folder; wait for it, or choose another folder"
+            ) from None
+        yield
+
+
+def _check_folder(config: TrainConfig, out: Path) -> None:
+    """Refuse a folder that holds a run of another configuration."""
+    path = out / "config.json"
+    if not path.exists():
+        return
+    try:
+        same = json.loads(path.read_text(encoding="utf-8")) == json.loads(_described(config))
+    except ValueError as error:
+        raise ValueError(
+            f"{path}: damaged ({error}); delete it if the run is of this configuration, and start again"
+        ) from None
+    if not same:
         raise ValueError(f"{out} holds a run of another configuration; choose another folder")
-    start = start_of(config, out)
-    written.write_text(described)
-    accelerator = Accelerator()
+
+
+def _described(config: TrainConfig) -> str:
+    return json.dumps(dataclasses.asdict(config), indent=1, default=str)
+
+
+def _check_split(split: dict[str, str], out: Path) -> None:
+    """Refuse a folder whose run was split in another way."""
+    path = out / "split.json"
+    if not path.exists():
+        return
+    try:
+        known = read_split(path)
+    except ValueError as error:
+        raise ValueError(f"{error}; delete {path}, and start again") from None
+    if known != split:
+        raise ValueError(
+            f"{path}: its patients are not those of the data now; choose another folder, or undo that"
+        )
+
+
+def _train(config: TrainConfig, out: Path, until: str | None, accelerator: Any) -> Path:
+    _check_folder(config, out)
+    initial = initial_system(config, out, keep=accelerator.is_main_process)
     cases = cases_of(config)
     split = split_of(config, cases)
-    kept = out / "split.json"
-    if kept.exists() and read_split(kept) != split:
-        raise ValueError(
-            f"{kept}: its patients are not those of the data now; choose another folder, or undo that"
-        )
+    _check_split(split, out)
+    accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        write_split(kept, split)
+        write_text(out / "config.json", _described(config))
+        write_split(out / "split.json", split)
     training = [case for case in cases if split[case.patient] == "train"]
     if config.labels == "image":  # nothing below can open a mask it does not know of
         training = [dataclasses.replace(case, masks=None) for case in training]
+    if not training:
+        raise ValueError("no patient is left to train on; lower the shares of validation and test patients")
     log.info("reading %d cases", len(training))
     prepared = load_cases(training, config, read_masks=config.labels == "pixel")
-    run = _Run(config, out, accelerator, prepared, start)
+    run = _Run(config, out, accelerator, prepared, initial)
     stages = run.stages()
     if until is not None and until not in stages:
         raise ValueError(f"until is {until!r}; allowed are the stages of this run: {', '.join(stages)}")
@@ -118,9 +211,12 @@ def train(config: str | Path | TrainConfig, out: str | Path, until: str | None =
             break
     if until is not None and until != list(stages)[-1]:
         return out
-    from ddmd.training.export import export
+    from ddmd.training.export import export, weights_path
 
-    return export(run, split)
+    if accelerator.is_main_process:
+        export(run, split)
+    accelerator.wait_for_everyone()
+    return weights_path(run)
 
 
 class _Run:
@@ -132,7 +228,7 @@ class _Run:
         out: Path,
         accelerator: Any,
         cases: list[PreparedCase],
-        start: System | None,
+        initial: System | None,
     ) -> None:
         self.config, self.out, self.accelerator = config, out, accelerator
         self.slices = DeviceSlices(cases, accelerator.device, config.mm)
@@ -144,8 +240,8 @@ class _Run:
         }
         self.condition, self.denoiser = ConditionNet(config.denoiser), Denoiser(config.denoiser)
         self.schedule = Schedule()
-        if start is not None:
-            for name, module in start.parts().items():
+        if initial is not None:
+            for name, module in initial.parts().items():
                 self.networks()[name].load_state_dict(module.state_dict())
         self.writer: Any = None
         if accelerator.is_main_process:

@@ -2,7 +2,7 @@
 
 Model soups (Wortsman et al. 2022, arXiv 2203.05482): the mean of weights that share their beginning is often
 better than either, and costs nothing at inference. The share is for validation patients to choose:
-`python -m ddmd.training.average FIRST SECOND --share 0.5 -o WEIGHTS`, then `python -m ddmd.training.threshold`.
+`python -m ddmd.training.weight_average FIRST SECOND --share 0.5 -o WEIGHTS`, then `python -m ddmd.training.threshold`.
 """
 
 from __future__ import annotations
