@@ -30,11 +30,12 @@ from ddmd.training.augmentation import Augmentation
 from ddmd.training.batch_maker import NEGATIVE_WEIGHT, BatchMaker
 from ddmd.training.config import AutoencoderStage, DataEntry, DenoiserStage, TrainConfig, read_config
 from ddmd.training.device_slices import DeviceSlices
+from ddmd.training.export import export_checkpoints
 from ddmd.training.loop import DivergedError, Plan, Stage, learning_rate, train_step
 from ddmd.training.prepared_case import PreparedCase
-from ddmd.training.stages import BAG, DenoiserLosses, soft_dice
 from ddmd.training.run import LOCK, _locked
-from ddmd.training.threshold import TOLERANCE, choose, lowest
+from ddmd.training.stages import BAG, DenoiserLosses, soft_dice
+from ddmd.training.threshold import TOLERANCE, choose, dice_by_kind, lowest
 from ddmd.training.weight_average import average
 from tests.volumes import write_slices
 
@@ -606,7 +607,7 @@ def test_damaged_files_of_a_run_are_named_with_what_to_delete(config, tmp_path):
         whole = (out / name).read_bytes()
         damages = [whole[: len(whole) // 2], b""]
         if name.startswith("denoiser"):
-            tensors, state = loop._load(out / name)
+            tensors, state = loop.load_checkpoint(out / name)
             next(v for k, v in tensors.items() if k.startswith("model.")).view(-1)[0] = float("nan")
             loop._save(out / name, tensors, state)
             damages.append((out / name).read_bytes())
@@ -624,8 +625,32 @@ def test_damaged_files_of_a_run_are_named_with_what_to_delete(config, tmp_path):
 
 def as_if_stopped(path, step):
     """As if the run had been stopped at a step."""
-    tensors, _ = loop._load(path)
+    tensors, _ = loop.load_checkpoint(path)
     loop._save(path, tensors, {"step": step})
+
+
+def test_weights_of_an_unfinished_run_are_the_averages_of_its_checkpoints(config, tmp_path):
+    out = tmp_path / "run"
+    finished = load_file(train(config, out))
+    assert export_checkpoints(out, tmp_path / "again.safetensors") == 4
+    assert worst_difference(finished, load_file(tmp_path / "again.safetensors")) == 0
+    (out / "denoiser.checkpoint.safetensors").unlink()
+    with pytest.raises(ValueError, match="no checkpoint of condition, denoiser yet"):
+        export_checkpoints(out, tmp_path / "again.safetensors")
+
+
+def test_every_kind_counts_alike_in_the_choice_of_a_threshold(rng):
+    """Nine patients of one kind do not outvote one of another; within a kind, pooled and mean Dice count alike."""
+    counts = [rng.integers(0, 1000, (len(THRESHOLDS), 4)) for _ in range(10)]
+    curves = dice_by_kind(counts, ["glioma"] * 9 + ["ms"])
+
+    def dice(count):
+        return 2 * count[:, 0] / (2 * count[:, 0] + count[:, 1] + count[:, 2])
+
+    assert list(curves) == ["glioma", "ms"]
+    assert curves["ms"] == pytest.approx(dice(counts[9]))
+    pooled, mean = dice(np.sum(counts[:9], axis=0)), np.mean([dice(c) for c in counts[:9]], axis=0)
+    assert curves["glioma"] == pytest.approx((pooled + mean) / 2)
 
 
 def test_two_runs_in_one_folder_the_second_is_told(config, tmp_path):

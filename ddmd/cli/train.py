@@ -11,7 +11,7 @@ from ddmd.cli import console
 from ddmd.cli.entry import bad_usage, require_extra
 from ddmd.cli.options import Debug, Threads, set_threads
 
-EXTRA = ("accelerate", "tensorboard", "monai")
+EXTRA = ("accelerate", "tensorboard")
 
 
 def command(

@@ -249,7 +249,8 @@ def _ringing(planes: Tensor, kept: Tensor) -> Tensor:
     fx = torch.fft.rfftfreq(planes.shape[-1], dtype=torch.float32, device=planes.device)
     radius = torch.hypot(fy[:, None], fx[None]) * 2
     spectrum = spectrum * (radius <= kept[:, None, None, None])
-    return torch.fft.irfft2(spectrum, s=planes.shape[-2:])
+    cut: Tensor = torch.fft.irfft2(spectrum, s=planes.shape[-2:])
+    return cut
 
 
 def _coarse(planes: Tensor, zoom: float) -> Tensor:

@@ -383,9 +383,9 @@ def case_nearness(brain: np.ndarray, label: np.ndarray, slice_mm: float) -> np.n
 
     Lesion-free slices of patients lie mostly at the ends of the head, lesions do not.
     """
-    area = brain.sum(axis=(1, 2)).astype(np.float64) + 1.0
+    area: np.ndarray = brain.sum(axis=(1, 2)).astype(np.float64) + 1.0
     positive = np.flatnonzero(label == 1)
     if not len(positive):
         return area
     apart = np.abs(np.arange(len(label))[:, None] - positive).min(axis=1)
-    return area / (1.0 + (apart * slice_mm / NEAR_MM) ** 2)
+    return np.asarray(area / (1.0 + (apart * slice_mm / NEAR_MM) ** 2))

@@ -58,4 +58,4 @@ def _closed(core: np.ndarray, mm: float) -> np.ndarray:
     margin = int(np.ceil((OPENED_MM + CLOSED_MM) / mm)) + 2
     away = ndimage.distance_transform_edt(~np.pad(core, margin))
     wide = ndimage.distance_transform_edt(away <= (OPENED_MM + CLOSED_MM) / mm) > CLOSED_MM / mm
-    return ndimage.binary_fill_holes(wide[margin:-margin, margin:-margin])
+    return np.asarray(ndimage.binary_fill_holes(wide[margin:-margin, margin:-margin]))

@@ -350,7 +350,8 @@ def _mass_effect(values: dict[str, Tensor], row: Tensor, number: Tensor, offset:
     radius = (values["radius"][row, number] / mm)[:, None, None, None]
     shift = torch.minimum(values["push"][row][:, None, None, None] / mm, 0.5 * radius)  # never folded over
     away = offset.norm(dim=-1, keepdim=True) + 1e-3
-    return -offset / away * shift * (away / radius) * torch.exp(1 - away / radius)
+    moved: Tensor = -offset / away * shift * (away / radius) * torch.exp(1 - away / radius)
+    return moved
 
 
 def _small(

@@ -66,7 +66,7 @@ def _save(path: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None
         save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, {"state": json.dumps(state)})
 
 
-def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(path, "pt") as file:
             tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
@@ -115,7 +115,7 @@ class Stage:
         return self.step >= self.plan.steps
 
     def _resume(self) -> None:
-        tensors, state = _load(self.path)
+        tensors, state = load_checkpoint(self.path)
         try:
             self.step = int(state["step"])
             self.model.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
@@ -257,9 +257,7 @@ def train_step(
         decay = min(stage.plan.ema, (2 + stage.step) / (11 + stage.step))
         floats = [(stage.ema[k], v) for k, v in stage.model.state_dict().items() if v.is_floating_point()]
         with torch.no_grad():
-            get_ema_multi_avg_fn(decay)(  # type: ignore[no-untyped-call]
-                [e for e, _ in floats], [v for _, v in floats], None
-            )
+            get_ema_multi_avg_fn(decay)([e for e, _ in floats], [v for _, v in floats], None)
     return {k: v.detach() for k, v in losses.items()}, bad
 
 

@@ -23,6 +23,7 @@ from ddmd.cohort.discovery import find_cases
 from ddmd.cohort.splits import read_split, split_by_patient, write_split
 from ddmd.diffusion.schedule import Schedule
 from ddmd.io.atomic import write_text
+from ddmd.models import checkpoint
 from ddmd.models.autoencoder import AutoencoderEnsemble
 from ddmd.models.checkpoint import System, pick_dtype
 from ddmd.models.denoiser import ConditionNet, Denoiser
@@ -211,12 +212,15 @@ def _train(config: TrainConfig, out: Path, until: str | None, accelerator: Any) 
             break
     if until is not None and until != list(stages)[-1]:
         return out
-    from ddmd.training.export import export, weights_path
-
+    path = out / f"{config.name}.safetensors"
     if accelerator.is_main_process:
-        export(run, split)
+        from ddmd.training.export import describe
+
+        description = describe(config, split, run.schedule)
+        ensembles = run.autoencoders["a"], run.autoencoders["b"]
+        checkpoint.save(System(description, *ensembles, run.condition, run.denoiser), path)
     accelerator.wait_for_everyone()
-    return weights_path(run)
+    return path
 
 
 class _Run:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from ddmd import ops
 
 UNIFORMS_PER_SAMPLE = 1024
 OWN_FIELDS = 1000  # fields of noise that a batch does not reach
-Array = np.ndarray
+Array = np.ndarray[Any, Any]
 
 
 class SampleRandom:
@@ -59,11 +60,11 @@ class SampleRandom:
 
     def uniform(self, low: float, high: float, *shape: int) -> Array:
         """(N, *shape), uniform between two bounds."""
-        return low + (high - low) * self.unit(*shape)
+        return np.asarray(low + (high - low) * self.unit(*shape))
 
     def log_uniform(self, low: float, high: float, *shape: int) -> Array:
         """(N, *shape), uniform in the logarithm."""
-        return np.exp(self.uniform(float(np.log(low)), float(np.log(high)), *shape))
+        return np.asarray(np.exp(self.uniform(float(np.log(low)), float(np.log(high)), *shape)))
 
     def normal(self, *shape: int) -> Array:
         """(N, *shape), standard normal."""
@@ -71,11 +72,12 @@ class SampleRandom:
 
     def chance(self, probability: float | Array, *shape: int) -> Array:
         """(N, *shape) bool, true with a probability."""
-        return self.unit(*shape) < probability
+        return np.asarray(self.unit(*shape) < probability)
 
     def integers(self, low: int | Array, high: int | Array, *shape: int) -> Array:
         """(N, *shape) int64 from low up to, not including, high."""
-        return (low + np.floor(self.unit(*shape) * (np.asarray(high) - low))).astype(np.int64)
+        drawn: Array = np.floor(self.unit(*shape) * (np.asarray(high) - low)) + low
+        return drawn.astype(np.int64)
 
     def choice(self, shares: Sequence[float] | Array) -> Array:
         """(N,) int64: which of the shares; those of 0 are never taken."""
@@ -85,7 +87,7 @@ class SampleRandom:
 def pick(cumulative: Array, unit: Array) -> Array:
     """Indices drawn by cumulative shares (K,), one for each number in [0, 1); shares of 0 are never taken."""
     found = np.searchsorted(cumulative, unit * cumulative[-1], side="right")
-    return np.minimum(found, int(np.searchsorted(cumulative, cumulative[-1])))
+    return np.asarray(np.minimum(found, int(np.searchsorted(cumulative, cumulative[-1]))))
 
 
 class NoiseFields:

@@ -1,24 +1,29 @@
 """The threshold that weights ship with: chosen on validation patients, never on test ones.
 
 `python -m ddmd.training.threshold RUN WEIGHTS [--steps N] [--peak P]` writes it into the weights file, and with it the N
-and the least peak of a lesion that it is for.
+and the least peak of a lesion that it is for. Validation patients of every kind count alike: a kind is a data set, or
+what the run's folder says in kinds.json, {patient: kind}.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from ddmd.cohort.cases import Case
+from ddmd.cohort.discovery import find_cases
 from ddmd.cohort.splits import read_split
 from ddmd.evaluation.case_metrics import THRESHOLDS
 from ddmd.evaluation.evaluate import evaluate_case
 from ddmd.evaluation.metrics import dice_scores
 from ddmd.inference.detector import Detector
 from ddmd.models import checkpoint
-from ddmd.training.config import read_run
+from ddmd.training.config import TrainConfig, read_run
 from ddmd.training.run import cases_of
 
 TOLERANCE = 0.005  # of Dice: of thresholds hardly told apart, the lowest misses least
@@ -29,14 +34,64 @@ def lowest(curve: np.ndarray) -> float:
     return round(float(THRESHOLDS[np.argmax(curve >= curve.max() - TOLERANCE)]), 3)
 
 
-def choose(run: Path, path: Path, steps: int | None = None, peak: float | None = None) -> float:
-    """The `lowest` threshold by Dice on the validation patients that have masks.
+def kind_of(case: Case, kinds: Mapping[str, str]) -> str:
+    """The kind of lesion of a patient: what `kinds` says, by default the data set."""
+    return kinds.get(case.patient, case.source)
+
+
+def read_kinds(path: Path) -> dict[str, str]:
+    """{patient: kind} of a JSON file; empty where there is none.
+
+    Raises
+    ------
+    ValueError
+        If the file is not such a table.
+    """
+    if not path.exists():
+        return {}
+    try:
+        kinds = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: not readable ({error}); write {{patient: kind}} as JSON") from None
+    if not isinstance(kinds, dict) or not all(isinstance(kind, str) for kind in kinds.values()):
+        raise ValueError(f"{path}: not a table of kinds; write {{patient: kind}} as JSON")
+    return kinds
+
+
+def dice_by_kind(counts: Sequence[np.ndarray], kinds: Sequence[str]) -> dict[str, np.ndarray]:
+    """Of each kind, the Dice at every threshold: half pooled over its patients, half their mean.
 
     Pooled Dice alone may be that of the one patient with the largest lesion, and their mean that of the smallest
-    ones: the curve is the mean of both.
+    ones.
+
+    Parameters
+    ----------
+    counts : of each patient, what `evaluate_case` gives as `by_threshold`.
+    kinds : of each patient.
+
+    Returns
+    -------
+    kind -> (len(THRESHOLDS),) float64
+    """
+    curves = {}
+    for kind in sorted(set(kinds)):
+        own = [count for count, other in zip(counts, kinds, strict=True) if other == kind]
+        pooled = dice_scores(np.sum(own, axis=0))
+        curves[kind] = 0.5 * (pooled + np.mean([dice_scores(one) for one in own], axis=0))
+    return curves
+
+
+def choose(run: Path, path: Path, steps: int | None = None, peak: float | None = None) -> float:
+    """The `lowest` threshold by Dice on the validation patients that have masks, the mean over kinds.
 
     Nothing in the weights file changes but what it says of its threshold, and, where they are given, of its N
     (`steps`) and of the probability that a lesion reaches somewhere (`peak`).
+
+    Parameters
+    ----------
+    run : folder of the run; its kinds.json, where there is one, says of which kind each patient is.
+    path : the weights file.
+    steps, peak : optional
 
     Raises
     ------
@@ -44,29 +99,49 @@ def choose(run: Path, path: Path, steps: int | None = None, peak: float | None =
         If the folder holds no run, or no validation patient of it has a mask.
     """
     split = read_split(run / "split.json")
-    cases = cases_of(read_run(run))
-    chosen = [c for c in cases if split.get(c.patient) == "validation" and c.masks is not None]
+    config, kinds = read_run(run), read_kinds(run / "kinds.json")
+    chosen = [c for c in mask_cases(config) if split.get(c.patient) == "validation" and c.masks is not None]
     if not chosen:
         raise ValueError(f"{run}: no validation patient has a mask; the threshold stays as it is")
     detector = Detector.load(path)
     if peak is not None:
-        told = dataclasses.replace(detector.description, min_peak=peak)
-        detector = Detector(dataclasses.replace(detector.system, description=told))
+        description = dataclasses.replace(detector.description, min_peak=peak)
+        detector = Detector(dataclasses.replace(detector.system, description=description))
     sampling = detector.sampling_config(steps=steps)
-    found = [evaluate_case(detector, case, sampling=sampling).by_threshold for case in chosen]
-    curve = 0.5 * (dice_scores(np.sum(found, axis=0)) + np.mean([dice_scores(one) for one in found], axis=0))
+    counts = [evaluate_case(detector, case, sampling=sampling).by_threshold for case in chosen]
+    curves = dice_by_kind(counts, [kind_of(case, kinds) for case in chosen])
+    curve = np.mean(list(curves.values()), axis=0)
     threshold = lowest(curve)
+    best = ", ".join(f"{kind} {one.max():.3f}" for kind, one in curves.items())
     description = dataclasses.replace(
         detector.description,
         sampling=detector.description.sampling | {"steps": sampling.steps},
         threshold=threshold,
-        threshold_chosen=f"lowest within {TOLERANCE} of the highest Dice, pooled and mean ({curve.max():.3f}), on {len(chosen)} validation patients",
+        threshold_chosen=f"lowest within {TOLERANCE} of the highest Dice, mean over kinds ({curve.max():.3f}; best of "
+        f"each: {best}), on {len(chosen)} validation patients",
     )
-    system = checkpoint.load(
-        path, precision="float32"
-    )  # float16 in the file: read and written without rounding
+    # float16 in the file: read and written without rounding
+    system = checkpoint.load(path, precision="float32")
     checkpoint.save(dataclasses.replace(system, description=description), path)
     return threshold
+
+
+def mask_cases(config: TrainConfig) -> list[Case]:
+    """The cases of a run with their masks: a table of image-level labels names none, its volumes have some beside them.
+
+    A case of a table without a mask takes that of the case of the same name which the folder of its image has.
+    """
+    found: dict[Path, dict[str, Case]] = {}
+    cases = []
+    for case in cases_of(config):
+        if case.masks is None and not case.stack:
+            folder = next(iter(case.files.values()))[0].resolve().parent.parent
+            if folder not in found:
+                found[folder] = {other.name: other for other in find_cases(folder)}
+            beside = found[folder].get(case.name)
+            case = case if beside is None else dataclasses.replace(case, masks=beside.masks)
+        cases.append(case)
+    return cases
 
 
 def main() -> None:
