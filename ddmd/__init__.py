@@ -11,6 +11,7 @@ from ddmd._register_ops import register_with_torch
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from ddmd.cohort.pipeline import detect_cohort
     from ddmd.evaluation.evaluate import evaluate
     from ddmd.inference.detection import Detection, OutputError
     from ddmd.inference.detector import Detector, detect
@@ -27,11 +28,13 @@ _FACE = {
     "VolumeError": "ddmd.io.volume",
     "WeightsError": "ddmd.models.checkpoint",
     "detect": "ddmd.inference.detector",
+    "detect_cohort": "ddmd.cohort.pipeline",
     "evaluate": "ddmd.evaluation.evaluate",
     "train": "ddmd.training",
 }
 __all__ = [
-    "Detection", "Detector", "OutputError", "Volume", "VolumeError", "WeightsError", "detect", "evaluate", "train",
+    "Detection", "Detector", "OutputError", "Volume", "VolumeError", "WeightsError", "detect",
+    "detect_cohort", "evaluate", "train",
 ]  # fmt: skip
 
 

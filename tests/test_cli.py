@@ -238,16 +238,21 @@ def test_the_same_command_goes_on_where_it_was(tiny, tmp_path, rng):
     assert _run(*command)[0] == 1
     first = (tmp_path / "out" / "a_result.json").stat().st_mtime_ns
     (tmp_path / "in" / "b" / "flair.nii.gz").write_bytes(good)
-    code, text = _run(*command)
+    assert _run(*command)[0] == 2, "nothing is skipped or replaced unasked"
+    code, text = _run(*command, "--skip-existing")
     assert code == 0
     assert "a: done before" in text
     assert (tmp_path / "out" / "a_result.json").stat().st_mtime_ns == first
     assert read_result("b", tmp_path / "out") is not None
-    code, text = _run(*command, "--seed", 1)
+    code, text = _run(*command, "--skip-existing", "--seed", 1)
     assert code == 2, "other options give another result"
     assert "--overwrite" in text
     write(tmp_path / "in" / "a" / "flair.nii.gz", *head(rng))
-    assert _run(*command)[0] == 2, "another image gives another result"
+    code, text = _run(*command, "--skip-existing")
+    assert code == 0
+    assert "a: done before" not in text, "another image gives another result"
+    assert "b: done before" in text
+    assert (tmp_path / "out" / "a_result.json").stat().st_mtime_ns > first
     assert _run(*command, "--overwrite")[0] == 0
 
 
@@ -368,7 +373,9 @@ def test_a_signal_while_saving_leaves_nothing_half_done(tiny, flair, tmp_path, n
     assert process.returncode == 128 + number
     (line,) = err.splitlines()
     assert word in line
-    assert [p.name for p in (tmp_path / "out").iterdir()] == []
+    left = {p.name for p in (tmp_path / "out").iterdir()}
+    assert not left or read_result("p1", tmp_path / "out") is not None, "all or nothing"
+    assert not any(name.startswith(".") for name in left)
 
 
 def test_a_command_without_its_extra_names_it(tmp_path, flair):

@@ -3,11 +3,19 @@
 import csv
 import gc
 import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
 import weakref
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
+from ddmd.cli import app
 from ddmd.cohort.discovery import find_cases
 from ddmd.cohort.pipeline import CaseError, detect_cohort, part_of
 from ddmd.inference.detection import Detection, OutputError
@@ -40,8 +48,13 @@ def table(path):
     return list(csv.DictReader(path.open(), delimiter="\t"))
 
 
-def without_seconds(path):
+def without_time(path):
     return [{k: v for k, v in row.items() if k != "seconds"} for row in table(path)]
+
+
+def invoke(*args):
+    result = CliRunner().invoke(app, [str(a) for a in args])
+    return result.exit_code, result.output
 
 
 def test_results_are_those_of_one_by_one_and_a_failure_stays_with_its_case(detector, cohort, tmp_path):
@@ -90,7 +103,7 @@ def test_a_cohort_that_was_cut_off_goes_on_and_ends_with_the_same_tables(detecto
     kept = [p for p in finished if "sub-1" not in p.name]
     assert all(p.stat().st_mtime_ns == finished[p] for p in kept)
     for name in ("cohort.tsv", "failures.tsv"):
-        assert without_seconds(out / name) == without_seconds(undisturbed / name)
+        assert without_time(out / name) == without_time(undisturbed / name)
     assert not list(out.glob(".partial*"))
 
 
@@ -160,3 +173,147 @@ def test_memory_holds_a_few_cases_whatever_the_cohort(detector, tmp_path, rng, m
         pass
     assert len(most) == 12
     assert max(most) <= 4  # 2 * workers + 2
+
+
+def test_a_changed_input_is_done_again_and_others_are_not(detector, cohort, tmp_path, rng):
+    out = tmp_path / "out"
+    list(detect_cohort(cohort, out, weights=detector, **OPTIONS))
+    changed = cohort / "sub-1/ses-1/anat/sub-1_ses-1_FLAIR.nii.gz"
+    times = changed.stat()
+    write(changed, *head(rng))
+    os.utime(changed, ns=(times.st_atime_ns, times.st_mtime_ns))  # the content counts, not the time
+    (cohort / "sub-3/ses-1/anat/sub-3_ses-1_FLAIR.nii.gz").write_bytes(
+        (cohort / "sub-4/ses-1/anat/sub-4_ses-1_FLAIR.nii.gz").read_bytes()
+    )
+    again = detect_cohort(cohort, out, weights=detector, skip_existing=True, **OPTIONS)
+    assert [case.name for case, _ in again] == ["sub-1_ses-1", "sub-3_ses-1"]
+    assert len(table(out / "cohort.tsv")) == 6
+    assert not table(out / "failures.tsv"), "what was mended is no failure any more"
+    summary = json.loads((out / "sub-1_ses-1_result.json").read_text())
+    assert len(summary["InputSha256"]) == 64
+    assert str(tmp_path) not in (out / "sub-1_ses-1_result.json").read_text()
+
+
+def test_overwriting_with_skip_existing_does_what_differs(detector, cohort, tmp_path):
+    out = tmp_path / "out"
+    list(detect_cohort(cohort / "sub-0", out, weights=detector, **OPTIONS))
+    list(detect_cohort(cohort / "sub-1", out, weights=detector, **{**OPTIONS, "seed": 1}))
+    both = {"skip_existing": True, "overwrite": True, "weights": detector}
+    again = detect_cohort([cohort / "sub-0", cohort / "sub-1"], out, **both, **OPTIONS)
+    assert [case.name for case, _ in again] == ["sub-1_ses-1"]
+
+
+def test_several_devices_give_the_same_results(detector, cohort, tmp_path):
+    path = tmp_path / "tiny.safetensors"
+    for name, device in (("one", "cpu"), ("two", "cpu,cpu"), ("all", "all")):
+        results = detect_cohort(cohort, tmp_path / name, weights=path, device=device, **OPTIONS)
+        assert [case.name for case, _ in results] == [f"sub-{i}_ses-1" for i in range(6)]
+    for name in ("two", "all"):
+        assert without_time(tmp_path / name / "cohort.tsv") == without_time(tmp_path / "one/cohort.tsv")
+        for file in (tmp_path / "one").glob("*.nii.gz"):
+            assert (tmp_path / name / file.name).read_bytes() == file.read_bytes()
+    assert json.loads((tmp_path / "two/run.json").read_text())["Device"] == "cpu,cpu"
+    with pytest.raises(ValueError, match="allowed are"):
+        detect_cohort(cohort, tmp_path / "x", weights=path, device="cpu,tpu", **OPTIONS)
+
+
+def test_two_devices_compute_at_once(detector, cohort, tmp_path, monkeypatch):
+    """Each of the first two cases waits in its computation until the other one is there."""
+    both = threading.Barrier(2, timeout=60)
+    plain, seen = Detector.maps, set()
+
+    def meeting(self, *args, **options):
+        seen.add(threading.get_ident())
+        if not both.broken and len(seen) <= 2:
+            both.wait()
+            both.abort()
+        return plain(self, *args, **options)
+
+    monkeypatch.setattr(Detector, "maps", meeting)
+    two = detect_cohort(
+        cohort, tmp_path / "out", weights=tmp_path / "tiny.safetensors", device="cpu,cpu", **OPTIONS
+    )
+    assert sum(isinstance(result, Detection) for _, result in two) >= 4
+    assert len(seen) == 2
+
+
+def run_shell(*args, **kwargs):
+    command = [sys.executable, "-m", "ddmd", *map(os.fspath, map(str, args))]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, **kwargs
+    )
+
+
+def kill_after(process, out, results, how=signal.SIGKILL):
+    """Kill a process as soon as so many results are there."""
+    until = time.monotonic() + 120
+    while len(list(out.rglob("*_result.json"))) < results:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < until
+        time.sleep(0.002)
+    process.send_signal(how)
+    return process.communicate(timeout=60)
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM], ids=lambda s: s.name)
+def test_the_command_goes_on_after_a_kill_with_the_same_tables(detector, cohort, tmp_path, how, rng):
+    for i in range(6, 12):
+        folder = cohort / f"sub-{i:02}/anat"
+        folder.mkdir(parents=True)
+        write(folder / f"sub-{i:02}_FLAIR.nii.gz", *head(rng))
+    undisturbed, out = tmp_path / "undisturbed", tmp_path / "out"
+    list(detect_cohort(cohort, undisturbed, weights=detector, samples=2, steps=1))
+    command = ("detect", cohort, "-o", out, "--weights", tmp_path / "tiny.safetensors", "--samples", 2)
+    command = (*command, "--steps", 1, "--device", "cpu", "--log", tmp_path / "log.txt")
+    process = run_shell(*command)
+    kill_after(process, out, 3, how)
+    assert process.returncode == (-9 if how == signal.SIGKILL else 128 + how)
+    before = {p.name: p.stat().st_mtime_ns for p in out.glob("*_result.json")}
+    assert 3 <= len(before) < 11
+    if how == signal.SIGTERM:
+        assert not [p for p in out.iterdir() if p.name.startswith(".")]
+    code, text = invoke(*command, "--skip-existing")
+    assert code == 1, text  # the broken case
+    assert text.count("done before") >= len(before) - 1  # one may have been killed as it got its name
+    for name in ("cohort.tsv", "failures.tsv"):
+        assert without_time(out / name) == without_time(undisturbed / name)
+    for file in undisturbed.glob("*.nii.gz"):
+        assert (out / file.name).read_bytes() == file.read_bytes()
+    assert not [p for p in out.iterdir() if p.name.startswith(".")]
+    log = (tmp_path / "log.txt").read_text()
+    assert "sub-3_ses-1: VolumeError" in log
+    assert "11 of 12 cases have a result, 1 failed" in log
+
+
+def test_the_command_writes_json_tables_of_a_part_and_chosen_maps(detector, cohort, tmp_path):
+    command = [
+        "detect",
+        cohort,
+        "-o",
+        tmp_path / "out",
+        "--weights",
+        tmp_path / "tiny.safetensors",
+        "--steps",
+        "1",
+    ]
+    result = CliRunner().invoke(app, [*map(str, command), "--part", "1/2", "--json", "--maps", "mask"])
+    assert result.exit_code == 0, result.output
+    lines = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [line["Name"] for line in lines] == ["sub-0_ses-1", "sub-2_ses-1", "sub-4_ses-1"]
+    for line in lines:
+        assert set(line["Files"]) == {"mask", "lesions", "overlay", "result"}
+        low, high = line["LesionMlInterval"]
+        assert 0 <= low <= line["LesionMl"] * 1.001 <= high * 1.002
+    assert [row["case"] for row in table(tmp_path / "out/cohort_part-1-of-2.tsv")] == [
+        x["Name"] for x in lines
+    ]
+    for wrong in ("0/2", "3/2", "1", "a/b", "1/0"):
+        code, text = invoke(*command, "--part", wrong)
+        assert code == 2
+        assert "--part" in text
+
+
+def test_a_single_volume_writes_no_tables(detector, cohort, tmp_path):
+    command = ["detect", cohort / "sub-0", "-o", tmp_path / "out", "--weights", tmp_path / "tiny.safetensors"]
+    assert invoke(*command, "--steps", 1)[0] == 0
+    assert not list((tmp_path / "out").glob("cohort*"))

@@ -49,26 +49,25 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
         )
 
 
-def explain(failure: BaseException, source: str | None = None) -> str:
-    """An exception as one line: its own words if it is one of ddmd's, else its type, too, and the source.
-
-    Parameters
-    ----------
-    failure : the exception
-    source : the file that was worked on, named where the exception may not name it
-    """
+def explain(failure: BaseException) -> str:
+    """An exception as one line: its own words if it is one of ddmd's, else its type, too."""
     if type(failure).__module__.split(".")[0] == "ddmd":
         return str(failure)
     words = next((line.strip() for line in str(failure).splitlines() if line.strip()), "")
     if isinstance(failure, MemoryError) and not words:
         words = "out of memory"
-    return f"{type(failure).__name__}{f': {words}' if words else ''}{f' ({source})' if source else ''}"
+    return f"{type(failure).__name__}{f': {words}' if words else ''}"
 
 
 def debug_traceback(failure: BaseException) -> None:
     """Print the traceback where DDMD_DEBUG is set, as --debug sets it."""
+    debug_text("".join(traceback.format_exception(failure)))
+
+
+def debug_text(text: str) -> None:
+    """Print lines for developers where DDMD_DEBUG is set."""
     if os.environ.get("DDMD_DEBUG", "") not in ("", "0"):
-        for line in "".join(traceback.format_exception(failure)).splitlines():
+        for line in text.splitlines():
             _write(sys.stderr, printable(line))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -18,6 +19,49 @@ Steps = Annotated[int | None, typer.Option("--steps", metavar="N", help="Denoisi
 Device = Annotated[
     str, typer.Option("--device", metavar="DEVICE", help="auto, cpu, gpu, gpu:N, cuda, cuda:N or N.")
 ]
+Devices = Annotated[
+    str,
+    typer.Option(
+        "--device", metavar="DEVICE", help="auto, cpu, gpu, gpu:N or N; several joined by commas; or all."
+    ),
+]
+Engine = Annotated[
+    str, typer.Option("--engine", metavar="NAME", help="threads, or ray for a cluster (RAY_ADDRESS).")
+]
+Precision = Annotated[str, typer.Option("--precision", metavar="NAME", help="auto, float32 or bfloat16.")]
+Sampler = Annotated[str | None, typer.Option("--sampler", metavar="NAME", help="ddim, ddpm or dpm++2m.")]
+Seed = Annotated[int, typer.Option("--seed", metavar="N", help="The same seed gives the same result.")]
+Threshold = Annotated[
+    float | None,
+    typer.Option("--threshold", metavar="P", help="Probability from which a voxel is lesion."),
+]
+Sequence = Annotated[
+    str | None, typer.Option("--sequence", metavar="NAME", help="What a file is whose name does not say.")
+]
+Resample = Annotated[bool, typer.Option("--resample", help="Bring sequences onto one grid first.")]
+Skull = Annotated[
+    str, typer.Option("--skull", metavar="WHEN", help="Whether the skull is on: auto, on or off.")
+]
+Bias = Annotated[
+    str, typer.Option("--bias", metavar="HOW", help="Correction of the bias field: auto, off, on or n4.")
+]
+Maps = Annotated[
+    str | None,
+    typer.Option("--maps", metavar="NAMES", help="Maps to write, joined by commas; by default all."),
+]
+SkipExisting = Annotated[
+    bool,
+    typer.Option(
+        "--skip-existing", help="Go on with a run: keep complete results of the same input and options."
+    ),
+]
+Part = Annotated[
+    str | None,
+    typer.Option("--part", metavar="I/N", help="Only the I-th of N parts of the cases, counted from 1."),
+]
+LogFile = Annotated[
+    Path | None, typer.Option("--log", metavar="FILE", help="Write what happens to a file, too.")
+]
 Threads = Annotated[
     int | None,
     typer.Option("--threads", metavar="N", help="CPU threads to compute with; by default all cores."),
@@ -29,7 +73,12 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 
 
 def device_name(device: str) -> str:
-    """A device as torch names it: gpu is cuda, and a number is the CUDA device of that number."""
+    """A device as torch names it: gpu is cuda, and a number is the CUDA device of that number.
+
+    Several are joined by commas.
+    """
+    if "," in device:
+        return ",".join(device_name(one) for one in device.split(","))
     text = device.strip().lower()
     if re.fullmatch(r"\d+", text):
         return f"cuda:{text}"

@@ -2,52 +2,75 @@
 
 from __future__ import annotations
 
-import dataclasses
+import logging
 import os
-import platform
-from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-import ddmd
+import torch
+
 from ddmd.cohort.cases import Case
-from ddmd.cohort.discovery import find_cases
-from ddmd.inference.detection import Detection
-from ddmd.inference.detector import Detector, Prepared
-from ddmd.inference.session import SamplingConfig
-from ddmd.io.atomic import write_text
-from ddmd.io.results import SUFFIXES, OutputError, check_output, read_result
-from ddmd.io.text import json_text, printable, table_text
+from ddmd.cohort.discovery import Discovery, find_cases
+from ddmd.cohort.naming import output_stems
+from ddmd.cohort.run_tables import RunTables
+from ddmd.cohort.threads import detect_in_threads
+from ddmd.cohort.work import (
+    CaseError,
+    CohortOptions,
+    Outcome,
+    Progress,
+    SystemFacts,
+    Task,
+    input_sha256,
+)
+from ddmd.inference.detection import Detection, check_maps
+from ddmd.inference.detector import Detector
+from ddmd.io.results import PLAIN_NAMES, Naming, check_output, read_result
 from ddmd.models import checkpoint
 
-COHORT_COLUMNS = (
-    "case", "patient", "lesion_ml", "lesions", "score", "brain_ml", "flags", "seconds", "device",
-)  # fmt: skip
-FAILURE_COLUMNS = ("case", "file", "error", "reason")
+__all__ = ["ENGINES", "CaseError", "CohortRun", "detect_cohort", "part_of", "plan_cohort"]
+
+ENGINES = ("threads", "ray")
+Cases = str | os.PathLike[str] | Iterable[Case | str | os.PathLike[str]]
+log = logging.getLogger("ddmd.cohort")
+
+
+class Engine(Protocol):
+    """What computes the cases of a cohort."""
+
+    @property
+    def facts(self) -> SystemFacts:
+        """What decides a result, and the devices."""
+        ...
+
+    def run(
+        self, tasks: Sequence[Task], options: CohortOptions, progress: Progress | None
+    ) -> Iterator[tuple[Task, Outcome]]:
+        """Work on tasks; each with its outcome, when it is done."""
+        ...
 
 
 @dataclass(frozen=True)
-class CaseError:
-    """Why a case has no result.
+class ThreadEngine:
+    """Threads of this process, one for each device beside those that read and write."""
 
-    case : its name. file : the base name of its first image. error : type of the exception, as "VolumeError".
-    reason : its message, in one line.
-    """
+    detectors: Sequence[Detector]
+    workers: int
 
-    case: str
-    file: str
-    error: str
-    reason: str
+    @property
+    def facts(self) -> SystemFacts:
+        """What decides a result, and the devices."""
+        devices = ",".join(str(detector.system.device) for detector in self.detectors)
+        return replace(SystemFacts.of(self.detectors[0]), device=devices)
 
-    @classmethod
-    def of(cls, case: Case, exception: Exception) -> CaseError:
-        """The failure of a case by an exception."""
-        reason = str(exception) or "no message"
-        first = next(iter(case.files.values()))[0]
-        return cls(case.name, printable(first.name), type(exception).__name__, printable(reason))
+    def run(
+        self, tasks: Sequence[Task], options: CohortOptions, progress: Progress | None
+    ) -> Iterator[tuple[Task, Outcome]]:
+        """Work on tasks; each with its outcome, in their order."""
+        return detect_in_threads(tasks, self.detectors, options, self.workers, progress)
 
 
 def part_of(cases: Sequence[Case], part: tuple[int, int]) -> list[Case]:
@@ -64,13 +87,80 @@ def part_of(cases: Sequence[Case], part: tuple[int, int]) -> list[Case]:
     return list(cases)[i - 1 :: n]
 
 
-def detect_cohort(
-    cases: str | os.PathLike[str] | Iterable[Case | str | os.PathLike[str]],
+def load_detectors(weights: str | os.PathLike[str] | Detector, device: str, precision: str) -> list[Detector]:
+    """A detector for each device of "cuda:0,cuda:1"; "all" is every CUDA device, or the CPU where there is none.
+
+    A device that is named twice computes in two threads.
+    """
+    if isinstance(weights, Detector):
+        return [weights]
+    names = [name.strip() for name in str(device).split(",")]
+    if names == ["all"]:
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        names = [f"cuda:{i}" for i in range(count)] or ["cpu"]
+    loaded = {name: Detector.load(weights, name, precision) for name in dict.fromkeys(names)}
+    return [loaded[name] for name in names]
+
+
+@dataclass
+class CohortRun:
+    """A run over a part of a cohort that was checked and can begin.
+
+    Parameters
+    ----------
+    engine, options : what computes, and how
+    cases : of this part
+    tasks : those to do
+    done : summaries of the results that are there and stay, by the names of their cases
+    tables : what writes the tables; None where none are wanted
+    notes : on files that were left aside
+    """
+
+    engine: Engine
+    options: CohortOptions
+    cases: Sequence[Case]
+    tasks: Sequence[Task]
+    done: dict[str, Mapping[str, Any]]
+    tables: RunTables | None
+    notes: tuple[str, ...] = ()
+    failures: dict[str, CaseError] = field(default_factory=dict)
+
+    def outcomes(self, progress: Progress | None = None) -> Iterator[tuple[Task, Outcome]]:
+        """Do the work: each task with its outcome, when its files and the tables are written."""
+        log.info("%d cases, %d of them done before", len(self.cases), len(self.done))
+        self._write_tables()
+        for task, outcome in self.engine.run(self.tasks, self.options, progress):
+            name = task.case.name
+            if outcome.failure is not None:
+                self.failures[name] = outcome.failure
+                log.error("%s: %s: %s", name, outcome.failure.error, outcome.failure.reason)
+                log.debug("%s", outcome.failure.traceback)
+            elif outcome.summary is not None:
+                self.done[name] = outcome.summary
+                log.info(
+                    "%s: %d lesions, %.2f ml, score %.2f, %.1f s",
+                    name, outcome.summary["Lesions"], outcome.summary["LesionMl"], outcome.summary["Score"],
+                    outcome.summary["Seconds"],
+                )  # fmt: skip
+            self._write_tables()
+            yield task, outcome
+        log.info(
+            "%d of %d cases have a result, %d failed", len(self.done), len(self.cases), len(self.failures)
+        )
+
+    def _write_tables(self) -> None:
+        if self.tables is not None:
+            self.tables.write(self.cases, self.done, self.failures)
+
+
+def plan_cohort(
+    cases: Cases,
     out: str | os.PathLike[str],
     *,
     weights: str | os.PathLike[str] | Detector = checkpoint.DEFAULT,
     device: str = "auto",
     precision: str = "auto",
+    engine: str = "threads",
     skip_existing: bool = False,
     overwrite: bool = False,
     part: tuple[int, int] = (1, 1),
@@ -84,6 +174,82 @@ def detect_cohort(
     seed: int = 0,
     batch: int | None = None,
     reading: Mapping[str, Any] | None = None,
+    sequence: str | None = None,
+    keep_detections: bool = False,
+    tables: bool | None = None,
+    tag: str | None = None,
+    naming: Naming = PLAIN_NAMES,
+    select: Callable[[Sequence[Case]], Sequence[Case]] | None = None,
+    place: Callable[[Case, str], Task] | None = None,
+) -> CohortRun:
+    """Check the options, find the cases and look at earlier results, so that the work can begin.
+
+    Takes what `detect_cohort` takes, and raises what it raises. Beyond that:
+
+    Parameters
+    ----------
+    keep_detections : whether outcomes hold the detections, and not their summaries alone
+    tables : whether tables are written; None where there are several cases
+    tag : what names of the tables end in; by default the part
+    naming : how the maps are called
+    select : the cases to work on, of those that were found
+    place : a case and its stem -> where its result goes; by default side by side in `out`
+    """
+    if workers < 1:
+        raise ValueError(f"workers is {workers}; at least 1 is needed")
+    if engine not in ENGINES:
+        raise ValueError(f"engine is {engine!r}; allowed are {', '.join(ENGINES)}")
+    listed = [cases] if isinstance(cases, str | os.PathLike) else list(cases)
+    detectors = load_detectors(weights, "cpu" if engine == "ray" else device, precision)
+    detector = detectors[0]
+    options = CohortOptions(
+        sampling=detector.sampling_config(samples, steps, sampler, seed, batch),
+        threshold=detector.lesion_criteria(threshold).threshold,
+        maps=check_maps(maps),
+        overlay=overlay,
+        reading=dict(reading or {}),
+        check_all=all(not isinstance(case, Case) and Path(case).is_file() for case in listed),
+        naming=naming,
+        keep_detections=keep_detections,
+    )
+    found = _cases(listed, detector, sequence)
+    stems = output_stems(case.name for case in found)
+    selected = part_of(found if select is None else select(found), part)
+    chosen: Engine = ThreadEngine(detectors, workers)
+    if engine == "ray":
+        from ddmd.cohort.ray_engine import RayEngine
+
+        chosen = RayEngine(weights, device, precision)
+    here = Path(out)
+    planned = [
+        Task(case, stems[case.name], here) if place is None else place(case, stems[case.name])
+        for case in selected
+    ]
+    with ThreadPoolExecutor(workers) as pool:
+        checked = list(
+            pool.map(lambda task: _earlier(task, options, chosen.facts, skip_existing, overwrite), planned)
+        )
+    done = {
+        task.case.name: earlier
+        for task, earlier in zip(planned, checked, strict=True)
+        if not isinstance(earlier, Task)
+    }
+    i, n = part
+    tag = f"{tag or ''}_part-{i}-of-{n}" if n > 1 else tag or ""
+    wanted = tables or (tables is None and (len(found) > 1 or n > 1))
+    return CohortRun(
+        engine=chosen,
+        options=options,
+        cases=selected,
+        tasks=[earlier for earlier in checked if isinstance(earlier, Task)],
+        done=done,
+        tables=RunTables(here, tag, options, chosen.facts, {"Part": [i, n]}) if wanted else None,
+        notes=found.notes if isinstance(found, Discovery) else (),
+    )
+
+
+def detect_cohort(
+    cases: Cases, out: str | os.PathLike[str], **options: Any
 ) -> Iterator[tuple[Case, Detection | CaseError]]:
     """Detect lesions in many cases and write the results, while reading and writing go on in threads.
 
@@ -96,21 +262,26 @@ def detect_cohort(
     cases : of `find_cases`, or files and folders to find them in
     out : folder of the results, made if it is not there
     weights : name of a shipped system, weights file, or a loaded Detector
-    device, precision : as `Detector.load` takes them
+    device : as `Detector.load` takes it, several joined by commas ("cuda:0,cuda:1"), or "all"
+    precision : as `Detector.load` takes it
+    engine : "threads" of this process, or "ray": actors of a Ray cluster, one a GPU
     skip_existing : bool
-        Whether cases stay as they are that have a complete result of the same weights and options. Incomplete
-        results are replaced.
-    overwrite : whether earlier results are replaced
+        Whether cases stay as they are that have a complete result of the same input, weights and options.
+        Results that are incomplete or of another input are replaced.
+    overwrite : bool
+        Whether earlier results are replaced; with skip_existing, those of other weights or options.
     part : (i, n), the i-th of n parts of the cohort, counted from 1
     maps, overlay : as `Detection.save` takes them
-    workers : threads that read, and threads that write; cases in memory are at most 2 * workers + 2.
+    workers : threads that read, and threads that write
+        At most 2 * workers + 2 cases for one device are in memory.
     threshold, samples, steps, sampler, seed, batch : as `Detector.detect` takes them
     reading : options of `Volume.read`, optional
+    sequence : what images are whose names do not say it, optional
 
     Yields
     ------
-    (case, its Detection or CaseError), in the order of the cases, when its files are written. Cases that are
-    skipped are not yielded; they are in cohort.tsv.
+    (case, its Detection or CaseError) when its files are written: in the order of the cases, with Ray in the
+    order in which they are done. Cases that are skipped are not yielded; they are in cohort.tsv.
 
     Raises
     ------
@@ -119,32 +290,32 @@ def detect_cohort(
     OutputError
         If `out` holds earlier results that are not to be replaced; before the work.
     """
-    if workers < 1:
-        raise ValueError(f"workers is {workers}; at least 1 is needed")
-    detector = weights if isinstance(weights, Detector) else Detector.load(weights, device, precision)
-    run = _Run(
-        detector=detector,
-        out=Path(out),
-        part=part,
-        maps=tuple(SUFFIXES) if maps is None else tuple(maps),
-        overlay=overlay,
-        sampling=detector.sampling_config(samples, steps, sampler, seed, batch),
-        threshold=threshold,
-        reading=dict(reading or {}),
-        skip_existing=skip_existing,
-        overwrite=overwrite,
-    )
-    return run.detect(part_of(_cases(cases, detector), part), workers)
+    run = plan_cohort(cases, out, **{"tables": True, "keep_detections": True, **options})
+    return _results(run)
+
+
+def _results(run: CohortRun) -> Iterator[tuple[Case, Detection | CaseError]]:
+    outcomes = run.outcomes()
+    try:
+        for task, outcome in outcomes:
+            result = outcome.failure or outcome.detection
+            if result is not None:
+                yield task.case, result
+    finally:
+        outcomes.close()  # type: ignore[attr-defined]
 
 
 def _cases(
-    cases: str | os.PathLike[str] | Iterable[Case | str | os.PathLike[str]], detector: Detector
-) -> list[Case]:
-    listed = [cases] if isinstance(cases, str | os.PathLike) else list(cases)
+    listed: Sequence[Case | str | os.PathLike[str]], detector: Detector, sequence: str | None
+) -> Sequence[Case]:
     given = [case for case in listed if isinstance(case, Case)]
     paths = [path for path in listed if not isinstance(path, Case)]
     if paths:
-        given += find_cases(paths, require=detector.description.sequences, annotations=False)
+        needed = detector.description.sequences
+        found = find_cases(paths, require=needed, sequence=sequence, annotations=False)
+        if not given:
+            return found
+        given += found
     names = [case.name for case in given]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
@@ -152,175 +323,32 @@ def _cases(
     return given
 
 
-@dataclass
-class _Run:
-    """One run over a part of a cohort: its options, and what is known of its cases so far."""
+def _earlier(
+    task: Task, options: CohortOptions, facts: SystemFacts, skip_existing: bool, overwrite: bool
+) -> Task | Mapping[str, Any]:
+    """The summary of the result that is there and stays, or else the task, which may replace one or not.
 
-    detector: Detector
-    out: Path
-    part: tuple[int, int]
-    maps: tuple[str, ...]
-    overlay: bool
-    sampling: SamplingConfig
-    threshold: float | None
-    reading: dict[str, Any]
-    skip_existing: bool
-    overwrite: bool
-
-    def detect(self, cases: Sequence[Case], workers: int) -> Iterator[tuple[Case, Detection | CaseError]]:
-        """Check the output, then give the iterator over the work."""
-        done, replaced = self._earlier(cases)
-        return self._work(cases, done, replaced, workers)
-
-    def _earlier(self, cases: Sequence[Case]) -> tuple[dict[str, dict[str, Any]], set[str]]:
-        """Results of cases that are skipped, by name, and names of those that are replaced."""
-        done: dict[str, dict[str, Any]] = {}
-        replaced: set[str] = set()
-        for case in cases:
-            if self.skip_existing and not self.overwrite:
-                summary = read_result(case.name, self.out)
-                if summary is not None and self._is_same(summary):
-                    done[case.name] = summary
-                    continue
-                if summary is None:  # nothing there, or incomplete
-                    replaced.add(case.name)
-            may_replace = self.overwrite or case.name in replaced
-            check_output(case.name, self.out, may_replace)
-            if may_replace:
-                replaced.add(case.name)
-        return done, replaced
-
-    def _is_same(self, summary: Mapping[str, Any]) -> bool:
-        """Whether a result is of the same weights and options, with the maps that are asked for."""
-        criteria = self.detector.lesion_criteria(self.threshold)
-        sampling = {**dataclasses.asdict(self.sampling), "batch": None}
-        files = " ".join(summary.get("Files", {}))
-        return (
-            summary.get("Version") == ddmd.__version__
-            and summary.get("WeightsSha256") == self.detector.weights_sha256
-            and {**summary.get("Sampling", {}), "batch": None} == sampling
-            and summary.get("Threshold") == criteria.threshold
-            and summary.get("Precision") == str(self.detector.system.dtype).removeprefix("torch.")
-            and summary.get("Reading") == _as_json(self.reading)
-            and all(SUFFIXES[key] in files for key in self.maps)
-            and (not self.overlay or "_overlay.png" in files)
-        )
-
-    def _work(
-        self, cases: Sequence[Case], done: dict[str, dict[str, Any]], replaced: set[str], workers: int
-    ) -> Iterator[tuple[Case, Detection | CaseError]]:
-        failures: dict[str, CaseError] = {}
-        waiting = deque(case for case in cases if case.name not in done)
-        reading: deque[tuple[Case, Future[Prepared]]] = deque()
-        writing: deque[tuple[Case, Future[Detection] | CaseError]] = deque()
-        readers = ThreadPoolExecutor(workers, thread_name_prefix="ddmd-read")
-        writers = ThreadPoolExecutor(workers, thread_name_prefix="ddmd-save")
-
-        def finished() -> tuple[Case, Detection | CaseError]:
-            case, pending = writing.popleft()
-            result: Detection | CaseError
-            try:
-                result = pending if isinstance(pending, CaseError) else pending.result()
-            except Exception as error:
-                result = CaseError.of(case, error)
-            if isinstance(result, CaseError):
-                failures[case.name] = result
-            else:
-                done[case.name] = result.description()
-            self._write_tables(cases, done, failures)
-            return case, result
-
-        try:
-            self._write_tables(cases, done, failures)
-            while waiting or reading or writing:
-                while waiting and len(reading) < workers + 1:
-                    case = waiting.popleft()
-                    reading.append((case, readers.submit(self._prepare, case)))
-                while writing and (len(writing) > workers or not reading or _is_done(writing[0][1])):
-                    yield finished()
-                if reading:
-                    case, prepared = reading.popleft()
-                    try:
-                        detection = self._compute(prepared.result())
-                        save = writers.submit(self._save, detection, case.name in replaced)
-                        writing.append((case, save))
-                    except Exception as error:
-                        writing.append((case, CaseError.of(case, error)))
-        finally:
-            readers.shutdown(wait=True, cancel_futures=True)
-            writers.shutdown(wait=True)
-
-    def _prepare(self, case: Case) -> Prepared:
-        return self.detector.prepare(case.volume(self.detector.description.sequences, **self.reading))
-
-    def _compute(self, prepared: Prepared) -> Detection:
-        s = self.sampling
-        return self.detector.detect(
-            prepared, samples=s.samples, steps=s.steps, sampler=s.sampler, seed=s.seed, batch=s.batch,
-            threshold=self.threshold,
-        )  # fmt: skip
-
-    def _save(self, detection: Detection, overwrite: bool) -> Detection:
-        extra = {"Reading": _as_json(self.reading)}
-        detection.save(self.out, overwrite, maps=self.maps, overlay=self.overlay, extra=extra)
-        return detection
-
-    def _path(self, name: str) -> Path:
-        i, n = self.part
-        stem, extension = os.path.splitext(name)
-        return self.out / (name if n == 1 else f"{stem}_part-{i}-of-{n}{extension}")
-
-    def _write_tables(
-        self,
-        cases: Sequence[Case],
-        done: Mapping[str, Mapping[str, Any]],
-        failures: Mapping[str, CaseError],
-    ) -> None:
-        rows = [_row(case, done[case.name]) for case in cases if case.name in done]
-        failed = [dataclasses.asdict(failures[case.name]) for case in cases if case.name in failures]
-        summary = {
-            "Version": ddmd.__version__,
-            "Weights": self.detector.description.name,
-            "WeightsSha256": self.detector.weights_sha256,
-            "Sampling": dataclasses.asdict(self.sampling),
-            "Threshold": self.detector.lesion_criteria(self.threshold).threshold,
-            "Reading": _as_json(self.reading),
-            "Maps": list(self.maps),
-            "Part": list(self.part),
-            "Device": str(self.detector.system.device),
-            "Python": platform.python_version(),
-            "System": f"{platform.system()} {platform.machine()}",
-            "Cases": len(cases),
-            "Done": len(rows),
-            "Failed": len(failed),
-        }
-        try:
-            self.out.mkdir(parents=True, exist_ok=True)
-            write_text(self._path("cohort.tsv"), table_text(rows, COHORT_COLUMNS))
-            write_text(self._path("failures.tsv"), table_text(failed, FAILURE_COLUMNS))
-            write_text(self._path("run.json"), json_text(summary))
-        except OSError as error:
-            raise OutputError(f"{self.out}: cannot be written to ({error}); choose another folder") from None
+    Raises
+    ------
+    OutputError
+        If another result is there and is not to be replaced.
+    """
+    replaced = overwrite
+    if skip_existing:
+        check_output(task.stem, task.folder, True, options.naming)  # completes what a killed writer had begun
+        summary = read_result(task.stem, task.folder)
+        if summary is None:
+            replaced = True
+        elif options.is_result_of(summary, facts):
+            if _is_same_input(task.case, summary):
+                return summary
+            replaced = True
+    check_output(task.stem, task.folder, replaced, options.naming)
+    return replace(task, replace=replaced)
 
 
-def _is_done(pending: Future[Detection] | CaseError) -> bool:
-    return isinstance(pending, CaseError) or pending.done()
-
-
-def _as_json(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of reading that differ from the defaults, as they come back from JSON."""
-    return {key: value for key, value in sorted(options.items()) if value not in (None, False)}
-
-
-def _row(case: Case, summary: Mapping[str, Any]) -> dict[str, object]:
-    return {
-        "case": case.name,
-        "patient": case.patient,
-        "lesion_ml": summary.get("LesionMl", ""),
-        "lesions": summary.get("Lesions", ""),
-        "score": summary.get("Score", ""),
-        "brain_ml": summary.get("BrainMl", ""),
-        "flags": "; ".join(summary.get("Quality", {}).get("Flags", [])),
-        "seconds": summary.get("Seconds", ""),
-        "device": summary.get("Device", ""),
-    }
+def _is_same_input(case: Case, summary: Mapping[str, Any]) -> bool:
+    try:
+        return bool(summary.get("InputSha256") == input_sha256(case))
+    except OSError:
+        return False  # it cannot be read: it fails as a case

@@ -11,10 +11,18 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 
-from ddmd.inference.postprocess import Lesion
+from ddmd.inference.postprocess import UNCERTAIN, Lesion
 from ddmd.io.atomic import atomic_path
 from ddmd.io.naming import file_stem
-from ddmd.io.results import SUFFIXES, CaseResult, OutputError, check_output, write_result
+from ddmd.io.results import (
+    PLAIN_NAMES,
+    SUFFIXES,
+    CaseResult,
+    Naming,
+    OutputError,
+    check_output,
+    write_result,
+)
 
 __all__ = ["Detection", "OutputError", "check_output"]
 
@@ -78,6 +86,21 @@ class Detection:
         return float(sum(lesion.volume_ml for lesion in self.lesions))
 
     @property
+    def lesion_ml_interval(self) -> tuple[float, float]:
+        """Volume in ml of what is surely lesion, and of what is possibly lesion.
+
+        The lower end counts voxels of the mask with a probability of at least 0.75, the upper end the mask and
+        all voxels with a probability of at least 0.25.
+        """
+        possible, sure = UNCERTAIN
+        mask = np.asanyarray(self.mask.dataobj) > 0
+        probability = np.asanyarray(self.probability.dataobj)
+        voxel_ml = abs(float(np.linalg.det(self.mask.affine[:3, :3]))) / 1000
+        low = int(np.count_nonzero(mask & (probability >= sure)))
+        high = int(np.count_nonzero(mask | (probability >= possible)))
+        return low * voxel_ml, high * voxel_ml
+
+    @property
     def summary(self) -> str:
         """One line: how many lesions, their volume, the score."""
         count = len(self.lesions)
@@ -90,6 +113,7 @@ class Detection:
             "Score": float(self.score),
             "Lesions": len(self.lesions),
             "LesionMl": self.lesion_ml,
+            "LesionMlInterval": [float(f"{ml:.4g}") for ml in self.lesion_ml_interval],
             **self.provenance,
             "Notes": list(self.notes),
         }
@@ -114,6 +138,7 @@ class Detection:
         overlay: bool = False,
         extra: Mapping[str, Any] | None = None,
         stem: str | None = None,
+        naming: Naming = PLAIN_NAMES,
     ) -> dict[str, Path]:
         """Write the maps, a JSON sidecar each, the table of lesions, and a JSON that lists them.
 
@@ -128,6 +153,7 @@ class Detection:
         overlay : whether the picture is written, too
         extra : further keys of the JSON files
         stem : what the names of the files begin with; by default the name, without what no file system takes
+        naming : how the maps are called; by default the simple names
 
         Returns
         -------
@@ -151,6 +177,7 @@ class Detection:
             lesions=self.lesion_rows(),
             lesion_columns=_COLUMNS,
             overlay=self.overlay_png() if overlay else None,
+            naming=naming,
         )
         return write_result(result, folder, overwrite)
 

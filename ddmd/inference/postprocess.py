@@ -10,6 +10,7 @@ from scipy import ndimage
 
 EVIDENCE_LIMIT = 1e-3  # evidence is kept this far from 0 and 1, so that its odds are finite
 SCORE_ML = 0.5  # the evidence of a volume is the mean probability of this much of its most probable tissue
+UNCERTAIN = (0.25, 0.75)  # probabilities that are neither clearly lesion nor clearly none
 NEIGHBOURS_26 = np.ones((3, 3, 3))
 
 

@@ -12,14 +12,13 @@ import torch
 from numpy.typing import NDArray
 
 import ddmd
-from ddmd.inference.postprocess import LesionCriteria
+from ddmd.inference.postprocess import UNCERTAIN, LesionCriteria
 from ddmd.inference.session import SamplingConfig
 from ddmd.io.volume import Volume
 from ddmd.models.checkpoint import Description
 
 FEW_SLICES = 12
 SMALL_FIELD_MM = 100.0  # a brain is about 130 mm high, 140 wide and 170 long
-UNCERTAIN = (0.25, 0.75)  # probabilities that are neither clearly lesion nor clearly none
 
 
 def provenance(

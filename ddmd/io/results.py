@@ -26,6 +26,34 @@ SUFFIXES = {
     "inter_discrepancy": "desc-inter_discrepancy",
     "intra_discrepancy": "desc-intra_discrepancy",
 }
+
+
+@dataclass(frozen=True)
+class Naming:
+    """How the maps of a result are called.
+
+    Parameters
+    ----------
+    suffixes : key of a map -> what its name has after the stem
+    label_table : whether a table of the labels' names lies beside the label map
+    """
+
+    suffixes: Mapping[str, str]
+    label_table: bool = False
+
+
+PLAIN_NAMES = Naming(SUFFIXES)
+BIDS_NAMES = Naming(
+    {
+        "mask": "space-orig_label-L_mask",
+        "probability": "space-orig_label-L_probseg",
+        "uncertainty": "space-orig_label-L_desc-variance_probseg",
+        "labels": "space-orig_desc-lesions_dseg",
+        "inter_discrepancy": "space-orig_desc-inter_discrepancy",
+        "intra_discrepancy": "space-orig_desc-intra_discrepancy",
+    },
+    label_table=True,
+)  # of BIDS derivatives
 MEANING = {
     "mask": "1 where the probability reaches the threshold, in components of at least the smallest volume and peak",
     "probability": "mean over the S drawn masks, smoothed through the plane, in [0, 1]",
@@ -58,6 +86,7 @@ class CaseResult:
     lesions : rows of the table, each {column: value}
     lesion_columns : names of the columns
     overlay : PNG file, or None for no picture
+    naming : how the maps are called
     """
 
     name: str
@@ -67,22 +96,24 @@ class CaseResult:
     lesions: Sequence[Mapping[str, object]]
     lesion_columns: Sequence[str]
     overlay: bytes | None = None
+    naming: Naming = PLAIN_NAMES
 
 
-def result_paths(stem: str, folder: str | Path) -> dict[str, Path]:
+def result_paths(stem: str, folder: str | Path, naming: Naming = PLAIN_NAMES) -> dict[str, Path]:
     """The files of a case's result, by what they hold; each map has a JSON sidecar beside it.
 
     Parameters
     ----------
     stem : what the names of the case's files begin with; see `file_stem`
     folder : folder of the results
+    naming : how the maps are called
 
     Returns
     -------
     {"mask": path, ..., "lesions": table, "overlay": picture, "result": the JSON that is written last}
     """
     folder = Path(folder)
-    paths = {key: folder / f"{stem}_{suffix}.nii.gz" for key, suffix in SUFFIXES.items()}
+    paths = {key: folder / f"{stem}_{suffix}.nii.gz" for key, suffix in naming.suffixes.items()}
     return paths | {
         "lesions": folder / f"{stem}_lesions.tsv",
         "overlay": folder / f"{stem}_overlay.png",
@@ -95,12 +126,18 @@ def sidecar_path(path: Path) -> Path:
     return path.with_name(path.name.removesuffix(".nii.gz") + ".json")
 
 
-def _all_paths(stem: str, folder: Path) -> list[Path]:
-    paths = result_paths(stem, folder)
-    return [*paths.values(), *(sidecar_path(paths[key]) for key in SUFFIXES)]
+def _label_table_path(path: Path) -> Path:
+    """The table beside a label map that names its labels."""
+    return path.with_name(path.name.removesuffix(".nii.gz") + ".tsv")
 
 
-def check_output(stem: str, folder: str | Path, overwrite: bool) -> None:
+def _all_paths(stem: str, folder: Path, naming: Naming) -> list[Path]:
+    paths = result_paths(stem, folder, naming)
+    tables = [_label_table_path(paths["labels"])] if naming.label_table else []
+    return [*paths.values(), *tables, *(sidecar_path(paths[key]) for key in naming.suffixes)]
+
+
+def check_output(stem: str, folder: str | Path, overwrite: bool, naming: Naming = PLAIN_NAMES) -> None:
     """Raise OutputError where results could not be written to the folder, before computing them.
 
     Where an earlier process was killed while it wrote these results, that is completed, or its leftovers are
@@ -111,16 +148,17 @@ def check_output(stem: str, folder: str | Path, overwrite: bool) -> None:
     stem : what the names of the case's files begin with
     folder : folder of the results; it need not be there
     overwrite : whether earlier results may be replaced
+    naming : how the maps are called
     """
     folder = Path(folder)
     finish_interrupted(folder, stem)
-    _check_place(stem, folder, overwrite)
+    _check_place(stem, folder, overwrite, naming)
 
 
-def _check_place(stem: str, folder: Path, overwrite: bool) -> None:
+def _check_place(stem: str, folder: Path, overwrite: bool, naming: Naming) -> None:
     if os.path.lexists(folder) and not folder.is_dir():
         raise OutputError(f"{folder}: is a file; name a folder for the results")
-    paths = _all_paths(stem, folder)
+    paths = _all_paths(stem, folder, naming)
     longest = max(len(os.fsencode(path.name)) for path in paths)
     if longest > MAX_NAME_BYTES:
         raise OutputError(
@@ -133,7 +171,7 @@ def _check_place(stem: str, folder: Path, overwrite: bool) -> None:
             raise OutputError(f"{path}: is a folder where a result is to be; choose another folder")
     if there and not overwrite:
         raise OutputError(
-            f"{folder}: holds earlier results ({there[0].name}); pass --overwrite (overwrite=True) or another folder"
+            f"{folder}: holds earlier results ({there[0].name}); pass --overwrite (overwrite=True), --skip-existing to keep results of the same input and options, or another folder"
         )
     above = folder.absolute()
     while not os.path.lexists(above):
@@ -164,7 +202,7 @@ def write_result(result: CaseResult, folder: str | Path, overwrite: bool = False
         writes them at this moment, or a map is not finite.
     """
     folder = Path(folder)
-    check_output(result.stem, folder, overwrite)
+    check_output(result.stem, folder, overwrite, result.naming)
     for key, image in result.maps.items():
         wrong = int(np.count_nonzero(~np.isfinite(np.asanyarray(image.dataobj))))
         if wrong:
@@ -174,7 +212,9 @@ def write_result(result: CaseResult, folder: str | Path, overwrite: bool = False
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with claim(folder, result.stem):
-            _check_place(result.stem, folder, overwrite)  # another process may have written them meanwhile
+            _check_place(
+                result.stem, folder, overwrite, result.naming
+            )  # another process may have written them meanwhile
             return _write_set(result, folder)
     except BusyError:
         raise OutputError(
@@ -188,7 +228,7 @@ def write_result(result: CaseResult, folder: str | Path, overwrite: bool = False
 def _write_set(result: CaseResult, folder: Path) -> dict[str, Path]:
     paths = {
         key: path
-        for key, path in result_paths(result.stem, folder).items()
+        for key, path in result_paths(result.stem, folder, result.naming).items()
         if key in result.maps
         or key in ("lesions", "result")
         or (key == "overlay" and result.overlay is not None)
@@ -198,6 +238,12 @@ def _write_set(result: CaseResult, folder: Path) -> dict[str, Path]:
         text = json_text({"Meaning": MEANING[key], **result.description})
         contents[sidecar_path(paths[key]).name] = text.encode("ascii")
     contents[paths["lesions"].name] = table_text(result.lesions, result.lesion_columns).encode("utf-8")
+    if result.naming.label_table and "labels" in result.maps:
+        names = [{"index": 0, "name": "Background"}]
+        names += [{"index": n, "name": f"Lesion {n}"} for n in range(1, len(result.lesions) + 1)]
+        contents[_label_table_path(paths["labels"]).name] = table_text(names, ("index", "name")).encode(
+            "ascii"
+        )
     if result.overlay is not None:
         contents[paths["overlay"].name] = result.overlay
     files = FileSet(folder, result.stem)
@@ -217,7 +263,9 @@ def _write_set(result: CaseResult, folder: Path) -> dict[str, Path]:
                 files.add(name, content)
         summary = {**result.description, "LesionTable": list(result.lesions), "Files": listed}
         files.add(paths["result"].name, json_text(summary).encode("ascii"))
-        files.commit(paths["result"].name, [path.name for path in _all_paths(result.stem, folder)])
+        files.commit(
+            paths["result"].name, [path.name for path in _all_paths(result.stem, folder, result.naming)]
+        )
     finally:
         files.discard()
     return paths
