@@ -9,7 +9,7 @@ WHEELS ?= wheels
 OUT ?= build/gpu-check
 export MAX_JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: demo test lint fuzz bench bench-gpu gpu-wheels gpu-check wheel-check clean
+.PHONY: demo test browser lint fuzz bench bench-gpu gpu-wheels gpu-check wheel-check clean
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info)' \
@@ -55,6 +55,15 @@ test: $(VENV)/test.stamp
 	@rm -f build-ctest.log
 	@build/ctest/ddmd_test
 	@$(BIN)/python -m pytest
+
+# Chromium for the tests of `ddmd report`, which skip themselves where there is none.
+browser:
+	@if command -v chromium chromium-browser google-chrome > /dev/null; then echo "a browser is there"; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null \
+	  && apt-get update -qq > build-browser.log 2>&1 \
+	  && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium >> build-browser.log 2>&1; \
+	then rm -f build-browser.log; echo "Chromium is installed"; \
+	else rm -f build-browser.log; echo "no Chromium, and no way to install it: the tests of the report's page will be skipped"; fi
 
 lint: $(VENV)/lint.stamp
 	@$(BIN)/ruff check .

@@ -28,7 +28,6 @@ MOVED = {
     "ddmd.nifti": "ddmd.io.nifti",
     "ddmd.reference": "ddmd.ops.reference",
     "ddmd.registry": "ddmd.ops.registry",
-    "ddmd.report": "ddmd.evaluation.report",
     "ddmd.sampling": "ddmd.inference.session",
     "ddmd.slices": "ddmd.inference.slices",
     "ddmd.training.average": "ddmd.training.weight_average",

@@ -1,4 +1,4 @@
-"""The command `ddmd`: detect, info, phantom, train, evaluate."""
+"""The command `ddmd`: detect, report, info, phantom, train, evaluate."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from typer.core import TyperCommand
 
-from ddmd.cli import detect, entry, evaluate, info, phantom, train
+from ddmd.cli import detect, entry, evaluate, info, phantom, report, train
 
 
 class PlainCommand(TyperCommand):
@@ -26,7 +26,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _module in (detect, info, phantom, train, evaluate):
+for _module in (detect, report, info, phantom, train, evaluate):
     app.command(_module.__name__.rpartition(".")[2], cls=PlainCommand)(entry.command(_module.command))
 
 
