@@ -13,6 +13,7 @@ from nibabel.orientations import io_orientation
 from ddmd.cohort.errors import DatasetError
 from ddmd.cohort.masks import read_mask
 from ddmd.cohort.stacks import read_stack
+from ddmd.io.dicom import DicomSeries
 from ddmd.io.inputs import input_images
 from ddmd.io.volume import Volume
 
@@ -29,7 +30,7 @@ class Case:
     patient : who it is; a split keeps all cases of a patient together.
     name : unique among the cases found together.
     source : name of the data set.
-    files : sequence -> one NIfTI, or the ordered PNG slices of a stack; `UNKNOWN` where the name of a single
+    files : sequence -> one NIfTI, the ordered PNG slices of a stack, or the files of a DICOM series; `UNKNOWN` where the name of a single
         image does not say its sequence.
     masks : the lesion mask, or the PNG slices of one. Several of a volume contradict each other, and
         `lesion` refuses them.
@@ -37,6 +38,7 @@ class Case:
     has_lesion : the label of the whole image; None where it is not known.
     rater_masks : masks of single raters, in the order of their names.
     entities : of a BIDS name: "sub", "ses", "run", ... -> value.
+    dicom : sequence -> its DICOM series, where the files are DICOM.
     """
 
     patient: str
@@ -48,6 +50,7 @@ class Case:
     has_lesion: bool | None = None
     rater_masks: tuple[Path, ...] = ()
     entities: Mapping[str, str] = field(default_factory=dict)
+    dicom: Mapping[str, DicomSeries] = field(default_factory=dict)
 
     @property
     def stack(self) -> bool:
@@ -106,7 +109,7 @@ class Case:
             thickness = float(np.clip(HEAD_MM / len(self.files[sequences[0]]), 1.0, 7.0))
             return Volume.from_array(images, np.diag([1.0, 1.0, thickness, 1.0]), self.name)
         others = [s for s in self.files if s not in sequences] if options.get("check_all") else []
-        source = {s: self.files[s][0] for s in (*sequences, *others)}
+        source = {s: self.dicom.get(s, self.files[s][0]) for s in (*sequences, *others)}
         return replace(Volume.read(source, require=sequences, **options), name=self.name)
 
     def lesion(self) -> np.ndarray:

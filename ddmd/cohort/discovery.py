@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import overload
 
 from ddmd.cohort.cases import UNKNOWN, Case
+from ddmd.cohort.dicom_cases import dicom_cases
 from ddmd.cohort.errors import DatasetError
 from ddmd.cohort.folders import Folders
 from ddmd.cohort.grouping import Group, MaskIndex, group_images
@@ -28,6 +29,8 @@ from ddmd.cohort.naming import (
     unique_stems,
 )
 from ddmd.cohort.tables import cases_of_slices, cases_of_table, read_participants
+from ddmd.io.dicom import dicom_files
+from ddmd.io.dicom_headers import is_dicom
 from ddmd.io.errors import VolumeError
 from ddmd.io.nifti import open_image
 from ddmd.io.text import printable
@@ -88,7 +91,8 @@ def find_cases(
 
     A folder is searched to the bottom: BIDS (sessions, runs, acquisitions), BraTS 2012 to 2024, folders of
     patients and visits, and many patients in one folder, told apart by the names of their files. Hidden folders,
-    derivatives and earlier results are not searched for images, and links are followed once. Files named one by
+    derivatives and earlier results are not searched for images, and links are followed once. A folder without any
+    such image is searched for DICOM files, unless annotations are looked for. Files named one by
     one belong together where they lie in one folder and their names agree, or where no sequence is there twice.
 
     Parameters
@@ -132,10 +136,16 @@ def find_cases(
             search.add_folder(root, name or _base_name(root), bids=kind == "bids")
         else:
             files.append(root)
+    slices = [path for path in files if not annotations and is_dicom(path)]
+    for folder in dict.fromkeys(path.parent for path in slices):
+        search.add_dicom(folder, name or _base_name(folder), [p for p in slices if p.parent == folder])
+    files = [path for path in files if path not in slices]
     if files:
         search.add_files(files, name)
     found = search.result()
     if not found.cases:
+        if search.lacking_dicom:
+            raise DatasetError("; ".join(found.notes))
         where = f"{', '.join(map(str, roots[:3]))}{', ...' if len(roots) > 3 else ''}"
         needs = f" with {', '.join(require)}" if require else ""
         reasons = f" ({'; '.join(found.notes)})" if found.notes else ""
@@ -171,6 +181,7 @@ class _Search:
         self.notes: list[str] = []
         self.cases: list[tuple[Case, Path]] = []  # with the absolute path of the first image
         self.folders = Folders()
+        self.lacking_dicom: list[str] = []  # why DICOM folders have no case
 
     def add_cases(self, cases: Iterable[Case]) -> None:
         """Take cases that a table names."""
@@ -185,6 +196,12 @@ class _Search:
         """Take the cases of a folder."""
         absolute = Path(os.path.abspath(root))
         named = [name_file(path, absolute) for path in self.folders.images(absolute)]
+        dicom = self.folders.take_dicom()
+        if not named and not self.annotations and dicom_files(absolute):
+            self.folders.take_other_formats()
+            self.add_dicom(root, source)
+            return
+        self.aside.add("of DICOM, which only `ddmd detect` takes, in a folder without NIfTI files", dicom)
         self.aside.add(
             "in formats that are not searched for; name them one by one", self.folders.take_other_formats()
         )
@@ -209,6 +226,14 @@ class _Search:
             masks += self._derived_masks(images)
         known = read_participants(absolute) if self.annotations else {}
         self._add_groups(group_images(images, self.require), masks, absolute, source, known)
+
+    def add_dicom(self, root: Path, source: str, files: Sequence[Path] | None = None) -> None:
+        """Take the cases of a folder of DICOM files."""
+        found = dicom_cases(root, source, self.require, self.sequence, files)
+        self.cases += found.cases
+        self.notes += found.notes
+        if found.lacking is not None:
+            self.lacking_dicom.append(found.lacking)
 
     def add_files(self, paths: Sequence[Path], source: str | None) -> None:
         """Take the cases of files that were named one by one."""
@@ -310,7 +335,9 @@ class _Search:
                 case if case.name == name else dataclasses.replace(case, name=name)
                 for (case, _), name in zip(cases, names, strict=True)
             ),
-            tuple(dict.fromkeys((*self.folders.notes, *self.notes, *self.aside.notes()))),
+            tuple(
+                dict.fromkeys((*self.lacking_dicom, *self.folders.notes, *self.notes, *self.aside.notes()))
+            ),
         )
 
 

@@ -8,10 +8,12 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from ddmd.io.dicom_headers import DICOM_EXTENSIONS
 from ddmd.io.text import printable
 
 _IMAGE = re.compile(r"\.nii(\.(gz|bz2|zst))?$|\.hdr(\.(gz|bz2|zst))?$|\.mg[hz]$", re.IGNORECASE)
 _OTHER_FORMAT = re.compile(r"\.(nrrd|nhdr|mha|mhd|mnc)$", re.IGNORECASE)
+_DICOM = re.compile(rf"({'|'.join(map(re.escape, DICOM_EXTENSIONS))})$", re.IGNORECASE)
 _HIDDEN = re.compile(r"\.[^.]")  # a file of two dots is somebody's typing error, and no hidden one
 _NOT_SEARCHED = frozenset(("__MACOSX", "@eaDir", "lost+found"))
 _DERIVED = frozenset(("derivatives", "code"))
@@ -27,6 +29,12 @@ class Folders:
         self.notes: list[str] = []
         self._seen: set[tuple[int, int]] = set()
         self._other_formats: list[Path] = []
+        self._dicom: list[Path] = []
+
+    def take_dicom(self) -> list[Path]:
+        """Files with the name of a DICOM file, seen since the last call."""
+        found, self._dicom = self._dicom, []
+        return found
 
     def take_other_formats(self) -> list[Path]:
         """Images in formats that are not searched for, seen since the last call."""
@@ -77,6 +85,8 @@ class Folders:
                     found.append(path)
                 elif _OTHER_FORMAT.search(entry.name):
                     self._other_formats.append(path)
+                elif _DICOM.search(entry.name):
+                    self._dicom.append(path)
 
     @staticmethod
     def _is_searched(name: str, beside: set[str], below_derivatives: bool) -> bool:

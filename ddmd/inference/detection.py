@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
@@ -13,9 +14,11 @@ import numpy as np
 
 from ddmd.inference.postprocess import UNCERTAIN, Lesion
 from ddmd.io.atomic import atomic_path
+from ddmd.io.dicom import DicomSeries
 from ddmd.io.naming import file_stem
 from ddmd.io.results import (
     PLAIN_NAMES,
+    SEG_SUFFIXES,
     SUFFIXES,
     CaseResult,
     Naming,
@@ -55,6 +58,8 @@ class Detection:
         Name of the case.
     labels : integer image, optional
         n in the voxels of the n-th lesion.
+    dicom : DicomSeries, optional
+        The DICOM series that the input was read from.
     """
 
     mask: nib.Nifti1Image
@@ -69,6 +74,7 @@ class Detection:
     provenance: Mapping[str, Any]
     name: str
     labels: nib.Nifti1Image | None = None
+    dicom: DicomSeries | None = None
 
     @property
     def how(self) -> Mapping[str, Any]:
@@ -139,6 +145,7 @@ class Detection:
         extra: Mapping[str, Any] | None = None,
         stem: str | None = None,
         naming: Naming = PLAIN_NAMES,
+        dicom_seg: bool | None = None,
     ) -> dict[str, Path]:
         """Write the maps, a JSON sidecar each, the table of lesions, and a JSON that lists them.
 
@@ -154,6 +161,8 @@ class Detection:
         extra : further keys of the JSON files
         stem : what the names of the files begin with; by default the name, without what no file system takes
         naming : how the maps are called; by default the simple names
+        dicom_seg : whether the mask and the probability are written as DICOM Segmentations, too, which
+            name the patient as the source does; by default where the input was DICOM.
 
         Returns
         -------
@@ -169,6 +178,10 @@ class Detection:
         """
         there = {key: getattr(self, key) for key in SUFFIXES if getattr(self, key) is not None}
         wanted = check_maps(maps)
+        if dicom_seg or (dicom_seg is None and self.dicom is not None):
+            segs = {kind: self._seg_bytes(kind) for kind in SEG_SUFFIXES if kind in wanted}
+        else:
+            segs = {}
         result = CaseResult(
             name=self.name,
             stem=stem or file_stem(self.name),
@@ -178,8 +191,57 @@ class Detection:
             lesion_columns=_COLUMNS,
             overlay=self.overlay_png() if overlay else None,
             naming=naming,
+            segs=segs,
         )
         return write_result(result, folder, overwrite)
+
+    def save_dicom_seg(self, folder: str | Path, overwrite: bool = False) -> dict[str, Path]:
+        """Write DICOM Segmentations: the mask as a binary one, the probability as a fractional one.
+
+        They refer to the images of the input, and name the patient and the study as these do.
+
+        Parameters
+        ----------
+        folder : made if it is not there
+        overwrite : whether earlier files are replaced
+
+        Returns
+        -------
+        {"mask": path, "probability": path}
+
+        Raises
+        ------
+        OutputError
+            If the input was no DICOM, or the folder cannot be written to or holds these files.
+        VolumeError
+            If the files of the input are gone or have changed, or a package is missing.
+        """
+        contents = {kind: self._seg_bytes(kind) for kind in SEG_SUFFIXES}
+        folder, stem = Path(folder), file_stem(self.name)
+        paths = {kind: folder / f"{stem}_{suffix}" for kind, suffix in SEG_SUFFIXES.items()}
+        there = [path for path in paths.values() if os.path.lexists(path)]
+        if there and not overwrite:
+            raise OutputError(
+                f"{folder}: holds earlier results ({there[0].name}); pass overwrite=True or another folder"
+            )
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for kind, path in paths.items():
+                with atomic_path(path) as temporary:
+                    temporary.write_bytes(contents[kind])
+        except OSError as error:
+            raise OutputError(f"{folder}: cannot be written to ({error}); choose another folder") from None
+        return paths
+
+    def _seg_bytes(self, kind: str) -> bytes:
+        if self.dicom is None:
+            raise OutputError(
+                f"{self.name}: the input was no DICOM, and a DICOM Segmentation refers to its images; detect in a "
+                "DICOM folder"
+            )
+        from ddmd.io.dicom_seg import seg_bytes
+
+        return seg_bytes(self.dicom, self.mask if kind == "mask" else self.probability, kind)
 
     def overlay_png(self) -> bytes:
         """The picture as a PNG file: axial slices, the mask's outline in red, the uncertainty in colour below."""

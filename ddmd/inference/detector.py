@@ -385,7 +385,7 @@ class Detector:
 
         Parameters
         ----------
-        volume : path, {sequence: path}, list of paths, nibabel image, array, Volume, or Prepared
+        volume : path, DICOM folder, {sequence: path}, list of paths, nibabel image, array, Volume, or Prepared
         affine, sequences, resample, skull, brain, bias
             As `Volume.read` takes them; a `Volume` or `Prepared` was read with its own.
         samples, steps : int, optional
@@ -456,6 +456,7 @@ class Detector:
             ),
             name=volume.name,
             labels=volume.to_native(found.labels, np.min_scalar_type(len(found.lesions))),
+            dicom=volume.dicom,
         )
 
 
@@ -484,7 +485,7 @@ def detect(
 
     Parameters
     ----------
-    volume : path, {sequence: path}, list of paths, nibabel image, or array with affine=
+    volume : path, DICOM folder, {sequence: path}, list of paths, nibabel image, or array with affine=
     weights : name of a shipped system, or path of a weights file
         Loaded once, and again when the file has changed; the last two are kept.
     device, precision

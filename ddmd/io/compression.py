@@ -152,7 +152,9 @@ def _decompressed(file: IO[bytes], head: bytes, path: Path) -> IO[bytes]:
 def refuse_stranger(path: Path, head: bytes) -> None:
     """Raise VolumeError where the first bytes of a file are those of a known other format."""
     if head[128:132] == b"DICM" or path.suffix.lower() in (".dcm", ".ima"):
-        raise VolumeError(f"{path}: a DICOM file; convert its folder to .nii.gz, with dcm2niix")
+        raise VolumeError(
+            f"{path}: a DICOM file; give its folder, which is read by dcm2niix with pip install 'ddmd[dicom]'"
+        )
     for magic, what in _STRANGERS:
         if head.startswith(magic):
             raise VolumeError(f"{path}: {what}")

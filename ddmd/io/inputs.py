@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,14 @@ import nibabel as nib
 import numpy as np
 
 from ddmd.io import nifti
+from ddmd.io.dicom import (
+    DicomSeries,
+    choose_series,
+    dicom_files,
+    find_series,
+    series_notes,
+)
+from ddmd.io.dicom_convert import read_series
 from ddmd.io.errors import VolumeError
 from ddmd.io.geometry import Geometry
 from ddmd.io.intensities import Stored
@@ -25,6 +33,8 @@ class InputImage:
     label : path, or words for an image without one; messages begin with it.
     sequence : what the caller or the file's name says, None where neither does.
     other_modality : whether the name says that it is no sequence that is taken.
+    notes : what a user should know of where it comes from.
+    dicom : the series that it was converted from.
     """
 
     label: str
@@ -32,6 +42,8 @@ class InputImage:
     geometry: Geometry
     image: nib.Nifti1Pair | np.ndarray
     other_modality: bool = False
+    notes: tuple[str, ...] = ()
+    dicom: DicomSeries | None = None
 
     def stored(self) -> Stored:
         """The voxels, read now.
@@ -46,14 +58,19 @@ class InputImage:
         return nifti.stored_voxels(self.image, self.label)
 
 
-def input_images(source: Any, affine: Any = None) -> list[InputImage]:
+def input_images(
+    source: Any, affine: Any = None, require: Sequence[str] = (), named: bool = False
+) -> list[InputImage]:
     """The images that `Volume.read` was given.
 
     Parameters
     ----------
     source : path, image of nibabel, array (X, Y, Z), list of them, or {sequence: one of them}
+        The path of a folder is one of DICOM files.
     affine : (4, 4), optional
         Of the arrays: voxels to mm.
+    require : sequences that are looked for in a DICOM folder, by default FLAIR
+    named : whether the caller says that a DICOM folder's only series is of the sequence
 
     Raises
     ------
@@ -62,10 +79,13 @@ def input_images(source: Any, affine: Any = None) -> list[InputImage]:
     """
     if isinstance(source, Mapping):
         images = [
-            replace(_image(v, affine), sequence=_name(s), other_modality=False) for s, v in source.items()
+            replace(_image(v, affine, _name(s)), sequence=_name(s), other_modality=False)
+            for s, v in source.items()
         ]
     elif isinstance(source, list | tuple):
         images = [_image(part, affine) for part in source]
+    elif _is_dicom_folder(source):
+        images = _folder_images(source, require or ("flair",), named)
     else:
         images = [_image(source, affine)]
     if not images:
@@ -81,7 +101,37 @@ def _name(sequence: Any) -> str:
     return sequence.lower()
 
 
-def _image(value: Any, affine: Any) -> InputImage:
+def _is_dicom_folder(value: Any) -> bool:
+    return isinstance(value, str | os.PathLike) and os.path.isdir(value) and bool(dicom_files(Path(value)))
+
+
+def _folder_images(folder: Any, sequences: Sequence[str], named: bool) -> list[InputImage]:
+    """The series of these sequences in a DICOM folder; its only one where the caller has `named` that."""
+    search = find_series(folder)
+    only = search.series[0] if named and len(search.series) == 1 else None
+    chosen = [only or choose_series(search, sequence, folder) for sequence in sequences]
+    first, *others = [_dicom_image(one, s, named) for one, s in zip(chosen, sequences, strict=True)]
+    return [replace(first, notes=(*series_notes(chosen, search), *first.notes)), *others]
+
+
+def _dicom_image(series: DicomSeries, sequence: str | None, named: bool = False) -> InputImage:
+    """A series, converted."""
+    image, notes = read_series(series, sequence if named else None)
+    return InputImage(
+        series.label,
+        sequence,
+        Geometry.of_image(image, series.label),
+        image,
+        notes=tuple(notes),
+        dicom=series,
+    )
+
+
+def _image(value: Any, affine: Any, sequence: str | None = None) -> InputImage:
+    if isinstance(value, DicomSeries):
+        return _dicom_image(value, sequence or value.sequence)
+    if _is_dicom_folder(value):
+        return _folder_images(value, (sequence or "flair",), sequence is not None)[0]
     if isinstance(value, str | os.PathLike) and isinstance(os.fspath(value), str):
         if not os.fspath(value):
             raise VolumeError("the path is empty; name a file")

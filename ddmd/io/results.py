@@ -8,7 +8,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,7 @@ BIDS_NAMES = Naming(
     },
     label_table=True,
 )  # of BIDS derivatives
+SEG_SUFFIXES = {"mask": "desc-lesion_mask.dcm", "probability": "desc-lesion_probseg.dcm"}  # for DICOM input
 MEANING = {
     "mask": "1 where the probability reaches the threshold, in components of at least the smallest volume and peak",
     "probability": "mean over the S drawn masks, smoothed through the plane, in [0, 1]",
@@ -87,6 +88,7 @@ class CaseResult:
     lesion_columns : names of the columns
     overlay : PNG file, or None for no picture
     naming : how the maps are called
+    segs : keys of `SEG_SUFFIXES` -> DICOM Segmentation file
     """
 
     name: str
@@ -97,6 +99,7 @@ class CaseResult:
     lesion_columns: Sequence[str]
     overlay: bytes | None = None
     naming: Naming = PLAIN_NAMES
+    segs: Mapping[str, bytes] = field(default_factory=dict)
 
 
 def result_paths(stem: str, folder: str | Path, naming: Naming = PLAIN_NAMES) -> dict[str, Path]:
@@ -110,10 +113,12 @@ def result_paths(stem: str, folder: str | Path, naming: Naming = PLAIN_NAMES) ->
 
     Returns
     -------
-    {"mask": path, ..., "lesions": table, "overlay": picture, "result": the JSON that is written last}
+    {"mask": path, ..., "mask_seg": DICOM Segmentation, "probability_seg": another, "lesions": table,
+    "overlay": picture, "result": the JSON that is written last}
     """
     folder = Path(folder)
     paths = {key: folder / f"{stem}_{suffix}.nii.gz" for key, suffix in naming.suffixes.items()}
+    paths |= {f"{key}_seg": folder / f"{stem}_{suffix}" for key, suffix in SEG_SUFFIXES.items()}
     return paths | {
         "lesions": folder / f"{stem}_lesions.tsv",
         "overlay": folder / f"{stem}_overlay.png",
@@ -231,6 +236,7 @@ def _write_set(result: CaseResult, folder: Path) -> dict[str, Path]:
         for key, path in result_paths(result.stem, folder, result.naming).items()
         if key in result.maps
         or key in ("lesions", "result")
+        or (key.endswith("_seg") and key.removesuffix("_seg") in result.segs)
         or (key == "overlay" and result.overlay is not None)
     }
     contents: dict[str, bytes] = {}
@@ -244,6 +250,8 @@ def _write_set(result: CaseResult, folder: Path) -> dict[str, Path]:
         contents[_label_table_path(paths["labels"]).name] = table_text(names, ("index", "name")).encode(
             "ascii"
         )
+    for key, content in result.segs.items():
+        contents[paths[f"{key}_seg"].name] = content
     if result.overlay is not None:
         contents[paths["overlay"].name] = result.overlay
     files = FileSet(folder, result.stem)
@@ -315,8 +323,8 @@ def nifti_bytes(image: nib.Nifti1Image) -> bytes:
     values = np.asanyarray(image.dataobj)
     kind: Any = nib.Nifti2Image if isinstance(image.header, nib.Nifti2Header) else nib.Nifti1Image
     clean: nib.Nifti1Image = kind(values, image.affine, dtype=values.dtype)
-    for field in _GEOMETRY:
-        clean.header[field] = image.header[field]
+    for name in _GEOMETRY:
+        clean.header[name] = image.header[name]
     clean.header["pixdim"][:4] = image.header["pixdim"][:4]  # the rest is of time
     content: bytes = clean.to_bytes()
     return content

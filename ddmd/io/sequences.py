@@ -88,6 +88,21 @@ def is_other_modality(path: str | os.PathLike[str]) -> bool:
     return _label(stem(path)) == OTHER
 
 
+def label_of_description(text: str) -> str | None:
+    """What free text, as a scanner's description of a series, says the image is.
+
+    Returns
+    -------
+    One of `SEQUENCES`, OTHER for an image of another kind, None where the text does not tell.
+
+    Examples
+    --------
+    >>> [label_of_description(t) for t in ("sT2W/FLAIR", "ep2d_diff_3scan_trace", "brain 3 mm")]
+    ['flair', 'other', None]
+    """
+    return _plain_label(re.sub(r"[^\w+.*-]+", " ", text.lower()))
+
+
 def _label(name: str) -> str | None:
     """One of `SEQUENCES`, OTHER, or None where the name does not tell."""
     name = name.lower()

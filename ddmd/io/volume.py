@@ -20,6 +20,7 @@ from ddmd.io.brain import (
     bounding_box,
     estimate_brain,
 )
+from ddmd.io.dicom import DicomSeries
 from ddmd.io.errors import VolumeError
 from ddmd.io.geometry import GRID_TOLERANCE_MM, Geometry, grid_gap
 from ddmd.io.inputs import InputImage, array_image, input_images
@@ -47,6 +48,7 @@ class Volume:
     sources : sequence -> path, or words for what was no file.
     skull_confidence : float in [0.5, 1], how sure `skull` is; 1 where the caller said it or gave the brain.
     bias : "auto", "off", "on" or "n4", what `normalised` does to bias fields; see `correct_bias`.
+    dicom : the DICOM series whose grid this is; None for other input.
     """
 
     images: Mapping[str, np.ndarray]
@@ -59,6 +61,7 @@ class Volume:
     sources: Mapping[str, str]
     skull_confidence: float = 1.0
     bias: str = "auto"
+    dicom: DicomSeries | None = None
 
     @cached_property
     def spacing(self) -> tuple[float, float, float]:
@@ -85,7 +88,7 @@ class Volume:
         Parameters
         ----------
         source : path, list of paths, {sequence: path, image or array}, nibabel image, or array
-            Files are NIfTI or MGH. Arrays are (X, Y, Z) and need `affine`.
+            Files are NIfTI or MGH, and folders hold DICOM files. Arrays are (X, Y, Z) and need `affine`.
         affine : (4, 4), optional
             Of the arrays: voxels to mm.
         sequences : str or list of str, optional
@@ -116,7 +119,9 @@ class Volume:
         """
         _check_choices(skull, bias)
         notes: list[str] = []
-        chosen = _by_sequence(input_images(source, affine), _listed(sequences), require, notes)
+        names = _listed(sequences)
+        images = input_images(source, affine, names or require, named=bool(names))
+        chosen = _by_sequence(images, names, require, notes)
         if require:
             others = [s for s in chosen if s not in require] if check_all and not resample else []
             chosen = {s: chosen[s] for s in (*require, *others)}
@@ -175,7 +180,7 @@ class Volume:
         target = resample if isinstance(resample, str) else next(iter(chosen))
         if target not in chosen:
             raise VolumeError(f"resample is {target!r}; allowed are {', '.join(chosen)}")
-        grid, label = chosen[target].geometry, chosen[target].label
+        grid, label, dicom = chosen[target].geometry, chosen[target].label, chosen[target].dicom
         differences = {s: _difference(i.geometry, grid) for s, i in chosen.items()}
         if not resample:
             _refuse_differences(chosen, differences, label)
@@ -199,12 +204,13 @@ class Volume:
             brain=estimate.mask,
             affine=grid.affine @ inv_ornt_aff(orientation, grid.shape),
             native=grid.native,
-            name=name or stem(label),
+            name=name or (dicom.name if dicom is not None else stem(label)),
             skull=estimate.skull_on,
             notes=tuple(notes),
             sources=labels,
             skull_confidence=estimate.confidence,
             bias=bias,
+            dicom=dicom,
         )
 
     def normalised(self, sequence: str) -> np.ndarray:
@@ -332,7 +338,7 @@ def _intensities(image: InputImage, notes: list[str]) -> np.ndarray:
     """float32 (X, Y, Z) on the image's own grid; may hold NaN and Inf."""
     stored = image.stored()
     values, rescaled = intensities_of(stored)
-    notes += [*image.geometry.notes, *stored.notes]
+    notes += [*image.notes, *image.geometry.notes, *stored.notes]
     if rescaled:
         notes.append(f"{image.label}: {rescaled}")
     return values

@@ -1,0 +1,84 @@
+"""The examinations in a folder of DICOM files."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from ddmd.cohort.cases import Case
+from ddmd.io.dicom import DicomSeries, describe, find_series, originals
+from ddmd.io.dicom_headers import without_patient
+from ddmd.io.naming import name_hash
+
+
+@dataclasses.dataclass(frozen=True)
+class DicomCases:
+    """What was found in one folder.
+
+    cases : each with a path that orders and tells it apart, and names no patient.
+    notes : what was left aside.
+    lacking : why there is no case, where there is none.
+    """
+
+    cases: tuple[tuple[Case, Path], ...]
+    notes: tuple[str, ...]
+    lacking: str | None
+
+
+def dicom_cases(
+    root: Path, source: str, require: Sequence[str], sequence: str | None, files: Sequence[Path] | None = None
+) -> DicomCases:
+    """One case for each series of the first sequence that is required, with others of the same study.
+
+    Series that were computed from others are left aside where their study has an original.
+
+    Parameters
+    ----------
+    root : folder
+    source : what the cases' source is called
+    require : sequences without which a study is left aside; FLAIR where there is none
+    sequence : what series are whose tags do not say it, and the only series of a folder
+    files : the DICOM files in it that are looked at, by default all
+
+    Raises
+    ------
+    VolumeError
+        If a package is missing, or no file holds an image.
+    """
+    search = find_series(root, files)
+    needed = tuple(require) or ("flair",)
+    by_sequence: dict[str, list[DicomSeries]] = {}
+    for one in search.series:
+        said = sequence if sequence and (one.sequence is None or len(search.series) == 1) else one.sequence
+        by_sequence.setdefault(said or "", []).append(one)
+    usable = {name: originals(series) for name, series in by_sequence.items()}
+    patients = {one.patient for one in search.series}
+    cases: list[tuple[Case, Path]] = []
+    used: set[DicomSeries] = set()
+    for anchor in usable.get(needed[0], []):
+        chosen = {needed[0]: anchor}
+        for other in needed[1:]:
+            beside = [one for one in usable.get(other, []) if one.study == anchor.study]
+            if beside:
+                chosen[other] = max(beside, key=lambda one: (one.shape == anchor.shape, len(one.positions)))
+        if len(chosen) < len(needed):
+            continue
+        used |= set(chosen.values())
+        files_of = {name: one.files for name, one in chosen.items()}
+        words = anchor.headers[0].identifiers
+        group = without_patient(source, words)
+        patient = group if len(patients) == 1 else f"{group}_patient-{anchor.patient}"
+        case = Case(patient, anchor.name, group, files_of, dicom=chosen)
+        first = os.fspath(anchor.files[0])
+        cases.append((case, Path(without_patient(os.path.dirname(first), words), name_hash(first), "series")))
+    if not cases:
+        wanted = " and ".join(name.upper() for name in needed)
+        return DicomCases(
+            (), search.notes, f"{root}: no {wanted} series in it; found: {describe(search.series)}; give the folder "
+            "of one series alone with --sequence if it is one",
+        )  # fmt: skip
+    others = [one for one in search.series if one not in used]
+    notes = [*search.notes, *([f"{root}: left aside: {describe(others)}"] if others else [])]
+    return DicomCases(tuple(cases), tuple(notes), None)
