@@ -71,8 +71,8 @@ def dicom_cases(
         group = without_patient(source, words)
         patient = group if len(patients) == 1 else f"{group}_patient-{anchor.patient}"
         case = Case(patient, anchor.name, group, files_of, dicom=chosen)
-        first = os.fspath(anchor.files[0])
-        cases.append((case, Path(without_patient(os.path.dirname(first), words), name_hash(first), "series")))
+        place = Path(without_patient(os.path.abspath(root), words), f"{len(cases):06d}")
+        cases.append((case, place / name_hash(os.fspath(anchor.files[0])) / "series"))
     if not cases:
         wanted = " and ".join(name.upper() for name in needed)
         return DicomCases(
