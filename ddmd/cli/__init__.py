@@ -1,4 +1,4 @@
-"""The command `ddmd`: detect, report, info, phantom, train, evaluate."""
+"""The command `ddmd`: detect, bids, report, info, phantom, train, evaluate."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import re
 from typing import Annotated, Any, NoReturn
 
 import typer
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
-from ddmd.cli import detect, entry, evaluate, info, phantom, report, train
+from ddmd.cli import bids, detect, entry, evaluate, info, phantom, report, train
 
 
 class PlainCommand(TyperCommand):
@@ -19,14 +19,23 @@ class PlainCommand(TyperCommand):
         return re.sub(r" <(list\[)?\w+\]?>", "", super().get_help(ctx))
 
 
+class CommandGroup(TyperGroup):
+    """The commands, and the form of BIDS Apps without one."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Take the arguments apart."""
+        return super().parse_args(ctx, bids.bids_app_arguments(args, self.commands))
+
+
 app = typer.Typer(
+    cls=CommandGroup,
     help="Lesions in brain MRI by discrepancy distribution medical diffusion. For research, not diagnosis.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _module in (detect, report, info, phantom, train, evaluate):
+for _module in (detect, bids, report, info, phantom, train, evaluate):
     app.command(_module.__name__.rpartition(".")[2], cls=PlainCommand)(entry.command(_module.command))
 
 

@@ -180,7 +180,8 @@ def plan_cohort(
     tag: str | None = None,
     naming: Naming = PLAIN_NAMES,
     select: Callable[[Sequence[Case]], Sequence[Case]] | None = None,
-    place: Callable[[Case, str], Task] | None = None,
+    place: Callable[[Sequence[Case], Sequence[str]], Sequence[Task]] | None = None,
+    layout: str = "auto",
 ) -> CohortRun:
     """Check the options, find the cases and look at earlier results, so that the work can begin.
 
@@ -193,7 +194,8 @@ def plan_cohort(
     tag : what names of the tables end in; by default the part
     naming : how the maps are called
     select : the cases to work on, of those that were found
-    place : a case and its stem -> where its result goes; by default side by side in `out`
+    place : all cases and the weights' sequences -> where results go; by default side by side in `out`
+    layout : as `find_cases` takes it
     """
     if workers < 1:
         raise ValueError(f"workers is {workers}; at least 1 is needed")
@@ -212,19 +214,21 @@ def plan_cohort(
         naming=naming,
         keep_detections=keep_detections,
     )
-    found = _cases(listed, detector, sequence)
-    stems = output_stems(case.name for case in found)
+    found = _cases(listed, detector, sequence, layout)
     selected = part_of(found if select is None else select(found), part)
+    here = Path(out)
+    if place is None:
+        stems = output_stems(case.name for case in found)
+        places = [Task(case, stems[case.name], here) for case in found]
+    else:
+        places = list(place(found, detector.description.sequences))
+    by_name = {task.case.name: task for task in places}
+    planned = [by_name[case.name] for case in selected]
     chosen: Engine = ThreadEngine(detectors, workers)
     if engine == "ray":
         from ddmd.cohort.ray_engine import RayEngine
 
         chosen = RayEngine(weights, device, precision)
-    here = Path(out)
-    planned = [
-        Task(case, stems[case.name], here) if place is None else place(case, stems[case.name])
-        for case in selected
-    ]
     with ThreadPoolExecutor(workers) as pool:
         checked = list(
             pool.map(lambda task: _earlier(task, options, chosen.facts, skip_existing, overwrite), planned)
@@ -306,13 +310,13 @@ def _results(run: CohortRun) -> Iterator[tuple[Case, Detection | CaseError]]:
 
 
 def _cases(
-    listed: Sequence[Case | str | os.PathLike[str]], detector: Detector, sequence: str | None
+    listed: Sequence[Case | str | os.PathLike[str]], detector: Detector, sequence: str | None, layout: str
 ) -> Sequence[Case]:
     given = [case for case in listed if isinstance(case, Case)]
     paths = [path for path in listed if not isinstance(path, Case)]
     if paths:
         needed = detector.description.sequences
-        found = find_cases(paths, require=needed, sequence=sequence, annotations=False)
+        found = find_cases(paths, layout, require=needed, sequence=sequence, annotations=False)
         if not given:
             return found
         given += found

@@ -36,10 +36,12 @@ class Naming:
     ----------
     suffixes : key of a map -> what its name has after the stem
     label_table : whether a table of the labels' names lies beside the label map
+    meaning_key : under which the JSON of a map says what it means
     """
 
     suffixes: Mapping[str, str]
     label_table: bool = False
+    meaning_key: str = "Meaning"
 
 
 PLAIN_NAMES = Naming(SUFFIXES)
@@ -53,6 +55,7 @@ BIDS_NAMES = Naming(
         "intra_discrepancy": "space-orig_desc-intra_discrepancy",
     },
     label_table=True,
+    meaning_key="Description",
 )  # of BIDS derivatives
 SEG_SUFFIXES = {"mask": "desc-lesion_mask.dcm", "probability": "desc-lesion_probseg.dcm"}  # for DICOM input
 MEANING = {
@@ -241,7 +244,7 @@ def _write_set(result: CaseResult, folder: Path) -> dict[str, Path]:
     }
     contents: dict[str, bytes] = {}
     for key in result.maps:
-        text = json_text({"Meaning": MEANING[key], **result.description})
+        text = json_text({result.naming.meaning_key: MEANING[key], **result.description})
         contents[sidecar_path(paths[key]).name] = text.encode("ascii")
     contents[paths["lesions"].name] = table_text(result.lesions, result.lesion_columns).encode("utf-8")
     if result.naming.label_table and "labels" in result.maps:
