@@ -4,12 +4,13 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 TORCH = torch==2.13.0
 PIP = $(BIN)/pip -qq --disable-pip-version-check
+EXTRA = $(BIN)/python -c "import sys, tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies'][sys.argv[1]])"
 SOURCES = setup.py pyproject.toml CMakeLists.txt $(wildcard csrc/*)
 WHEELS ?= wheels
 OUT ?= build/gpu-check
 export MAX_JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: demo test browser lint fuzz bench bench-gpu gpu-wheels gpu-check wheel-check clean
+.PHONY: demo test browser lint docs fuzz bench bench-gpu gpu-wheels gpu-check wheel-check clean
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info)' \
@@ -35,7 +36,7 @@ $(VENV)/test.stamp: $(VENV)/torch.stamp $(SOURCES)
 	@touch $(VENV)/demo.stamp $@
 
 $(VENV)/lint.stamp: $(VENV)/test.stamp
-	@$(PIP) install $$($(BIN)/python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['lint'])")
+	@$(PIP) install $$($(EXTRA) lint)
 	@touch $@
 
 demo: $(VENV)/demo.stamp
@@ -73,6 +74,14 @@ lint: $(VENV)/lint.stamp
 # Two minutes of mutated volumes, weights and tables: each must end in success or one clear line.
 fuzz: $(VENV)/test.stamp
 	@$(BIN)/python -m tests.fuzz --seconds 120
+
+# The documentation site, in build/site. A warning is an error, and nothing is fetched.
+$(VENV)/docs.stamp: $(BIN)/python
+	@$(PIP) install $$($(EXTRA) docs)
+	@touch $@
+
+docs: $(VENV)/docs.stamp
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 # --benchmark-only measures; results go where benchmarks.table reads them
 RESULT = benchmarks/results/$(shell $(BIN)/python -c "from benchmarks.timing import machine; print(machine())" 2>/dev/null)-$(shell date +%F).json

@@ -1,4 +1,4 @@
-"""Write the tables of README and of the model cards from the newest results: `python -m benchmarks.cards`.
+"""Write the tables of README, docs/quality.md and the model cards from the newest results: `python -m benchmarks.cards`.
 
 Text between `<!-- NAME -->` and `<!-- end -->` is replaced; everything else stays.
 """
@@ -8,7 +8,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from benchmarks.table import RESULTS
@@ -17,9 +19,30 @@ from ddmd.io.atomic import write_text
 from ddmd.models import checkpoint
 
 CARDS = checkpoint.PRETRAINED
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+QUALITY = ROOT / "docs" / "quality.md"
 SHIPPED = ("flair-image-labels", "flair-pixel-labels")
-DESCRIPTIONS = {"brainix-unregistered": "brainix, a source training never saw, skull on"}
+DATA_SETS = ("lgg", "volumes", "unseen")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of case: which names it has, and what a reader should know of where it fails."""
+
+    label: str
+    names: str  # regular expression of the names of its cases
+    fails: str
+
+
+KINDS = (
+    Kind("Glioma, single slices, skull on", r"TCGA", "lesions hardly brighter than their surroundings"),
+    Kind("Glioma, volumes", r"brats", "the faint rim is left out"),
+    Kind("Multiple sclerosis", r"ms-", "small lesions are missed, thick slices are worse"),
+    Kind("White matter hyperintensities", r"wmh", "bands that are alike on both sides look normal to it"),
+    Kind("Stroke", r"stroke|isles", "not trained for"),
+    Kind("Tumour, skull on, unknown scanner", r"brainix", "the base of the skull is marked"),
+)
 
 
 def newest(name: str) -> dict[str, dict[str, Any]]:
@@ -30,10 +53,7 @@ def newest(name: str) -> dict[str, dict[str, Any]]:
     ValueError
         If there is none of lgg or of volumes.
     """
-    paths = {
-        data: sorted(RESULTS.glob(f"evaluation-{name}-{data}-????-??-??.json"))
-        for data in ("lgg", "volumes", "unseen")
-    }
+    paths = {data: sorted(RESULTS.glob(f"evaluation-{name}-{data}-????-??-??.json")) for data in DATA_SETS}
     for data in ("lgg", "volumes"):
         if not paths[data]:
             raise ValueError(f"no evaluation of {name} on {data} is kept; make it by benchmarks.evaluations")
@@ -85,40 +105,76 @@ def volumes(*evaluations: Mapping[str, Any]) -> str:
     ])  # fmt: skip
 
 
-def overview() -> str:
-    """Dice of the shipped systems beside the single threshold, and false-positive volumes, as Markdown."""
-    evaluations = [newest(name) for name in SHIPPED]
+def by_case(name: str) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
+    """Case -> its row in the newest evaluations of some weights: with a mask, and without."""
+    evaluations = [evaluation for data, evaluation in newest(name).items() if data in DATA_SETS]
+    return (
+        {row["patient"]: row for evaluation in evaluations for row in evaluation["patients"]},
+        {row["patient"]: row for evaluation in evaluations for row in evaluation["without_mask"]},
+    )
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean and range of the values, or nothing where there is none."""
+    if not values:
+        return ""
+    if len(values) == 1:
+        return f"{values[0]:.2f}"
+    return f"{fmean(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+
+
+def kinds() -> str:
+    """Dice of the shipped systems by kind of lesion, beside the best single threshold, as Markdown."""
+    systems = [by_case(name) for name in SHIPPED]
     lines = [
-        f"| | one threshold on smoothed FLAIR, oracle | {' | '.join(SHIPPED)} |",
-        "|---" * (2 + len(SHIPPED)) + "|",
+        f"| kind | cases | {' | '.join(f'`{name}`' for name in SHIPPED)} | one threshold | where it fails |",
+        "|---" * (4 + len(SHIPPED)) + "|",
     ]
-    pooled = [by_data["lgg"]["pooled"] for by_data in evaluations]
-    label = f"TCGA-LGG slices, {len(evaluations[0]['lgg']['patients'])} patients, pooled"
-    lines.append(table_row(label, pooled[0]["baseline_dice_oracle"], pooled, "dice"))
-    by_name = [
-        {
-            row["patient"]: row
-            for data in ("volumes", "unseen")
-            if data in by_data
-            for row in by_data[data]["patients"]
-        }
-        for by_data in evaluations
+    for kind in KINDS:
+        names = [name for name in systems[0][0] if re.match(kind.names, name, re.IGNORECASE)]
+        if not names:
+            lines.append(f"| {kind.label} | 0 |{' |' * len(SHIPPED)} | {kind.fails}; not measured |")
+            continue
+        dice = [spread([rows[name]["dice"] for name in names if name in rows]) for rows, _ in systems]
+        baseline = spread([systems[0][0][name]["baseline_dice_oracle"] for name in names])
+        lines.append(f"| {kind.label} | {len(names)} | {' | '.join(dice)} | {baseline} | {kind.fails} |")
+    healthy = systems[0][1]
+    marked = [
+        f"{fmean(rows[name]['detected_ml'] for name in healthy if name in rows):.1f} ml marked"
+        for _, rows in systems
     ]
-    for name in sorted(by_name[0], key=lambda name: (name in DESCRIPTIONS, name)):
-        rows = [own.get(name, {}) for own in by_name]
-        lines.append(table_row(DESCRIPTIONS.get(name, name), rows[0]["baseline_dice_oracle"], rows, "dice"))
-    for row in evaluations[0]["volumes"]["without_mask"]:
-        same = [
-            next((o for o in by_data["volumes"]["without_mask"] if o["patient"] == row["patient"]), {})
-            for by_data in evaluations
-        ]
-        lines.append(table_row(f"{row['patient']}, false-positive volume (ml)", None, same, "detected_ml"))
+    lines.append(f"| Healthy | {len(healthy)} | {' | '.join(marked)} | | nothing is there to find |")
     return "\n".join(lines)
 
 
-def table_row(label: str, baseline: float | None, rows: Sequence[Mapping[str, Any]], key: str) -> str:
+def overview() -> str:
+    """Dice of the shipped systems, case by case, beside the single threshold, and false-positive volumes."""
+    systems = [by_case(name) for name in SHIPPED]
+    lines = [
+        f"| case | lesion (ml) | one threshold, oracle | {' | '.join(SHIPPED)} |",
+        "|---" * (3 + len(SHIPPED)) + "|",
+    ]
+    pooled = [newest(name)["lgg"]["pooled"] for name in SHIPPED]
+    slices = sum(name.startswith("TCGA") for name in systems[0][0])
+    lines.append(
+        table_row(
+            f"TCGA-LGG slices, {slices} patients, pooled", "", pooled[0]["baseline_dice_oracle"], pooled
+        )
+    )
+    for name in sorted(name for name in systems[0][0] if not name.startswith("TCGA")):
+        rows = [with_mask.get(name, {}) for with_mask, _ in systems]
+        lines.append(table_row(name, f"{rows[0]['lesion_ml']:.1f}", rows[0]["baseline_dice_oracle"], rows))
+    for name in systems[0][1]:
+        rows = [without.get(name, {}) for _, without in systems]
+        lines.append(table_row(f"{name}, marked volume (ml)", "0.0", None, rows, "detected_ml"))
+    return "\n".join(lines)
+
+
+def table_row(
+    label: str, lesion_ml: str, baseline: float | None, rows: Sequence[Mapping[str, Any]], key: str = "dice"
+) -> str:
     """One line of the overview."""
-    return f"| {label} | {number(baseline)} | {' | '.join(number(row.get(key)) for row in rows)} |"
+    return f"| {label} | {lesion_ml} | {number(baseline)} | {' | '.join(number(r.get(key)) for r in rows)} |"
 
 
 def filled(text: str, blocks: Mapping[str, str]) -> str:
@@ -143,7 +199,10 @@ def filled(text: str, blocks: Mapping[str, str]) -> str:
 
 def texts() -> dict[Path, str]:
     """path -> what its text should be, of every file with tables."""
-    texts = {README: filled(README.read_text(), {"dice": overview()})}
+    texts = {
+        README: filled(README.read_text(), {"kinds": kinds()}),
+        QUALITY: filled(QUALITY.read_text(), {"kinds": kinds(), "cases": overview()}),
+    }
     for name in SHIPPED:
         evaluations, path = newest(name), CARDS / f"{name}.md"
         on_volumes = [evaluations[data] for data in ("volumes", "unseen") if data in evaluations]

@@ -219,7 +219,12 @@ def test_a_cohort_is_measured_by_the_wall_clock_of_the_command(tmp_path, monkeyp
 
 def test_tables_in_the_texts_are_those_of_the_last_evaluations():
     texts = cards.texts()
-    assert {path.name for path in texts} == {"README.md", "flair-image-labels.md", "flair-pixel-labels.md"}
+    assert {path.name for path in texts} == {
+        "README.md",
+        "quality.md",
+        "flair-image-labels.md",
+        "flair-pixel-labels.md",
+    }
     for path, text in texts.items():
         assert path.read_text() == text, f"{path} is behind; python -m benchmarks.cards"
     dice = cards.newest("flair-pixel-labels")["lgg"]["pooled"]["dice"]

@@ -225,9 +225,9 @@ def test_the_networks_see_a_slice_between_its_neighbours_and_its_mirror_image(sl
 
 def test_training_and_detection_see_the_same_planes(slices):
     import numpy as np
+    from ddmd.training.dataset import PreparedCase, with_mirror
 
     from ddmd.cohort.cases import Case
-    from ddmd.training.dataset import PreparedCase, with_mirror
 
     system = tiny_system()
     brain = slices.brain[:, 0].numpy()

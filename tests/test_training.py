@@ -507,7 +507,7 @@ share_normal = 0.12
 """
 MISTAKES = {  # what is replaced, by what, and the entry that the message names
     "name leaves the folder": ('"tiny"', '"../../escaped"', "name"),
-    "name is a path": ('"tiny"', '"/tmp/escaped"', "name"),
+    "name is a path": ('"tiny"', '"/escaped"', "name"),
     "name has a folder": ('"tiny"', '"a/b"', "name"),
     "name has a backslash": ('"tiny"', "'a\\\\b'", "name"),
     "name is hidden": ('"tiny"', '".tiny"', "name"),

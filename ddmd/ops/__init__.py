@@ -13,7 +13,11 @@ from ddmd.ops.checks import require_int, require_tensors
 from ddmd.ops.reference import COLUMNS
 from ddmd.ops.registry import OPS, SCHEMAS, backend, serving
 
-__all__ = ["COLUMNS", "OPS", "SCHEMAS", "backend", "serving", *OPS]
+__all__ = [
+    "COLUMNS", "OPS", "SCHEMAS", "backend", "denoise_step", "discrepancy_maps", "ensemble_merge",
+    "ensemble_update", "ensemble_variance", "gaussian_kl", "group_norm_silu", "noise", "pairwise_sqdist",
+    "serving",
+]  # fmt: skip
 
 
 def noise(
