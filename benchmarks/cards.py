@@ -38,8 +38,8 @@ class Kind:
 KINDS = (
     Kind("Glioma, single slices, skull on", r"TCGA", "lesions hardly brighter than their surroundings"),
     Kind("Glioma, volumes", r"brats", "the faint rim is left out"),
-    Kind("Multiple sclerosis", r"ms-", "small lesions are missed, thick slices are worse"),
-    Kind("White matter hyperintensities", r"wmh", "bands that are alike on both sides look normal to it"),
+    Kind("Multiple sclerosis", r"ms-", "most small lesions are missed; thick slices are worse"),
+    Kind("White matter hyperintensities", r"wmh", "most is missed: what is alike on both sides looks normal"),
     Kind("Stroke", r"stroke|isles", "not trained for"),
     Kind("Tumour, skull on, unknown scanner", r"brainix", "the base of the skull is marked"),
 )
@@ -73,8 +73,9 @@ def figures(evaluation: Mapping[str, Any]) -> str:
             continue
         pooled = number(evaluation["pooled"].get(name))
         interval = evaluation["intervals"].get(name, (None,))
-        spread = "" if None in interval else "{:.3f} [{:.3f}, {:.3f}]".format(*interval)
-        lines.append(f"| {label} | {pooled} | {spread} |")
+        mean = "" if None in interval else "{:.3f} [{:.3f}, {:.3f}]".format(*interval)
+        if pooled or mean:
+            lines.append(f"| {label} | {pooled} | {mean} |")
     return "\n".join(lines)
 
 
@@ -99,7 +100,7 @@ def volumes(*evaluations: Mapping[str, Any]) -> str:
     pooled = first["pooled"]
     return "\n".join([
         *lines, "", f"False-positive volume of healthy controls: {', '.join(empty) or 'not measured'}. Uncertainty "
-        f"against error, AUROC, on {', '.join(row['patient'] for row in first['patients'])}: "
+        f"against error, AUROC, on the {len(first['patients'])} volumes with lesions: "
         f"{pooled['uncertainty_auroc']:.3f}; pooled Dice without the 5 % least certain voxels "
         f"{pooled['dice_without_5_percent']:.3f}, with them {pooled['dice']:.3f}.",
     ])  # fmt: skip

@@ -281,6 +281,7 @@ def test_commands_of_the_documentation_exist() -> None:
     from typer.main import get_command
 
     from ddmd.cli import app
+    from ddmd.cli.bids import bids_app_arguments
 
     commands = get_command(app).commands  # type: ignore[attr-defined]
     options = {
@@ -297,8 +298,9 @@ def test_commands_of_the_documentation_exist() -> None:
         text = path.read_text(encoding="utf-8")
         for line in re.findall(r"^(?:    |\| `|.*`)(ddmd [^`\n]+)", text, re.M):
             words = line.split()
-            if words[1] in ("COMMAND", "BIDS_DIR") or words[1].startswith("-"):
+            if words[1] == "COMMAND" or words[1].startswith("-"):
                 continue
+            words = ["ddmd", *bids_app_arguments(words[1:], commands)]
             if words[1] not in commands:
                 wrong.append(f"{path.relative_to(ROOT)}: {line}")
                 continue
