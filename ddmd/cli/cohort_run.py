@@ -39,6 +39,8 @@ def cohort_options(
     part: str | None,
     device: str,
     engine: str,
+    strip: bool = False,
+    brain: Path | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """The options of `plan_cohort`, of those of the command line; the command ends where one is wrong."""
@@ -50,11 +52,21 @@ def cohort_options(
         raise bad_usage(f"--threshold is {threshold}; allowed are values between 0 and 1")
     if engine == "ray":
         require_extra("ray", ("ray",))
+    if strip:
+        require_extra("strip", ("deepbet",))
+    if brain is not None and not brain.is_file():
+        raise bad_usage(f"--brain is {str(brain)!r}, which is no file; name a mask on the grid of the image")
     return {
         **options,
         "sequence": sequence,
         "threshold": threshold,
-        "reading": {"resample": resample or None, "skull": skull, "bias": bias},
+        "reading": {
+            "resample": resample or None,
+            "skull": skull,
+            "bias": bias,
+            "strip": strip,
+            "brain": brain,
+        },
         "maps": _map_names(maps),
         "part": _part(part),
         "device": device_name(device),

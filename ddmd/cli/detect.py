@@ -11,8 +11,10 @@ from ddmd.cli.cohort_run import cohort_options, log_file, run_cohort
 from ddmd.cli.entry import bad_usage
 from ddmd.cli.options import (
     Bias,
+    Brain,
     Debug,
     Devices,
+    DicomSeg,
     Engine,
     Json,
     LogFile,
@@ -29,6 +31,7 @@ from ddmd.cli.options import (
     SkipExisting,
     Skull,
     Steps,
+    Strip,
     Threads,
     Threshold,
     Weights,
@@ -39,7 +42,8 @@ from ddmd.cli.options import (
 def command(
     output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="Folder for the results.")],
     inputs: Annotated[
-        list[Path] | None, typer.Argument(metavar="IN...", help="One volume, its sequences, or folders.")
+        list[Path] | None,
+        typer.Argument(metavar="IN...", help="One volume, its sequences, or folders (NIfTI or DICOM)."),
     ] = None,
     more_inputs: Annotated[
         list[Path] | None,
@@ -55,7 +59,10 @@ def command(
     resample: Resample = False,
     skull: Skull = "auto",
     bias: Bias = "auto",
+    strip: Strip = False,
+    brain: Brain = None,
     maps: Maps = None,
+    dicom_seg: DicomSeg = None,
     device: Devices = "auto",
     engine: Engine = "threads",
     precision: Precision = "auto",
@@ -81,6 +88,7 @@ def command(
         weights=weights, samples=samples, steps=steps, sampler=sampler, seed=seed, threshold=threshold,
         sequence=sequence, resample=resample, skull=skull, bias=bias, maps=maps, device=device, engine=engine,
         precision=precision, skip_existing=skip_existing, overwrite=overwrite, part=part,
+        strip=strip, brain=brain, dicom_seg=dicom_seg,
     )  # fmt: skip
     from ddmd.cohort.pipeline import plan_cohort
 

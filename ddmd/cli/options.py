@@ -45,6 +45,18 @@ Skull = Annotated[
 Bias = Annotated[
     str, typer.Option("--bias", metavar="HOW", help="Correction of the bias field: auto, off, on or n4.")
 ]
+Strip = Annotated[bool, typer.Option("--strip", help="Strip the skull where it is on (needs ddmd[strip]).")]
+Brain = Annotated[
+    Path | None,
+    typer.Option("--brain", metavar="FILE", help="Brain mask on the image's grid, made by any program."),
+]
+DicomSeg = Annotated[
+    bool | None,
+    typer.Option(
+        "--dicom-seg/--no-dicom-seg",
+        help="Whether DICOM Segmentations are written, which name the patient; by default for DICOM input.",
+    ),
+]
 Maps = Annotated[
     str | None,
     typer.Option("--maps", metavar="NAMES", help="Maps to write, joined by commas; by default all."),

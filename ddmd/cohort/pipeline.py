@@ -179,6 +179,7 @@ def plan_cohort(
     tables: bool | None = None,
     tag: str | None = None,
     naming: Naming = PLAIN_NAMES,
+    dicom_seg: bool | None = None,
     select: Callable[[Sequence[Case]], Sequence[Case]] | None = None,
     place: Callable[[Sequence[Case], Sequence[str]], Sequence[Task]] | None = None,
     layout: str = "auto",
@@ -193,6 +194,7 @@ def plan_cohort(
     tables : whether tables are written; None where there are several cases
     tag : what names of the tables end in; by default the part
     naming : how the maps are called
+    dicom_seg : as `Detection.save` takes it
     select : the cases to work on, of those that were found
     place : all cases and the weights' sequences -> where results go; by default side by side in `out`
     layout : as `find_cases` takes it
@@ -212,6 +214,7 @@ def plan_cohort(
         reading=dict(reading or {}),
         check_all=all(not isinstance(case, Case) and Path(case).is_file() for case in listed),
         naming=naming,
+        dicom_seg=dicom_seg,
         keep_detections=keep_detections,
     )
     found = _cases(listed, detector, sequence, layout)
@@ -275,11 +278,11 @@ def detect_cohort(
     overwrite : bool
         Whether earlier results are replaced; with skip_existing, those of other weights or options.
     part : (i, n), the i-th of n parts of the cohort, counted from 1
-    maps, overlay : as `Detection.save` takes them
+    maps, overlay, dicom_seg : as `Detection.save` takes them
     workers : threads that read, and threads that write
         At most 2 * workers + 2 cases for one device are in memory.
     threshold, samples, steps, sampler, seed, batch : as `Detector.detect` takes them
-    reading : options of `Volume.read`, optional
+    reading : options of `Volume.read`, optional; a brain mask is the path of a file
     sequence : what images are whose names do not say it, optional
 
     Yields

@@ -125,6 +125,7 @@ class CohortOptions:
     reading : options of `Volume.read`
     check_all : whether the grids of sequences that the weights do not need must agree, too
     naming : how the maps are called
+    dicom_seg : as `Detection.save` takes it
     keep_detections : whether outcomes hold the detections
     """
 
@@ -135,6 +136,7 @@ class CohortOptions:
     reading: Mapping[str, Any] = field(default_factory=dict)
     check_all: bool = False
     naming: Naming = field(default_factory=lambda: Naming({}))
+    dicom_seg: bool | None = None
     keep_detections: bool = True
 
     def description(self, facts: SystemFacts) -> dict[str, Any]:
@@ -147,7 +149,11 @@ class CohortOptions:
             "Precision": facts.precision,
             "Sampling": sampling,
             "Threshold": self.threshold,
-            "Reading": {k: str(v) for k, v in sorted(self.reading.items()) if v not in (None, False, "auto")},
+            "Reading": {
+                name: file_sha256(value) if name == "brain" else str(value)
+                for name, value in sorted(self.reading.items())
+                if value not in (None, False, "auto")
+            },
         }
 
     def is_result_of(self, summary: Mapping[str, Any], facts: SystemFacts) -> bool:
@@ -232,6 +238,7 @@ class CaseWorker:
             extra=extra,
             stem=task.stem,
             naming=self.options.naming,
+            dicom_seg=self.options.dicom_seg,
         )
         summary = {**detection.description(), **extra, "LesionTable": detection.lesion_rows()}
         return Outcome(summary, None, detection if self.options.keep_detections else None)

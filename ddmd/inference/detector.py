@@ -28,7 +28,7 @@ from ddmd.io.volume import Volume, VolumeError
 from ddmd.models import checkpoint
 
 DEVICES = "auto, cpu, cuda, cuda:N, and gpu for cuda"
-READING_OPTIONS = ("affine", "sequences", "resample", "skull", "brain", "bias")  # of `Volume.read`
+READING_OPTIONS = ("affine", "sequences", "resample", "skull", "brain", "bias", "strip")  # of `Volume.read`
 
 
 class DetectionError(VolumeError):
@@ -223,6 +223,7 @@ class Detector:
         skull: str = "auto",
         brain: Any = None,
         bias: str = "auto",
+        strip: bool = False,
     ) -> Prepared:
         """Read a volume and cut it into slices, so that `detect` has only to compute.
 
@@ -231,7 +232,7 @@ class Detector:
         Parameters
         ----------
         volume : path, {sequence: path}, list of paths, nibabel image, array, or Volume
-        affine, sequences, resample, skull, brain, bias
+        affine, sequences, resample, skull, brain, bias, strip
             As `Volume.read` takes them.
 
         Returns
@@ -253,6 +254,7 @@ class Detector:
                 skull=skull,
                 brain=brain,
                 bias=bias,
+                strip=strip,
             )
         slices = extract(volume, self.description.sequences, self.description.slice_grid)
         return Prepared(volume, slices)
@@ -373,6 +375,7 @@ class Detector:
         skull: str = "auto",
         brain: Any = None,
         bias: str = "auto",
+        strip: bool = False,
         samples: int | None = None,
         steps: int | None = None,
         sampler: str | None = None,
@@ -386,7 +389,7 @@ class Detector:
         Parameters
         ----------
         volume : path, DICOM folder, {sequence: path}, list of paths, nibabel image, array, Volume, or Prepared
-        affine, sequences, resample, skull, brain, bias
+        affine, sequences, resample, skull, brain, bias, strip
             As `Volume.read` takes them; a `Volume` or `Prepared` was read with its own.
         samples, steps : int, optional
             S masks of N steps each; by default what the weights say.
@@ -429,6 +432,7 @@ class Detector:
                 skull=skull,
                 brain=brain,
                 bias=bias,
+                strip=strip,
             )
         maps = self.to_volume(volume, self.maps(volume, config, progress))
         volume = volume.volume

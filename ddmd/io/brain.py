@@ -25,7 +25,7 @@ class BrainEstimate:
     mask : bool (X, Y, Z), the brain.
     skull_on : whether scalp and skull are in the image.
     confidence : float in [0.5, 1], how sure `skull_on` is; 1 where the user said it.
-    source : "background" (all that is not background), "head outline" (the inside of the head), or "given".
+    source : "background" (all that is not background), "head outline" (the inside of the head), "given", or "stripped".
     """
 
     mask: np.ndarray
@@ -41,6 +41,7 @@ class BrainEstimate:
             "background": "the brain is what is not background",
             "head outline": f"the brain is estimated as what lies {SCALP_MM:.0f} mm inside the head",
             "given": "the brain mask was given",
+            "stripped": "the brain is what deepbet stripped",
         }
         return f"{sure}; {origin[self.source]}"
 

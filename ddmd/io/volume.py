@@ -26,6 +26,7 @@ from ddmd.io.geometry import GRID_TOLERANCE_MM, Geometry, grid_gap
 from ddmd.io.inputs import InputImage, array_image, input_images
 from ddmd.io.intensities import intensities_of
 from ddmd.io.sequences import SEQUENCES, sequence_of, stem
+from ddmd.io.strip import stripped
 
 __all__ = ["SEQUENCES", "Volume", "VolumeError", "estimate_brain", "sequence_of"]
 
@@ -82,6 +83,7 @@ class Volume:
         skull: str = "auto",
         brain: Any = None,
         bias: str = "auto",
+        strip: bool = False,
     ) -> Volume:
         """Read a volume from files, nibabel images or arrays.
 
@@ -105,6 +107,8 @@ class Volume:
             A brain mask on the image's grid, of any stripper; what is outside it is taken away.
         bias : "auto", "off", "on" or "n4"
             Whether bias fields are corrected; auto corrects those with clear evidence.
+        strip : bool
+            Whether the skull is stripped, by deepbet, where it is on.
 
         Returns
         -------
@@ -125,7 +129,7 @@ class Volume:
         if require:
             others = [s for s in chosen if s not in require] if check_all and not resample else []
             chosen = {s: chosen[s] for s in (*require, *others)}
-        return cls._assemble(chosen, resample, notes, skull=skull, brain=brain, bias=bias)
+        return cls._assemble(chosen, resample, notes, skull=skull, brain=brain, bias=bias, strip=strip)
 
     @classmethod
     def from_array(
@@ -137,6 +141,7 @@ class Volume:
         skull: str = "auto",
         brain: Any = None,
         bias: str = "auto",
+        strip: bool = False,
     ) -> Volume:
         """A volume of arrays by sequence, on one grid.
 
@@ -147,7 +152,7 @@ class Volume:
         affine : (4, 4)
             Voxels to mm.
         name : of the volume, for messages and files
-        skull, brain, bias
+        skull, brain, bias, strip
             As `read` takes them.
 
         Returns
@@ -163,7 +168,7 @@ class Volume:
         if not images:
             raise VolumeError(f"{name}: no image given; give at least one")
         chosen = {s: array_image(a, affine, f"{name} ({s})", s) for s, a in images.items()}
-        return cls._assemble(chosen, None, [], name, skull=skull, brain=brain, bias=bias)
+        return cls._assemble(chosen, None, [], name, skull=skull, brain=brain, bias=bias, strip=strip)
 
     @classmethod
     def _assemble(
@@ -176,6 +181,7 @@ class Volume:
         skull: str,
         brain: Any,
         bias: str,
+        strip: bool,
     ) -> Volume:
         target = resample if isinstance(resample, str) else next(iter(chosen))
         if target not in chosen:
@@ -198,6 +204,9 @@ class Volume:
         labels = {s: image.label for s, image in chosen.items()}
         mask = None if brain is None else _brain_mask(brain, grid, label, orientation)
         estimate, images = _clean(canonical, labels, notes, grid.affine, skull, mask)
+        if strip:
+            estimate, note = stripped(estimate, images, labels)
+            notes.append(note)
         notes += _brain_notes(estimate, label)
         return cls(
             images=images,
@@ -415,7 +424,7 @@ def _brain_notes(estimate: BrainEstimate, label: str) -> list[str]:
     if estimate.skull_on:
         return [
             f"{label}: the skull seems to be on ({estimate.confidence:.0%} sure); results are less reliable "
-            "outside the brain. Strip it first (HD-BET or SynthStrip) for better ones, or pass --skull off "
+            "outside the brain. Pass --strip (strip=True) or a brain mask for better ones, or --skull off "
             "(skull='off') if it is off"
         ]
     if estimate.confidence < SURE:
