@@ -129,9 +129,12 @@ def _bids_label(name: str) -> str | None:
 
 def _plain_label(name: str) -> str | None:
     words = re.sub(r"[-_.,\s+()\[\]]+", "_", name).strip("_")
-    onto = _ONTO.search(words)
-    if onto:
-        words = words[: onto.start()]
+    for onto in _ONTO.finditer(words):
+        before = words[: onto.start()]
+        # "t1_2_flair" is a T1 on the grid of a FLAIR, "patient_2_flair" the FLAIR of patient 2
+        if onto[1] != "2" or any(pattern.search(before) for _, pattern in _TABLE):
+            words = before
+            break
     found: list[tuple[int, str]] = []  # where a match ends, and its label
     rest = words
     for label, pattern in _TABLE:
