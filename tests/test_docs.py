@@ -324,3 +324,26 @@ def test_files_and_keys_of_a_result_are_documented(tmp_path: Path) -> None:
     result = json.loads(paths["result"].read_text())
     lacking += [key for key in (*result, *result["LesionTable"][0]) if f"`{key}`" not in page]
     assert not lacking
+
+
+def test_the_licence_of_the_weights_is_said_wherever_one_meets_them() -> None:
+    from importlib.metadata import metadata
+
+    from typer.testing import CliRunner
+
+    from ddmd.cli import app
+    from ddmd.models import checkpoint
+
+    name = "CC BY-NC-SA 4.0"
+    assert name in (checkpoint.PRETRAINED / "LICENSE.md").read_text(encoding="utf-8")
+    said = CliRunner().invoke(app, ["info"]).output
+    for weights in checkpoint.available():
+        assert name in (checkpoint.PRETRAINED / f"{weights}.md").read_text(encoding="utf-8")
+        assert re.search(rf"weights {weights}: .*\n  licence: {name}", said), said
+    try:
+        licence = metadata("ddmd")["License-Expression"]
+    except ModuleNotFoundError:
+        import tomllib
+
+        licence = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["license"]
+    assert licence == "Apache-2.0 AND CC-BY-NC-SA-4.0"

@@ -54,7 +54,13 @@ def test_stem_has_no_extension_of_an_image():
 @pytest.mark.parametrize("number", ["2", "02", "12", "3"])
 @pytest.mark.parametrize("separator", "-_. ")
 def test_a_patients_number_is_no_word_of_the_name(number, separator):
-    for word, sequence in (("FLAIR", "flair"), ("t2f", "flair"), ("T1", "t1"), ("t1c", "t1ce"), ("t2w", "t2")):
+    for word, sequence in (
+        ("FLAIR", "flair"),
+        ("t2f", "flair"),
+        ("T1", "t1"),
+        ("t1c", "t1ce"),
+        ("t2w", "t2"),
+    ):
         name = separator.join(("patient", number, word)) + ".nii.gz"
         assert sequence_of(name) == sequence, name
     assert sequence_of(f"patient{separator}{number}{separator}t1{separator}2{separator}flair.nii.gz") == "t1"

@@ -8,6 +8,9 @@ from typing import Any
 from ddmd.cli import console
 from ddmd.cli.options import Debug, Json
 
+# Of the weights in the package; ddmd/pretrained/LICENSE.md is its text.
+LICENCE = "CC BY-NC-SA 4.0: research only, not commercial; see LICENSE.md beside the file"
+
 
 def command(json: Json = False, debug: Debug = False) -> None:
     """Versions, devices, backends of the ops, and weights."""
@@ -31,8 +34,10 @@ def command(json: Json = False, debug: Debug = False) -> None:
     console.table(("op", "cpu", "cuda", "why not faster"), rows)
     for name, weights in facts["weights"].items():
         console.say(f"weights {name}: takes {', '.join(weights['sequences'])}; from {weights['file']}")
+        console.say(f"  licence: {weights['licence']}")
         for key, value in weights["training"].items():
-            console.say(f"  {key}: {value}")
+            if not isinstance(value, dict):  # of systems that were averaged: in the JSON alone
+                console.say(f"  {'licences of the data' if key == 'licence' else key}: {value}")
 
 
 def _facts() -> dict[str, Any]:
@@ -56,6 +61,7 @@ def _facts() -> dict[str, Any]:
         weights[name] = {
             "sequences": list(description.sequences),
             "file": str(checkpoint.find(name)),
+            "licence": LICENCE,
             "training": dict(description.training),
         }
     build = native.build_info()
