@@ -8,6 +8,7 @@ import gzip
 import io
 import json
 import os
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -446,6 +447,25 @@ def test_words_that_name_the_patient_go():
     assert PATIENT["PatientID"] not in without_patient(
         f"x{PATIENT['PatientID']}y", {PATIENT["PatientID"].lower()}
     )
+
+
+def test_the_guides_commands_and_code_run(axial, tmp_path, monkeypatch):
+    page = (Path(__file__).parents[1] / "docs" / "howto" / "dicom.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Detector, "load", classmethod(lambda cls, *a, **k: Detector(tiny_system())))
+    for name in ("DICOM_DIR", "SERIES_DIR"):
+        (tmp_path / name).symlink_to(axial[0])
+    commands = re.findall(r"^ {4,}ddmd (.*)$", page, re.M)
+    assert len(commands) == 3
+    for command in commands:
+        result = CliRunner().invoke(app, [*command.split(), "--overwrite"])
+        assert result.exit_code == 0, result.output
+        shutil.move("out", f"out-{len(os.listdir())}")
+    for code in re.findall(r"^```python\n(.*?)^```", page, re.M | re.S):
+        exec(compile(code, "dicom.md", "exec"), {})
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {
+        f"DICOM_DIR_series-5_{name}.dcm" for name in ("desc-lesion_mask", "desc-lesion_probseg")
+    }
 
 
 def test_detect_takes_a_folder(axial):
