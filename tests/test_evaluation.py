@@ -23,9 +23,10 @@ from ddmd.evaluation.metrics import (
     lesion_wise,
     rejection_curve,
 )
-from ddmd.evaluation.report import html, without_folders
+from ddmd.evaluation.report import html
 from ddmd.evaluation.summary import Failure, summarise
 from ddmd.inference.postprocess import LesionCriteria
+from ddmd.io.text import without_folders
 from ddmd.io.volume import Volume
 from ddmd.models import checkpoint
 from tests.volumes import head, tiny_system, write

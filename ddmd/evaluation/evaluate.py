@@ -16,10 +16,11 @@ from ddmd.cohort.splits import read_split
 from ddmd.evaluation.baselines import smoothed_intensity
 from ddmd.evaluation.case_metrics import BASELINE_RANGE, CaseMetrics, case_metrics
 from ddmd.evaluation.metrics import Histogram, Mask
-from ddmd.evaluation.report import EvaluationError, check_report_folder, without_folders, write_report
+from ddmd.evaluation.report import EvaluationError, check_report_folder, write_report
 from ddmd.evaluation.summary import Failure, Report, summarise
 from ddmd.inference.detector import Detector
 from ddmd.inference.session import SamplingConfig
+from ddmd.io.text import without_folders
 from ddmd.io.volume import Volume
 
 __all__ = ["EvaluationError", "Report", "evaluate", "evaluate_case"]

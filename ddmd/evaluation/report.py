@@ -6,7 +6,6 @@ import base64
 import html as markup
 import io
 import os
-import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -16,14 +15,13 @@ from typing import Any
 
 from ddmd.evaluation.summary import FIGURES, Report
 from ddmd.io.atomic import write_text
-from ddmd.io.text import json_text, printable, table_text
+from ddmd.io.text import json_text, printable, table_text, without_folders
 
 STYLE = (
     "body{font:15px sans-serif;max-width:60em;margin:2em auto}td,th{padding:.2em .8em;text-align:right}"
     "figure{display:inline-block;margin:.5em}figcaption{max-width:22em}"
 )
 FILES = ("metrics.json", "per_patient.csv", "report.html", "failures.csv")
-FOLDERS = re.compile(r"(?:[A-Za-z]:[\\/]|(?<![\w.<])/)(?:[^\s'\"<>:;,|]+[\\/])+")
 
 
 class EvaluationError(ValueError):
@@ -78,17 +76,6 @@ def write_report(report: Report, folder: str | Path) -> None:
             (folder / "failures.csv").unlink(missing_ok=True)
     except OSError as error:
         raise EvaluationError(f"{folder}: cannot be written to ({error}); choose another folder") from None
-
-
-def without_folders(text: str) -> str:
-    """A message with base names for absolute paths.
-
-    Examples
-    --------
-    >>> without_folders("/home/ada/data/p1/flair.nii.gz: not a NIfTI file")
-    'flair.nii.gz: not a NIfTI file'
-    """
-    return FOLDERS.sub("", text)
 
 
 def _failures(report: Report) -> list[dict[str, str]]:

@@ -7,11 +7,14 @@ import io
 import json
 import math
 import os
+import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 _ESCAPED = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # control, format (right-to-left marks), surrogates, separators
+# of absolute paths, all but the base name
+_FOLDERS = re.compile(r"(?:[A-Za-z]:[\\/]|(?<![\w.<])/)(?:[^\s'\"<>:;,|]+[\\/])+")
 _JOINERS = "\u200c\u200d"  # of category Cf, but parts of words and of emoji
 
 
@@ -44,6 +47,17 @@ def _escaped(character: str) -> str:
     if 0xDC80 <= code <= 0xDCFF:  # how Python keeps a byte that is not UTF-8
         return f"\\x{code - 0xDC00:02x}"
     return character.encode("unicode_escape").decode("ascii")
+
+
+def without_folders(text: str) -> str:
+    """A message with base names for absolute paths; folders whose names hold blanks are not known as such.
+
+    Examples
+    --------
+    >>> without_folders("/home/ada/data/p1/flair.nii.gz: not a NIfTI file")
+    'flair.nii.gz: not a NIfTI file'
+    """
+    return _FOLDERS.sub("", text)
 
 
 def table_cell(value: object) -> object:

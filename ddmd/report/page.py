@@ -17,12 +17,12 @@ import nibabel as nib
 import numpy as np
 
 import ddmd
-from ddmd.cohort.cases import Case
+from ddmd.cohort.cases import UNKNOWN, Case
 from ddmd.io.atomic import write_text
 from ddmd.io.errors import VolumeError
 from ddmd.io.geometry import GRID_TOLERANCE_MM, grid_gap
 from ddmd.io.naming import name_hash
-from ddmd.io.text import json_line, printable
+from ddmd.io.text import json_line, printable, without_folders
 from ddmd.report.reported_cases import Failure, ReportedCase, read_results
 from ddmd.report.thumbnails import Thumbnail, thumbnail
 from ddmd.report.volumes import display_image, display_map, read_info, thinned, write_volumes
@@ -206,22 +206,26 @@ def _source_values(
     case: ReportedCase, source: Case, shape: tuple[int, ...], affine: np.ndarray[Any, Any]
 ) -> np.ndarray[Any, Any]:
     """The image that the result was made from, on its own grid; ValueError for another one."""
-    sequence = next(iter(case.sources), next(iter(source.files)))
+    named = {s: paths[0].name for s, paths in source.files.items()}
+    sequence = next((s for first in case.sources for s, name in named.items() if name == first), None)
+    if sequence is None and case.sources and not source.stack:
+        raise ValueError(
+            f"the result is of {', '.join(case.sources)}, not of {printable(', '.join(named.values()))}"
+        )
+    sequence = sequence or next(iter(named))
+    file, sequence = named[sequence], "flair" if sequence == UNKNOWN else sequence  # any name will do
     volume = source.volume((sequence,))
-    named = os.path.basename(volume.sources[sequence])
-    if case.sources and named != case.sources[sequence] and not source.stack:
-        raise ValueError(f"the result is of {printable(case.sources[sequence])}, not of {printable(named)}")
     image = volume.to_native(volume.images[sequence])
     gap = np.inf if image.shape != shape else grid_gap(shape, np.asarray(image.affine), affine)
     if gap > GRID_TOLERANCE_MM:
-        raise ValueError(f"{printable(named)} has another grid than the result")
+        raise ValueError(f"{printable(file)} has another grid than the result")
     return np.asanyarray(image.dataobj)
 
 
 def _without_folders(text: str, source: Case) -> str:
     for path in (path for paths in source.files.values() for path in paths):
         text = text.replace(str(path), path.name)
-    return printable(text)
+    return printable(without_folders(text))
 
 
 def _html(rows: list[_Row], failures: list[Failure], title: str) -> str:
@@ -311,10 +315,10 @@ def _case_data(row: _Row) -> dict[str, Any]:
     facts = {
         "score": _figure(case.number("Score"), 2),
         "lesions": str(len(case.lesions)),
-        "lesion volume": f"{_figure(case.number('LesionMl'), 2)} ml",
+        "lesion volume": f"{_figure(case.number('LesionMl'), 2)} ml{_interval(case)}",
         "brain volume": f"{_figure(case.number('BrainMl'), 0)} ml",
         "uncertain share": _figure(_as_number(quality.get("UncertainShare")), 2),
-        "image": printable(", ".join(case.sources.values())),
+        "image": ", ".join(case.sources),
     }
     return {
         "name": case.name,
@@ -334,6 +338,13 @@ def _case_data(row: _Row) -> dict[str, Any]:
             for lesion in case.lesions
         ],
     }
+
+
+def _interval(case: ReportedCase) -> str:
+    """The volume that is surely and that is possibly lesion, in brackets; empty where it is not known."""
+    ends = case.values.get("LesionMlInterval")
+    low, high = map(_as_number, ends) if isinstance(ends, list) and len(ends) == 2 else (None, None)
+    return "" if low is None or high is None else f" ({low:.2f} to {high:.2f})"
 
 
 def _as_number(value: Any) -> float | None:

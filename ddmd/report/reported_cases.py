@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ddmd.io.results import SUFFIXES, read_result
-from ddmd.io.text import printable
+from ddmd.io.results import BIDS_NAMES, PLAIN_NAMES, read_result
+from ddmd.io.text import printable, without_folders
 
 _RESULT = "_result.json"
 SHOWN_MAPS = ("mask", "labels", "probability", "uncertainty")
@@ -35,7 +35,7 @@ class ReportedCase:
     name : as the user knows it, printable. stem : what the names of its files begin with.
     folder : where they are, absolute. checksum : SHA-256 of the checksums of all its files.
     maps : keys of `SHOWN_MAPS` -> file. overlay : PNG file, or None.
-    sources : sequence -> base name of the image.
+    sources : base names of the images it was made from.
     values : what its JSON says; of unchecked types.
     """
 
@@ -45,7 +45,7 @@ class ReportedCase:
     checksum: str
     maps: Mapping[str, Path]
     overlay: Path | None
-    sources: Mapping[str, str]
+    sources: tuple[str, ...]
     flags: tuple[str, ...]
     notes: tuple[str, ...]
     lesions: tuple[LesionRow, ...]
@@ -102,20 +102,22 @@ def _case(stem: str, folder: Path, values: dict[str, Any]) -> ReportedCase:
 
     files: dict[str, Any] = values["Files"]
     quality = values.get("Quality")
-    sources = values.get("Sources")
+    sources = values.get("Sources")  # a list of URIs in BIDS derivatives
+    sources = list(sources.values()) if isinstance(sources, dict) else sources
     lesions = values.get("LesionTable")
-    maps = {key: f"{stem}_{SUFFIXES[key]}.nii.gz" for key in SHOWN_MAPS}
+    names = [
+        (key, f"{stem}_{naming.suffixes[key]}.nii.gz")
+        for key in SHOWN_MAPS
+        for naming in (PLAIN_NAMES, BIDS_NAMES)
+    ]
     return ReportedCase(
         name=printable(values.get("Name") or stem),
         stem=stem,
         folder=folder,
         checksum=name_hash(repr(sorted(files.items())), 64),
-        maps={key: folder / name for key, name in maps.items() if name in files},
+        maps={key: folder / name for key, name in names if name in files},
         overlay=folder / f"{stem}_overlay.png" if f"{stem}_overlay.png" in files else None,
-        sources={
-            str(sequence): os.path.basename(str(file))
-            for sequence, file in (sources if isinstance(sources, dict) else {}).items()
-        },
+        sources=tuple(os.path.basename(source) for source in _texts(sources)),
         flags=_texts(quality.get("Flags") if isinstance(quality, dict) else None),
         notes=_texts(values.get("Notes")),
         lesions=tuple(
@@ -158,11 +160,20 @@ def _failure_rows(folder: Path) -> list[Failure]:
                     name, source, reason = (
                         printable(row.get(key) or "") for key in ("case", "file", "reason")
                     )
+                    source = os.path.basename(source)
                     if name:
-                        rows.append(Failure(name, os.path.basename(source), reason))
+                        rows.append(Failure(name, source, _without_folders(reason, source)))
         except (OSError, UnicodeError, csv.Error):
             rows.append(Failure(path.name, path.name, "cannot be read as a table"))
     return rows
+
+
+def _without_folders(reason: str, source: str) -> str:
+    """A reason that names no folder; most begin with the path of the case's file."""
+    before, found, after = reason.partition(f"/{source}")
+    if source and found and (not before or before.startswith("/")):
+        reason = source + after
+    return without_folders(reason)
 
 
 def _natural(name: str) -> tuple[tuple[int, int, str], ...]:
