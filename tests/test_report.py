@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import gzip
 import html.parser
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import nibabel as nib
@@ -14,10 +17,13 @@ import numpy as np
 import pytest
 
 from ddmd.cohort.discovery import find_cases
+from ddmd.io.results import BIDS_NAMES
+from ddmd.models import checkpoint
 from ddmd.report import volumes
 from ddmd.report.page import ReportError, write_report
 from ddmd.report.volumes import display_image, display_map, thinned
 from tests.report_cases import NASTY, brain, detection, write_cohort
+from tests.volumes import head, tiny_system, write
 
 
 @pytest.fixture
@@ -133,6 +139,54 @@ def test_an_image_of_another_grid_or_name_is_not_shown(cohort):
     assert "image" not in script_volumes(out / "report_volumes" / "p-1.js")
 
 
+def test_an_image_of_another_file_is_not_shown(cohort):
+    inputs, out = cohort
+    (case,) = find_cases(inputs, annotations=False)
+    other = inputs / "other_flair.nii.gz"
+    shutil.move(inputs / "p-1_flair.nii.gz", other)
+    report = write_report(out, [dataclasses.replace(case, files={"flair": (other,)})])
+    assert "not of other_flair.nii.gz" in " ".join(report.notes)
+    assert str(inputs) not in report.page.read_text("utf-8") + " ".join(report.notes)
+
+
+def test_results_with_bids_names_below_the_folder_are_read(tmp_path):
+    image, mask = brain().images["flair"], brain().lesion
+    for subject in ("01", "02"):
+        uris = [f"bids:raw:sub-{subject}/anat/sub-{subject}_FLAIR.nii.gz"]
+        folder = tmp_path / f"sub-{subject}" / "anat"
+        detection(f"sub-{subject}", image, mask).save(
+            folder, naming=BIDS_NAMES, extra={"Sources": uris}, stem=f"sub-{subject}"
+        )
+        nib.save(image, tmp_path / f"sub-{subject}_FLAIR.nii.gz")
+    report = write_report(tmp_path, find_cases(sorted(tmp_path.glob("*_FLAIR.nii.gz")), annotations=False))
+    assert (report.cases, report.failures) == (2, 0)
+    for script in (tmp_path / "report_volumes").glob("*.js"):
+        made = script_volumes(script)
+        np.testing.assert_array_equal(made["mask"].get_fdata(), mask.get_fdata())
+        assert {"labels", "probability", "uncertainty"} <= set(made)
+
+
+def test_detect_writes_the_report_with_the_images(tmp_path, rng):
+    inputs = tmp_path / "my scans"
+    inputs.mkdir()
+    for n in range(2):
+        write(inputs / f"p{n}_flair.nii.gz", *head(rng))
+    (inputs / "p7_flair.nii.gz").write_bytes(b"broken")
+    weights = tmp_path / "tiny.safetensors"
+    checkpoint.save(tiny_system(), weights)
+    command = [sys.executable, "-m", "ddmd", "detect", str(inputs), "-o", str(tmp_path / "out"), "--report"]
+    done = subprocess.run([*command, "--weights", str(weights)], capture_output=True, text=True)
+    print(done.stdout, done.stderr)
+    assert done.returncode == 1
+    page = tmp_path / "out" / "report.html"
+    assert f"report: {page}" in done.stdout
+    assert str(tmp_path) not in page.read_text("utf-8")
+    assert "p7_flair.nii.gz: not a NIfTI file" in page.read_text("utf-8")
+    scripts = sorted((tmp_path / "out" / "report_volumes").iterdir())
+    assert [path.name for path in scripts] == ["p0.js", "p1.js"]
+    assert all("image" in script_volumes(path) for path in scripts)
+
+
 def test_volumes_of_a_case_that_is_gone_are_removed_and_no_other_file(cohort):
     _, out = cohort
     write_report(out)
@@ -148,14 +202,14 @@ def test_volumes_of_a_case_that_is_gone_are_removed_and_no_other_file(cohort):
 def test_incomplete_results_and_failed_cases_are_listed(cohort):
     _, out = cohort
     (out / "failures.tsv").write_text(
-        f"case\tfile\terror\treason\nbad & {NASTY}\t/home/me/b.nii\tVolumeError\tno <b>brain</b>\n"
+        f"case\tfile\terror\treason\nbad & {NASTY}\t/home/me/b.nii\tVolumeError\t/home/my me/b.nii: no <b>brain</b>\n"
     )
     shutil.copy(out / "p-1_result.json", out / "p-2_result.json")
     report = write_report(out)
     assert (report.cases, report.failures) == (1, 2)
     text = report.page.read_text("utf-8")
-    assert "no &lt;b&gt;brain&lt;/b&gt;" in text
-    assert "/home/me" not in text
+    assert "<td>b.nii: no &lt;b&gt;brain&lt;/b&gt;</td>" in text
+    assert "/home" not in text
     next(out.glob("*_mask.nii.gz")).write_bytes(b"changed")
     assert write_report(out).failures == 3
 
@@ -171,6 +225,11 @@ def test_a_folder_without_results_and_a_page_of_somebody_else_are_refused(cohort
     with pytest.raises(ReportError, match="move it away"):
         write_report(out)
     assert (out / "report.html").read_text() == "<p>mine"
+    (out / "report.html").unlink()
+    (out / "report_volumes").symlink_to(tmp_path / "empty")
+    with pytest.raises(ReportError, match="link"):
+        write_report(out)
+    assert not list((tmp_path / "empty").iterdir())
 
 
 class Tags(html.parser.HTMLParser):

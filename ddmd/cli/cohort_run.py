@@ -123,7 +123,11 @@ def log_file(path: Path | None) -> Iterator[None]:
 
 
 def run_cohort(
-    plan: Callable[[], CohortRun], quiet: bool, json: bool, before_work: Callable[[], object] | None = None
+    plan: Callable[[], CohortRun],
+    quiet: bool,
+    json: bool,
+    before_work: Callable[[], object] | None = None,
+    report: Path | None = None,
 ) -> None:
     """Plan a cohort and do it; print each result; end the command with its exit code.
 
@@ -132,6 +136,7 @@ def run_cohort(
     plan : makes the run
     quiet, json : print nothing but errors; print JSON
     before_work : called when the plan is made
+    report : folder of the results, whose page `ddmd report` writes at the end; None for no page
     """
     from ddmd.cohort.errors import DatasetError
     from ddmd.io.errors import VolumeError
@@ -160,10 +165,22 @@ def run_cohort(
                 _print_result(task, outcome.summary, run, quiet, json)
             if several:
                 bar.update(count, len(run.tasks))
+    if report is not None:
+        _write_report(run, report, quiet, json)
     if run.failures:
         if len(run.cases) > 1:
             console.error(f"{len(run.failures)} of {len(run.cases)} volumes failed")
         raise typer.Exit(SOME_FAILED)
+
+
+def _write_report(run: CohortRun, folder: Path, quiet: bool, json: bool) -> None:
+    from ddmd.report.page import write_report
+
+    if not folder.is_dir():  # nothing was written: a single image that failed
+        return
+    written = write_report(folder, run.cases)
+    if not quiet and not json:
+        console.say(f"report: {written.page}")
 
 
 def _print_earlier(run: CohortRun, quiet: bool, json: bool) -> None:

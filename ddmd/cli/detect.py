@@ -23,6 +23,7 @@ from ddmd.cli.options import (
     Part,
     Precision,
     Quiet,
+    Report,
     Resample,
     Sampler,
     Samples,
@@ -70,6 +71,7 @@ def command(
     skip_existing: SkipExisting = False,
     overwrite: Overwrite = False,
     part: Part = None,
+    report: Report = False,
     log: LogFile = None,
     quiet: Quiet = False,
     json: Json = False,
@@ -93,4 +95,6 @@ def command(
     from ddmd.cohort.pipeline import plan_cohort
 
     with log_file(log):
-        run_cohort(lambda: plan_cohort(sources, output, **options), quiet, json)
+        run_cohort(
+            lambda: plan_cohort(sources, output, **options), quiet, json, report=output if report else None
+        )

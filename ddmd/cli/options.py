@@ -61,6 +61,9 @@ Maps = Annotated[
     str | None,
     typer.Option("--maps", metavar="NAMES", help="Maps to write, joined by commas; by default all."),
 ]
+Report = Annotated[
+    bool, typer.Option("--report", help="Write report.html with a viewer, too; see ddmd report.")
+]
 SkipExisting = Annotated[
     bool,
     typer.Option(

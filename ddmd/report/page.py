@@ -23,7 +23,7 @@ from ddmd.io.errors import VolumeError
 from ddmd.io.geometry import GRID_TOLERANCE_MM, grid_gap
 from ddmd.io.naming import name_hash
 from ddmd.io.text import json_line, printable, without_folders
-from ddmd.report.reported_cases import Failure, ReportedCase, read_results
+from ddmd.report.reported_cases import Failure, ReportedCase, read_results, result_files
 from ddmd.report.thumbnails import Thumbnail, thumbnail
 from ddmd.report.volumes import display_image, display_map, read_info, thinned, write_volumes
 
@@ -101,6 +101,8 @@ def write_report(
         raise ReportError(f"{folder}: is no folder; name the one that ddmd detect wrote to")
     page = folder / PAGE
     _check_replaceable(page)
+    if (folder / VOLUMES).is_symlink():
+        raise ReportError(f"{folder / VOLUMES}: is a link, and is not written through; move it away first")
     results, failures = read_results(folder)
     if not results and not failures:
         raise ReportError(f"{folder}: has no results; name the folder that ddmd detect wrote to")
@@ -114,15 +116,28 @@ def write_report(
                 rows.append(row)
                 if progress is not None:
                     progress(len(rows), len(results))
-        used = {f"{row.id}.js" for row in rows if row.script}
-        for leftover in (folder / VOLUMES).glob("*.js"):
-            if leftover.name not in used and read_info(leftover) is not None:
-                leftover.unlink()  # of a case that is no longer there
+        _remove_leftovers(folder)
         write_text(page, _html(rows, failures, title or printable(folder.resolve().name) or "cohort"))
     except OSError as error:
         raise ReportError(f"{folder}: cannot be written to ({error}); choose another folder") from None
     notes += [f"{row.case.name}: {row.note}" for row in rows if row.note and row.case.name in by_name]
     return Report(page, len(rows), len(failures), tuple(notes))
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove script files of cases that are no longer there."""
+    written = [path for path in (folder / VOLUMES).glob("*.js") if read_info(path) is not None]
+    # looked for after that, so that a case that another process has just finished is among them
+    there = {case_id(folder, path.parent, stem) for path, stem in result_files(folder)}
+    for path in written:
+        if path.stem not in there:
+            path.unlink(missing_ok=True)
+
+
+def case_id(folder: Path, case_folder: Path, stem: str) -> str:
+    """What the page calls a case: the stem of its files, after a hash of the folder they are in below the report's."""
+    below = case_folder.relative_to(folder).as_posix()
+    return stem if below == "." else f"{name_hash(below)}-{stem}"
 
 
 def _check_replaceable(page: Path) -> None:
@@ -147,9 +162,8 @@ def _notes_on_images(results: list[ReportedCase], by_name: Mapping[str, Case]) -
 
 def _row(case: ReportedCase, folder: Path, source: Case | None) -> _Row:
     """Write the volumes of a case, where they are not there yet, and say what the page shows of it."""
-    below = case.folder.relative_to(folder).as_posix()
-    case_id = case.stem if below == "." else f"{name_hash(below)}-{case.stem}"
-    path = folder / VOLUMES / f"{case_id}.js"
+    row_id = case_id(folder, case.folder, case.stem)
+    path = folder / VOLUMES / f"{row_id}.js"
     note: str | None = None
     volumes: tuple[str, ...] = ()
     info = read_info(path)
@@ -160,14 +174,14 @@ def _row(case: ReportedCase, folder: Path, source: Case | None) -> _Row:
     elif case.maps:
         try:
             made, note = _volumes(case, source)
-            write_volumes(path, case_id, case.checksum, made)
+            write_volumes(path, row_id, case.checksum, made)
             volumes = tuple(made)
         except (nib.filebasedimages.ImageFileError, ValueError, EOFError) as error:
             note = f"its maps cannot be read ({printable(error)})"
     else:
         note = "no maps were written (--maps); there is nothing to open"
     return _Row(
-        id=case_id,
+        id=row_id,
         case=case,
         thumbnail=None if case.overlay is None else thumbnail(case.overlay),
         script=quote(f"{VOLUMES}/{path.name}") if volumes else None,
@@ -206,19 +220,18 @@ def _source_values(
     case: ReportedCase, source: Case, shape: tuple[int, ...], affine: np.ndarray[Any, Any]
 ) -> np.ndarray[Any, Any]:
     """The image that the result was made from, on its own grid; ValueError for another one."""
-    named = {s: paths[0].name for s, paths in source.files.items()}
-    sequence = next((s for first in case.sources for s, name in named.items() if name == first), None)
-    if sequence is None and case.sources and not source.stack:
-        raise ValueError(
-            f"the result is of {', '.join(case.sources)}, not of {printable(', '.join(named.values()))}"
-        )
+    named = {name: paths[0].name for name, paths in source.files.items()}
+    sequence = next((s for file in case.sources for s, name in named.items() if name == file), None)
     sequence = sequence or next(iter(named))
-    file, sequence = named[sequence], "flair" if sequence == UNKNOWN else sequence  # any name will do
+    sequence = "flair" if sequence == UNKNOWN else sequence  # any name will do
     volume = source.volume((sequence,))
+    file = printable(os.path.basename(volume.sources[sequence]))
+    if case.sources and file not in case.sources:
+        raise ValueError(f"the result is of {', '.join(case.sources)}, not of {file}")
     image = volume.to_native(volume.images[sequence])
     gap = np.inf if image.shape != shape else grid_gap(shape, np.asarray(image.affine), affine)
     if gap > GRID_TOLERANCE_MM:
-        raise ValueError(f"{printable(file)} has another grid than the result")
+        raise ValueError(f"{file} has another grid than the result")
     return np.asanyarray(image.dataobj)
 
 

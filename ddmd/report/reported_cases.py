@@ -65,6 +65,12 @@ class Failure:
     reason: str
 
 
+def result_files(folder: Path) -> list[tuple[Path, str]]:
+    """The JSON files that results end with, in a folder and below it, each with the stem of its case."""
+    found = [(path, path.name.removesuffix(_RESULT)) for path in sorted(folder.rglob(f"*{_RESULT}"))]
+    return [(path, stem) for path, stem in found if stem and not stem.startswith(".") and path.is_file()]
+
+
 def read_results(folder: Path) -> tuple[list[ReportedCase], list[Failure]]:
     """The complete results in a folder and below it, by name, and the cases that have none.
 
@@ -79,10 +85,7 @@ def read_results(folder: Path) -> tuple[list[ReportedCase], list[Failure]]:
     """
     results: list[ReportedCase] = []
     failures: dict[str, Failure] = {}
-    for path in sorted(folder.rglob(f"*{_RESULT}")):
-        stem = path.name.removesuffix(_RESULT)
-        if not path.is_file() or not stem or stem.startswith("."):
-            continue
+    for path, stem in result_files(folder):
         values = read_result(stem, path.parent)
         if values is None or not all(name.startswith(f"{stem}_") for name in values["Files"]):
             reason = "its files are not complete, or were changed after they were written; detect it again"
