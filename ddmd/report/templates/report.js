@@ -65,7 +65,7 @@
       const script = document.createElement("script");
       script.src = url;
       script.onload = () => resolve(script.remove());
-      script.onerror = () => reject(new Error(script.remove() || "the file is not there"));
+      script.onerror = () => reject(new Error(script.remove() || "their file is not there; keep the folder report_volumes beside this page"));
       document.head.append(script);
     });
   const received = new Map();
@@ -73,15 +73,24 @@
 
   const CROSSHAIR = 0.6; // mm
   let viewer = null; // of NiiVue, made once
+  const drawsInSoftware = () => {
+    const gl = document.createElement("canvas").getContext("webgl2");
+    if (!gl) throw new Error("this browser has no WebGL 2");
+    const names = gl.getExtension("WEBGL_debug_renderer_info");
+    const name = names ? gl.getParameter(names.UNMASKED_RENDERER_WEBGL) : "";
+    gl.getExtension("WEBGL_lose_context")?.loseContext();
+    return /swiftshader|llvmpipe|softpipe|software|basic render/i.test(name);
+  };
   const makeViewer = async () => {
+    const slow = drawsInSoftware(); // the planes are quick enough, the rendering beside them is not
     const url = URL.createObjectURL(new Blob([await inflated(byId("niivue").textContent)], { type: "text/javascript" }));
     await runScript(url);
     URL.revokeObjectURL(url);
     byId("niivue").remove();
     const made = new window.niivue.Niivue({
-      logLevel: "error", dragAndDropEnabled: false, loadingText: "", showLegend: false,
+      logLevel: "error", dragAndDropEnabled: false, loadingText: "", showLegend: false, showAllOrientationMarkers: true,
       backColor: [0, 0, 0, 1], crosshairColor: [0.43, 0.7, 0.95, 0.7], fontColor: [0.75, 0.78, 0.82, 1],
-      multiplanarShowRender: window.niivue.SHOW_RENDER.ALWAYS, show3Dcrosshair: true, tileMargin: 2,
+      multiplanarShowRender: window.niivue.SHOW_RENDER[slow ? "NEVER" : "ALWAYS"], show3Dcrosshair: true, tileMargin: 10,
       crosshairWidth: CROSSHAIR, crosshairWidthUnit: "mm", crosshairGap: 6,
     });
     made.onLocationChange = showLocation;
@@ -93,10 +102,10 @@
   const ORDER = ["image", "uncertainty", "probability", "mask", "labels"]; // from below
   const LAYERS = {
     image: { title: "Image" },
-    mask: { title: "Lesion mask", opacity: 0.8, shown: true },
+    mask: { title: "Lesion mask", opacity: 0.9, shown: true },
     labels: { title: "Lesions by number", opacity: 0.7 },
-    probability: { title: "Probability", opacity: 0.7, colours: "inferno", from: 0.1 },
-    uncertainty: { title: "Uncertainty", opacity: 0.8, colours: "viridis", from: 0.1 },
+    probability: { title: "Probability", opacity: 0.7, colours: "viridis", from: 0.1 },
+    uncertainty: { title: "Uncertainty", opacity: 0.8, colours: "inferno", from: 0.1 },
   };
   const settings = Object.fromEntries(
     Object.entries(LAYERS).map(([key, { opacity = 1, shown = false }]) => [key, { opacity, shown }]),
@@ -150,6 +159,8 @@
     const shown = ORDER.filter((key) => layers[key] && (key === base || settings[key].shown));
     shown.sort((a, b) => (b === base) - (a === base));
     for (const key of shown) layers[key].opacity = key === base ? 1 : settings[key].opacity;
+    const flat = shown.filter((key) => filled[key]).map((key) => settings[key].opacity);
+    viewer.opts.atlasOutline = byId("outline").checked ? Math.max(0, ...flat) : 0; // of voxels on a border
     viewer.volumes = shown.map((key) => layers[key]);
     viewer.back = viewer.volumes[0];
     viewer.overlays = viewer.volumes.slice(1);
@@ -297,7 +308,7 @@
     byId("location").textContent = "";
     work = work.then(() => show(id)).catch((error) => {
       console.warn(error);
-      say(`The volumes cannot be shown: ${error.message}. Keep the folder report_volumes beside this page.`);
+      say(`The volumes cannot be shown: ${error.message}.`);
     });
   };
   const show = async (id) => {
@@ -314,7 +325,7 @@
     await runScript(script);
     const volumes = received.get(id);
     received.delete(id);
-    if (!volumes) throw new Error("the file is of another case");
+    if (!volumes) throw new Error("their file is of another case");
     const base = ["image", "probability", "uncertainty", "mask", "labels"].find((key) => volumes[key]);
     const layers = {};
     for (const key of ORDER) if (volumes[key]) layers[key] = await load(key, volumes[key], key === base);
