@@ -330,6 +330,44 @@ def test_a_multi_frame_file_is_a_volume_of_its_own(plane, tmp_path, rng):
     assert in_block(places[values > 0]).all()
 
 
+def test_files_named_one_by_one_are_a_series_and_results_beside_them_are_none(axial, tmp_path, monkeypatch):
+    folder, files = axial
+    monkeypatch.setattr(Detector, "load", classmethod(lambda cls, *a, **k: Detector(tiny_system())))
+    (case,) = find_cases(files, require=("flair",), annotations=False)
+    assert case.name == "scan_series-5"
+    for _ in range(2):  # the second run finds results and segmentations of the first in its input
+        result = CliRunner().invoke(app, ["detect", str(folder), "-o", str(folder / "out"), "--overwrite"])
+        assert result.exit_code == 0, result.output
+    assert len(list((folder / "out").glob("*_result.json"))) == 1
+
+
+def test_files_without_preamble_are_read(axial, tmp_path):
+    folder, files = axial
+    plain = Volume.read(folder, require=("flair",))
+    for path in files:
+        image = pydicom.dcmread(path)
+        image.file_meta, image.preamble = pydicom.dataset.FileMetaDataset(), None
+        pydicom.dcmwrite(path, image, implicit_vr=True, little_endian=True, enforce_file_format=False)
+        assert path.read_bytes()[128:132] != b"DICM"
+    again = Volume.read(folder, require=("flair",))
+    np.testing.assert_array_equal(again.images["flair"], plain.images["flair"])
+
+
+def test_evaluation_says_that_it_takes_no_dicom(axial):
+    folder, files = axial
+    files[0].rename(folder / "first.dcm")
+    with pytest.raises(DatasetError, match="DICOM, which only `ddmd detect` takes"):
+        find_cases(folder, require=("flair",))
+
+
+def test_a_name_with_accents_goes_from_the_folders_name(tmp_path):
+    patient = {"PatientName": "Müller^Zoë", "PatientID": "x-77", "PatientBirthDate": "19700131",
+               "SpecificCharacterSet": "ISO_IR 192"}  # fmt: skip
+    write_series(tmp_path / "Muller_zoe\u0308_1970-01-31_brain", PLANES["axial"], patient=patient)
+    (case,) = find_cases(tmp_path, require=("flair",), annotations=False)
+    assert case.name == "patient-1_brain_series-5"
+
+
 def test_an_original_comes_before_its_reformatted_copy(tmp_path):
     study = pydicom.uid.generate_uid()
     write_series(tmp_path / "a", PLANES["axial"], {**FLAIR, "ImageType": ["DERIVED", "SECONDARY", "MPR"]}, number=9,

@@ -197,7 +197,8 @@ class _Search:
         absolute = Path(os.path.abspath(root))
         named = [name_file(path, absolute) for path in self.folders.images(absolute)]
         dicom = self.folders.take_dicom()
-        if not named and not self.annotations and dicom_files(absolute):
+        usable = any(f.kind in (IMAGE, UNKNOWN_KIND) for f in named)  # results of an earlier run are none
+        if not usable and not self.annotations and dicom_files(absolute):
             self.folders.take_other_formats()
             self.add_dicom(root, source)
             return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -272,8 +273,16 @@ def _identifiers(dataset: Any) -> frozenset[str]:
     keywords = ("PatientName", "PatientID", "OtherPatientIDs", "PatientBirthDate", "AccessionNumber")
     text = [str(word) for keyword in keywords for word in _words(dataset.get(keyword))]
     text += [str(dataset.get("PatientName") or "")]
-    words = {word.lower() for one in text for word in (*re.split(r"[\s^=\\,]+", one), one.strip())}
-    return frozenset(word for word in words if len(word) >= 2)
+    words = {word for one in text for word in (*re.split(r"[\s^=\\,]+", one), one.strip())}
+    born = re.fullmatch(r"(\d{4})(\d\d)(\d\d)", str(dataset.get("PatientBirthDate") or ""))
+    if born:
+        words |= {sign.join(parts) for sign in "-._" for parts in (born.groups(), born.groups()[::-1])}
+    words |= {_without_accents(word) for word in words}
+    return frozenset(unicodedata.normalize("NFC", word).lower() for word in words if len(word) >= 2)
+
+
+def _without_accents(word: str) -> str:
+    return "".join(c for c in unicodedata.normalize("NFKD", word) if not unicodedata.combining(c))
 
 
 def without_patient(text: str, identifiers: Iterable[str], instead: str = "patient") -> str:
@@ -284,6 +293,7 @@ def without_patient(text: str, identifiers: Iterable[str], instead: str = "patie
     >>> without_patient("DOE_JOHN_brain", ("doe", "john"))
     'patient_brain'
     """
+    text = unicodedata.normalize("NFC", text)
     for word in sorted(identifiers, key=lambda w: (-len(w), w)):
         pattern = re.escape(word)
         if len(word) < 4:

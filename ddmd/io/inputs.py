@@ -102,7 +102,9 @@ def _name(sequence: Any) -> str:
 
 
 def _is_dicom_folder(value: Any) -> bool:
-    return isinstance(value, str | os.PathLike) and os.path.isdir(value) and bool(dicom_files(Path(value)))
+    if not isinstance(value, str | os.PathLike) or not isinstance(os.fspath(value), str):
+        return False
+    return os.path.isdir(value) and bool(dicom_files(Path(value)))
 
 
 def _folder_images(folder: Any, sequences: Sequence[str], named: bool) -> list[InputImage]:
