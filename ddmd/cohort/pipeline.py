@@ -36,6 +36,7 @@ __all__ = ["ENGINES", "CaseError", "CohortRun", "detect_cohort", "part_of", "pla
 ENGINES = ("threads", "ray")
 Cases = str | os.PathLike[str] | Iterable[Case | str | os.PathLike[str]]
 log = logging.getLogger("ddmd.cohort")
+log.addHandler(logging.NullHandler())  # who wants the lines adds a handler; without one, errors go to stderr
 
 
 class Engine(Protocol):
@@ -50,6 +51,10 @@ class Engine(Protocol):
         self, tasks: Sequence[Task], options: CohortOptions, progress: Progress | None
     ) -> Iterator[tuple[Task, Outcome]]:
         """Work on tasks; each with its outcome, when it is done."""
+        ...
+
+    def close(self) -> None:
+        """Give back what is held for the work, where `run` is not called."""
         ...
 
 
@@ -71,6 +76,9 @@ class ThreadEngine:
     ) -> Iterator[tuple[Task, Outcome]]:
         """Work on tasks; each with its outcome, in their order."""
         return detect_in_threads(tasks, self.detectors, options, self.workers, progress)
+
+    def close(self) -> None:
+        """Nothing is held."""
 
 
 def part_of(cases: Sequence[Case], part: tuple[int, int]) -> list[Case]:
@@ -232,10 +240,16 @@ def plan_cohort(
         from ddmd.cohort.ray_engine import RayEngine
 
         chosen = RayEngine(weights, device, precision)
-    with ThreadPoolExecutor(workers) as pool:
-        checked = list(
-            pool.map(lambda task: _earlier(task, options, chosen.facts, skip_existing, overwrite), planned)
-        )
+    try:
+        with ThreadPoolExecutor(workers) as pool:
+            checked = list(
+                pool.map(
+                    lambda task: _earlier(task, options, chosen.facts, skip_existing, overwrite), planned
+                )
+            )
+    except BaseException:
+        chosen.close()
+        raise
     done = {
         task.case.name: earlier
         for task, earlier in zip(planned, checked, strict=True)
