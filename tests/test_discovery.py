@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ddmd.cohort.case_names import output_stems, unique_stems
 from ddmd.cohort.cases import UNKNOWN, DatasetError
 from ddmd.cohort.discovery import find_cases
-from ddmd.cohort.naming import bids_entities, output_stems, unique_stems, without_sequence
+from ddmd.cohort.file_names import bids_entities
+from ddmd.cohort.name_words import without_sequence
 from ddmd.io.errors import VolumeError
 from ddmd.io.naming import MAX_STEM_BYTES, file_stem
 

@@ -317,3 +317,37 @@ def test_a_single_volume_writes_no_tables(detector, cohort, tmp_path):
     command = ["detect", cohort / "sub-0", "-o", tmp_path / "out", "--weights", tmp_path / "tiny.safetensors"]
     assert invoke(*command, "--steps", 1)[0] == 0
     assert not list((tmp_path / "out").glob("cohort*"))
+
+
+GROWTH = """
+import os, sys, resource
+from ddmd.cohort.pipeline import detect_cohort
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+seen = []
+for _ in detect_cohort(sys.argv[1], sys.argv[2], weights=sys.argv[3], device="cpu", samples=2, steps=1):
+    seen.append(resident())
+print(*(round(mb, 1) for mb in seen))
+"""
+
+
+@pytest.mark.skipif(
+    not os.path.exists("/proc/self/statm"), reason="only Linux says how much memory is in use"
+)
+def test_memory_of_a_cohort_of_sixty_is_flat(detector, tmp_path, rng):
+    """Resident memory after sixty cases is that after twenty, but for less than a tenth of what forty cases hold."""
+    values, affine = head(rng, (80, 96, 24), (2.0, 2.0, 6.0))
+    for i in range(60):
+        (tmp_path / f"in/p{i:02}").mkdir(parents=True)
+        write(
+            tmp_path / f"in/p{i:02}/flair.nii.gz", (values * rng.uniform(0.5, 2)).astype(np.float32), affine
+        )
+    arguments = [tmp_path / "in", tmp_path / "out", tmp_path / "tiny.safetensors"]
+    done = subprocess.run(
+        [sys.executable, "-c", GROWTH, *map(str, arguments)], capture_output=True, text=True, check=True
+    )
+    resident = [float(word) for word in done.stdout.split()]
+    assert len(resident) == 60
+    case_mb = values.size * 4 * 6 / 2**20  # a volume and five maps, the least that a case holds
+    print(resident[19], resident[59], case_mb)
+    assert max(resident[40:]) - max(resident[:20]) < 40 * case_mb / 10

@@ -9,25 +9,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import overload
 
+from ddmd.cohort.case_names import case_name, patient_of, unique_names, unique_stems
 from ddmd.cohort.cases import UNKNOWN, Case
 from ddmd.cohort.dicom_cases import dicom_cases
 from ddmd.cohort.errors import DatasetError
-from ddmd.cohort.folders import Folders
-from ddmd.cohort.grouping import Group, MaskIndex, group_images
-from ddmd.cohort.naming import (
+from ddmd.cohort.file_names import (
     IMAGE,
     MASK,
     OTHER,
     RESULT,
     UNKNOWN_KIND,
     NamedFile,
-    case_name,
     is_lesion_mask,
     name_file,
-    patient_of,
-    unique_names,
-    unique_stems,
 )
+from ddmd.cohort.folders import Folders
+from ddmd.cohort.grouping import Group, MaskIndex, group_images
 from ddmd.cohort.tables import cases_of_slices, cases_of_table, read_participants
 from ddmd.io.dicom import dicom_files
 from ddmd.io.dicom_headers import is_dicom

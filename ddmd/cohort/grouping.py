@@ -6,8 +6,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ddmd.cohort.file_names import NamedFile
 from ddmd.cohort.masks import choose_masks
-from ddmd.cohort.naming import PROCESSING, NamedFile
+from ddmd.cohort.name_words import PROCESSING
 from ddmd.io.sequences import stem
 
 ANCHORS = ("flair", "t2", "t1ce", "t1")  # an examination is what goes with one image of the first there is

@@ -12,9 +12,9 @@ from typing import Any, Protocol
 
 import torch
 
+from ddmd.cohort.case_names import output_stems
 from ddmd.cohort.cases import Case
 from ddmd.cohort.discovery import Discovery, find_cases
-from ddmd.cohort.naming import output_stems
 from ddmd.cohort.run_tables import RunTables
 from ddmd.cohort.threads import detect_in_threads
 from ddmd.cohort.work import (
