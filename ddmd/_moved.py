@@ -31,7 +31,7 @@ MOVED = {
     "ddmd.sampling": "ddmd.inference.session",
     "ddmd.slices": "ddmd.inference.slices",
     "ddmd.training.average": "ddmd.training.weight_average",
-    "ddmd.training.extraction": "ddmd.training.brain_extraction",
+    "ddmd.training.extraction": "ddmd.io.brain_extraction",
     "ddmd.training.painting": "ddmd.training.lesion_painter",
     "ddmd.training.samples": "ddmd.training.prepared_case",
     "ddmd.training.start": "ddmd.training.initial_weights",

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import ndimage
 
+from ddmd.io.brain_extraction import extract_brain, filled_slices, head_outline, largest_body
+
 SKULL_CHOICES = ("auto", "on", "off")
 SCALP_MM = 13.0  # scalp, skull and cerebrospinal fluid outside the brain
 NEAR_BACKGROUND = 0.01  # of the intensity range: as close as this to the background is background
@@ -25,7 +27,9 @@ class BrainEstimate:
     mask : bool (X, Y, Z), the brain.
     skull_on : whether scalp and skull are in the image.
     confidence : float in [0.5, 1], how sure `skull_on` is; 1 where the user said it.
-    source : "background" (all that is not background), "head outline" (the inside of the head), "given", or "stripped".
+    source : "background" (all that is not background), "extracted" (from the head), "head outline" (what lies
+        a scalp's width inside the head, where no brain could be extracted), "given", or "stripped"
+        (by deepbet).
     """
 
     mask: np.ndarray
@@ -39,6 +43,7 @@ class BrainEstimate:
         sure = f"skull {skull} ({self.confidence:.0%} sure)" if self.confidence < 1.0 else f"skull {skull}"
         origin = {
             "background": "the brain is what is not background",
+            "extracted": "the brain is estimated by opening and by the overlap from slice to slice",
             "head outline": f"the brain is estimated as what lies {SCALP_MM:.0f} mm inside the head",
             "given": "the brain mask was given",
             "stripped": "the brain is what deepbet stripped",
@@ -109,16 +114,15 @@ def estimate_brain(
     levels, beside = _background(values, background)
     head, exact = _not_background(values, levels, beside)
     if not head.any():
-        return BrainEstimate(_inside_head(values, size), skull != "off", 1.0 if skull != "auto" else 0.5,
-                             "head outline")  # fmt: skip
+        brain, source = _head_brain(values, size)
+        return BrainEstimate(brain, skull != "off", 1.0 if skull != "auto" else 0.5, source)
     side, dip = _profile(values, head, size, _air_side(values, head, levels[0], exact))
     probability = _skull_probability(head, size, dip, exact) if skull == "auto" else float(skull == "on")
     confidence = max(probability, 1.0 - probability)
     if probability < 0.5:
         return BrainEstimate(head, False, confidence, "background")
-    return BrainEstimate(
-        _inside_head(_dark_air(values, head, levels, side), size), True, confidence, "head outline"
-    )
+    brain, source = _head_brain(_dark_air(values, head, levels, side), size)
+    return BrainEstimate(brain, True, confidence, source)
 
 
 def intensity_range(values: np.ndarray, constants: np.ndarray) -> float:
@@ -211,10 +215,10 @@ def _not_background(values: np.ndarray, levels: list[_Level], beside: np.ndarray
         exact &= inside != np.float32(level.value)
     outside = values.size - inside.size  # exact or near: not looked at
     if 2 * (outside + exact.size - int(exact.sum())) > all_near:
-        main = _largest(exact)
+        main = largest_body(exact)
         surface = main & ~ndimage.binary_erosion(main, border_value=1)  # a face of the volume is none
         if surface.any() and beside[surface].mean() > 0.5:
-            head[box] = _filled(main)
+            head[box] = filled_slices(main)
             return head, True
     air = levels[0].value
     tissue = inside[beside]
@@ -225,27 +229,8 @@ def _not_background(values: np.ndarray, levels: list[_Level], beside: np.ndarray
         beside &= side * (inside - np.float32(air)) > PARTIAL_VOLUME * abs(contrast)
     else:
         beside = ndimage.binary_opening(ndimage.binary_closing(beside))
-    head[box] = _largest(_filled(beside))  # filled first: a dark skull parts the scalp from the brain
+    head[box] = largest_body(filled_slices(beside))  # filled first: a dark skull parts the scalp from the brain
     return head, False
-
-
-def _largest(mask: np.ndarray) -> np.ndarray:
-    """The largest body (6 neighbours) of a mask."""
-    parts, count = ndimage.label(mask)
-    if count < 2:
-        return mask
-    sizes = np.bincount(parts.ravel())
-    sizes[0] = 0
-    body: np.ndarray = parts == sizes.argmax()
-    return body
-
-
-def _filled(mask: np.ndarray) -> np.ndarray:
-    """The mask with the holes of each axial slice filled."""
-    filled = mask.copy()
-    for z in np.flatnonzero(mask.any(axis=(0, 1))):
-        filled[:, :, z] = ndimage.binary_fill_holes(mask[:, :, z])
-    return filled
 
 
 def _skull_probability(head: np.ndarray, spacing: np.ndarray, dip: float | None, exact: bool) -> float:
@@ -318,20 +303,14 @@ def _dark_air(values: np.ndarray, head: np.ndarray, levels: list[_Level], side: 
     return values if side > 0 else -values
 
 
-def _inside_head(values: np.ndarray, spacing: np.ndarray) -> np.ndarray:
-    """What lies SCALP_MM inside the head, by Otsu's threshold between air and tissue."""
-    low, high = np.percentile(values, (1, 99))
-    counts, edges = np.histogram(np.clip(values, low, high), 128)
-    centres = (edges[:-1] + edges[1:]) / 2
-    below = np.cumsum(counts)
-    mean_below = np.cumsum(counts * centres) / np.maximum(below, 1)
-    total = float((counts * centres).sum())
-    above = below[-1] - below
-    mean_above = (total - np.cumsum(counts * centres)) / np.maximum(above, 1)
-    otsu = centres[(below * above * (mean_below - mean_above) ** 2).argmax()]
-    head = _filled(_largest(ndimage.binary_opening(values > low + 0.5 * (otsu - low))))
+def _head_brain(values: np.ndarray, spacing: np.ndarray) -> tuple[np.ndarray, str]:
+    """The brain of a head whose air is dark, and how it was found; see `BrainEstimate.source`."""
+    extracted = extract_brain(values, spacing)
+    if extracted is not None:
+        return extracted, "extracted"
+    head = head_outline(values)
     brain = np.zeros_like(head)
     for z in np.flatnonzero(head.any(axis=(0, 1))):
         depth = ndimage.distance_transform_edt(np.pad(head[:, :, z], 1), sampling=spacing[:2])[1:-1, 1:-1]
         brain[:, :, z] = depth > SCALP_MM
-    return brain if brain.any() else head
+    return (brain if brain.any() else head), "head outline"

@@ -13,7 +13,7 @@ import numpy as np
 from ddmd.cohort.cases import Case
 from ddmd.inference import slices
 from ddmd.io.atomic import atomic_path
-from ddmd.training.brain_extraction import brain_within
+from ddmd.io.brain_extraction import brain_within
 from ddmd.training.config import TrainConfig
 
 

@@ -5,7 +5,7 @@ import pytest
 
 from ddmd.cohort.discovery import find_cases
 from ddmd.inference.slices import SliceGrid, extract, to_grid
-from ddmd.training.brain_extraction import brain_within
+from ddmd.io.brain_extraction import brain_within
 
 AIR, BONE, FAT = -2.0, -1.6, 2.2
 
