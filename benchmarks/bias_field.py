@@ -54,11 +54,11 @@ def smooth_field(brain: np.ndarray, rng: np.random.Generator, peak_to_peak: floa
     return scaled
 
 
-def phantom_cases(mm: float, seeds: int, bias: float) -> Iterator[tuple[str, Volume, np.ndarray]]:
-    """Phantoms of seeds 1 to `seeds`."""
+def phantom_cases(mm: float, seeds: tuple[int, int], bias: float) -> Iterator[tuple[str, Volume, np.ndarray]]:
+    """Phantoms from the first to the last seed."""
     from ddmd.data.phantom import phantom
 
-    for seed in range(1, seeds + 1):
+    for seed in range(seeds[0], seeds[1] + 1):
         made = phantom(seed=seed, spacing_mm=mm, sequences=("flair",), bias=bias)
         yield (
             f"phantom {seed}, {mm:g} mm",
@@ -76,28 +76,28 @@ def main() -> None:
     parser.add_argument("--added", type=float, default=0.0)
     parser.add_argument("--phantom-mm", type=float)
     parser.add_argument("--phantom-bias", type=float, default=0.2)
-    parser.add_argument("--seeds", type=int, default=20)
-    parser.add_argument("--methods", nargs="+", default=METHODS)
+    parser.add_argument("--seeds", type=int, nargs=2, default=(1, 20), help="first and last seed")
+    parser.add_argument("--methods", nargs="*", default=METHODS, help="none: the evidence alone")
     parser.add_argument("--weights", default="flair-image-labels")
     options = parser.parse_args()
-    detector = Detector.load(options.weights, device="cpu")
+    detector = Detector.load(options.weights, device="cpu") if options.methods else None
     cases = (
         phantom_cases(options.phantom_mm, options.seeds, options.phantom_bias)
         if options.phantom_mm
         else real_cases(options.data, options.added)
     )
-    print("| case | evidence | " + " | ".join(options.methods) + " |")
-    print("|---" * (2 + len(options.methods)) + "|")
+    print("| " + " | ".join(("case", "evidence", "peak to peak", *options.methods)) + " |")
+    print("|---" * (3 + len(options.methods)) + "|")
     for name, volume, lesion in cases:
         field = estimate_bias_field(
             volume.images["flair"], volume.brain, volume.spacing, volume.zero_signal("flair")
         )
         row = []
-        for method in options.methods:
+        for method in options.methods if detector else ():
             mask = canonical_mask(detector.detect(dataclasses.replace(volume, bias=method)).mask)
             row.append(f"{2 * (mask & lesion).sum() / max(1, mask.sum() + lesion.sum()):.3f}")
-        evidence = f"{field.evidence:.2f}" if field else "none"
-        print(f"| {name} | {evidence} | " + " | ".join(row) + " |", flush=True)
+        found = (f"{field.evidence:.2f}", f"{field.peak_to_peak:.2f}") if field else ("none", "none")
+        print("| " + " | ".join((name, *found, *row)) + " |", flush=True)
 
 
 if __name__ == "__main__":

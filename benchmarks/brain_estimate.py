@@ -97,7 +97,11 @@ def _intensities(scan: Scan) -> Iterator[tuple[str, np.ndarray, float]]:
     yield "negated", -values, -level
     if scan.skull_on:
         yield "z-scored", z, float(np.median(z[~brain]))
-        head = ndimage.binary_dilation(values > np.percentile(values, 40) + 0.1 * np.ptp(inside), iterations=3)
+        nonzero = values[values != 0]
+        yield "z-scored but for 0", np.where(values != 0, (values - nonzero.mean()) / nonzero.std(), 0), 0.0
+        head = ndimage.binary_dilation(
+            values > np.percentile(values, 40) + 0.1 * np.ptp(inside), iterations=3
+        )
         yield "air set to 0", np.where(head, values, 0), 0.0
         return
     for constant in (0.0, -5.0, 7.0):
@@ -139,7 +143,10 @@ def _resample(order: int) -> Change:
         old = np.array(scan.spacing)
         new = np.where(old < RESAMPLED_MM, RESAMPLED_MM, np.where(old < 3, 1.5 * old, old))
         smaller = ndimage.zoom(values, old / new, order=order, mode="nearest", grid_mode=True)
-        brain = ndimage.zoom(scan.brain.astype(np.float32), old / new, order=1, grid_mode=True) > 0.5
+        brain = (
+            ndimage.zoom(scan.brain.astype(np.float32), old / new, order=1, mode="nearest", grid_mode=True)
+            > 0.5
+        )
         spacing = old * np.array(values.shape) / np.array(smaller.shape)
         return smaller, brain, tuple(spacing)
 
@@ -162,10 +169,13 @@ def _rounded(values: np.ndarray, background: float, scan: Scan, rng: np.random.G
 
 
 def _crop(share: tuple[float, float, float]) -> Change:
-    """The middle of the brain's box; 1 is the whole box."""
+    """The middle of the box of the head or the stripped brain; 1 is the whole box."""
 
     def change(values: np.ndarray, background: float, scan: Scan, rng: np.random.Generator) -> Changed:
-        inside = np.argwhere(scan.brain)
+        if not scan.skull_on and share[0] < 1.0:
+            return None  # all is brain: nothing to find
+        within = scan.values > 0.1 * np.percentile(scan.values, 99) if scan.skull_on else scan.brain
+        inside = np.argwhere(within)
         low, high = inside.min(0), inside.max(0) + 1
         middle, half = (low + high) / 2, (high - low) / 2 * share
         box = tuple(slice(max(int(m - h), 0), int(np.ceil(m + h))) for m, h in zip(middle, half, strict=True))
@@ -191,6 +201,8 @@ CHANGES: dict[str, Change] = {
     "rounded": _rounded,
     "cropped to the brain": _crop((1.0, 1.0, 1.0)),
     "middle slices": _crop((1.2, 1.2, 0.3)),
+    "cropped to 80 % in plane": _crop((0.8, 0.8, 1.0)),
+    "cropped to 70 %": _crop((0.7, 0.7, 0.7)),
 }
 
 

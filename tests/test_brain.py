@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
+from benchmarks.brain_estimate import sweep
 from ddmd.io.brain import estimate_brain
 from ddmd.io.volume import Volume, VolumeError
 from tests.volumes import write
@@ -78,8 +79,8 @@ def test_a_skull_is_seen_whatever_the_sign_and_scale(rng, change):
     estimate = estimate_brain(change(values).astype(np.float32), SPACING)
     assert estimate.skull_on
     assert estimate.confidence > 0.9
-    assert estimate.source == "head outline"
-    assert dice(estimate.mask, brain) > 0.75
+    assert estimate.source == "extracted"
+    assert dice(estimate.mask, brain) > 0.9
 
 
 def test_a_slab_of_a_head_has_its_skull_on(rng):
@@ -152,24 +153,36 @@ def test_a_brain_mask_that_does_not_fit_is_refused(rng, tmp_path):
 
 
 @pytest.mark.parametrize("name", SKULL_ON + STRIPPED)
-def test_real_volumes_in_disguise(shared_data, rng, name):
-    folder = shared_data / "volumes" / name
-    image = nib.as_closest_canonical(nib.load(folder / "flair.nii.gz"))
-    values, spacing = np.asarray(image.dataobj).astype(np.float32), image.header.get_zooms()[:3]
-    whole = estimate_brain(values, spacing)
-    assert whole.skull_on == (name in SKULL_ON)
-    assert whole.confidence > 0.9
-    if name in SKULL_ON:
-        for disguised in (
-            -values,
-            values + rng.normal(0, 1, values.shape),
-            np.pad(values, ((0, 0), (0, 0), (4, 4))),
-        ):
-            assert estimate_brain(disguised.astype(np.float32), spacing).skull_on
-        return
-    chosen = list(disguises(values, whole.mask, spacing, rng))
-    for k in rng.choice(len(chosen), 4, replace=False):
-        what, disguised, truth = chosen[k]
-        estimate = estimate_brain(disguised.astype(np.float32), spacing)
-        assert not estimate.skull_on, what
-        assert dice(estimate.mask, truth) > 0.9, what
+@pytest.mark.parametrize("first", ["as is", "z-scored", "negated"])
+def test_real_volumes_in_disguise(shared_data, seed, name, first):
+    chosen = [
+        f"{first}{second}"
+        for second in np.random.default_rng(seed).choice(
+            (", unchanged", ", noise 1e-3", ", cubic spline", ", smoothed", ", resampled, cubic", ", slab of +1",
+             ", middle slices"), 2, replace=False,
+        )
+    ]  # fmt: skip
+    if first == "z-scored":
+        chosen = [c.replace("scored,", "scored on 0," if name in STRIPPED else "scored,") for c in chosen]
+    for wanted in chosen:
+        rows = list(sweep(shared_data, 2, [name], wanted, seed))
+        assert rows, wanted
+        for row in rows:
+            assert row.right, (row.disguise, row.estimate.skull_on, row.kept, row.dice)
+
+
+@pytest.mark.parametrize(("name", "least"), [("ms-isbi01", 0.88), ("ms-isbi02", 0.9), ("ms-isbi03", 0.92)])
+def test_the_brain_of_a_real_head_is_extracted(shared_data, name, least):
+    (row,) = sweep(shared_data, 1, [name], "as is, unchanged")
+    assert row.estimate.source == "extracted"
+    assert row.dice > least
+    assert row.kept > 0.9
+
+
+def test_a_bright_lesion_at_the_surface_stays_in_the_brain(rng):
+    values, brain = made_head(rng, skull=True)
+    x, y, z = np.meshgrid(*[np.arange(n) for n in brain.shape], indexing="ij")
+    lesion = brain & (((x - 53) * 3) ** 2 + ((y - 42) * 3) ** 2 + ((z - 24) * 4) ** 2 < 15**2)
+    estimate = estimate_brain(np.where(lesion, 260, values).astype(np.float32), SPACING)
+    assert estimate.skull_on
+    assert (estimate.mask & lesion).sum() > 0.7 * lesion.sum()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy import ndimage
@@ -12,10 +12,15 @@ from ddmd.io.brain_extraction import extract_brain, filled_slices, head_outline,
 SKULL_CHOICES = ("auto", "on", "off")
 SCALP_MM = 13.0  # scalp, skull and cerebrospinal fluid outside the brain
 NEAR_BACKGROUND = 0.01  # of the intensity range: as close as this to the background is background
-PARTIAL_VOLUME = 0.2  # of the contrast of tissue: darker than this beside a blurred background is background
+PARTIAL_VOLUME = (
+    0.03,
+    0.5,
+)  # of the contrast of tissue: darker than this beside a blurred background is background
 PAD_SHARE = 0.04  # of the border's voxels with one value: a constant pad, beside the air
 BAND_MM = 2.0  # thickness of the shells below the surface in which the intensity profile is measured
-SKULL_DIP, DIP_WIDTH = 0.68, 0.05  # ratio of skull to scalp intensity: skull on below, stripped above
+SKULL_DIP, DIP_WIDTH = 0.58, 0.06  # ratio of skull to scalp intensity: skull on below, stripped above
+SURE_EVIDENCE = 2.5  # log odds: a brain that is as surely stripped is not looked at further
+STRIPPED_SHARE, SHARE_WIDTH = 0.65, 0.05  # of the head that extraction leaves: skull on below
 LARGE_HEAD_ML, LARGE_WIDTH_ML = 2500.0, 250.0  # stripped brains are smaller, heads are bigger
 PROFILE_SLICES = 5
 
@@ -30,12 +35,15 @@ class BrainEstimate:
     source : "background" (all that is not background), "extracted" (from the head), "head outline" (what lies
         a scalp's width inside the head, where no brain could be extracted), "given", or "stripped"
         (by deepbet).
+    reference : bool (X, Y, Z) or None, where the skull is on, what lies a scalp's width inside the head. The
+        shipped weights were trained on z-scores over it. None: the mask.
     """
 
     mask: np.ndarray
     skull_on: bool
     confidence: float
     source: str
+    reference: np.ndarray | None = None
 
     def describe(self) -> str:
         """One plain sentence: which it is, how sure, and where the brain mask comes from."""
@@ -51,9 +59,14 @@ class BrainEstimate:
         return f"{sure}; {origin[self.source]}"
 
 
+def _faces(values: np.ndarray) -> list[np.ndarray]:
+    """The six faces of a volume (X, Y, Z)."""
+    return [np.take(values, end, axis) for axis in range(3) for end in (0, -1)]
+
+
 def border_values(values: np.ndarray) -> np.ndarray:
     """All voxels on the six faces of a volume (X, Y, Z), as one flat array; edges appear more than once."""
-    return np.concatenate([np.take(values, end, axis).ravel() for axis in range(3) for end in (0, -1)])
+    return np.concatenate([face.ravel() for face in _faces(values)])
 
 
 def background_value(values: np.ndarray, finite: np.ndarray) -> float:
@@ -111,18 +124,59 @@ def estimate_brain(
         return BrainEstimate(given, False, 1.0, "given")
     if background is None:
         background = background_value(values, np.isfinite(values))
+    box = _without_constant_planes(values)
+    estimate = _estimate(values[box], size, background, skull)
+    if estimate.mask.shape == values.shape:
+        return estimate
+    masks = []
+    for part in (estimate.mask, estimate.reference):
+        whole = None if part is None else np.zeros(values.shape, bool)
+        if whole is not None:
+            whole[box] = part
+        masks.append(whole)
+    return replace(estimate, mask=masks[0], reference=masks[1])
+
+
+def _without_constant_planes(values: np.ndarray) -> tuple[slice, ...]:
+    """The box that is left when planes of one value are cut off each face: background, or a pad."""
+    box = []
+    for axis in range(3):
+        planes = np.moveaxis(values, axis, 0)
+        ends = []
+        for order in (range(len(planes)), range(len(planes) - 1, -1, -1)):
+            varied = (k for k in order if planes[k].flat[0] != planes[k].flat[-1] or np.ptp(planes[k]) > 0)
+            ends.append(next(varied, 0))
+        box.append(slice(ends[0], max(ends[1], ends[0]) + 1))
+    return tuple(box)
+
+
+def _estimate(values: np.ndarray, size: np.ndarray, background: float, skull: str) -> BrainEstimate:
+    """The estimate of `estimate_brain` within the box that is not constant."""
     levels, beside = _background(values, background)
     head, exact = _not_background(values, levels, beside)
     if not head.any():
         brain, source = _head_brain(values, size)
         return BrainEstimate(brain, skull != "off", 1.0 if skull != "auto" else 0.5, source)
-    side, dip = _profile(values, head, size, _air_side(values, head, levels[0], exact))
-    probability = _skull_probability(head, size, dip, exact) if skull == "auto" else float(skull == "on")
-    confidence = max(probability, 1.0 - probability)
-    if probability < 0.5:
-        return BrainEstimate(head, False, confidence, "background")
-    brain, source = _head_brain(_dark_air(values, head, levels, side), size)
-    return BrainEstimate(brain, True, confidence, source)
+    if skull == "off":
+        return BrainEstimate(head, False, 1.0, "background")
+    air_side, two_sided = _air_side(values, head, levels[0], exact)
+    side, dip = _profile(values, head, size, air_side, levels[0].value if two_sided else None)
+    evidence = _skull_evidence(head, size, dip, exact, two_sided)
+    if skull == "auto" and evidence < -SURE_EVIDENCE:
+        return BrainEstimate(head, False, _probability(-evidence), "background")
+    dark = _dark_air(values, head, levels, side)
+    brain, source = _head_brain(dark, size)
+    if skull == "auto":
+        share = float((brain & head).sum() / head.sum()) if source == "extracted" else 1.0
+        evidence += float(np.clip((STRIPPED_SHARE - share) / SHARE_WIDTH, -3.0, 6.0))
+        if evidence < 0:
+            return BrainEstimate(head, False, _probability(-evidence), "background")
+    confidence = _probability(evidence) if skull == "auto" else 1.0
+    return BrainEstimate(brain, True, confidence, source, _inside_head(dark, size))
+
+
+def _probability(evidence: float) -> float:
+    return float(1.0 / (1.0 + np.exp(-evidence)))
 
 
 def intensity_range(values: np.ndarray, constants: np.ndarray) -> float:
@@ -155,8 +209,12 @@ def _background(values: np.ndarray, background: float) -> tuple[list[_Level], np
     tolerance = NEAR_BACKGROUND * intensity_range(values, constants)
     if not np.any(constants == background):  # no exact value stands out: where the border is densest
         background = _densest(border, tolerance)
-    levels = [_level(background, border, tolerance)]
-    levels += [_level(float(v), border, tolerance) for v in constants if abs(v - background) > tolerance]
+    empty = [
+        face.ravel() for face in _faces(values) if np.mean(np.abs(face - background) <= 3 * tolerance) > 0.6
+    ]
+    air = np.concatenate(empty) if empty else border  # without faces that cut through tissue
+    levels = [_level(background, air, tolerance)]
+    levels += [_level(float(v), air, tolerance) for v in constants if abs(v - background) > tolerance]
     beside = np.ones(values.shape, bool)
     for level in levels:
         beside &= ~level.near(values)
@@ -226,36 +284,50 @@ def _not_background(values: np.ndarray, levels: list[_Level], beside: np.ndarray
     side = np.float32(1.0 if contrast >= 0 else -1.0)
     if np.mean(side * (tissue - np.float32(air)) < 0) < 0.02:
         # Partial volume and ringing beside a blurred edge are no tissue
-        beside &= side * (inside - np.float32(air)) > PARTIAL_VOLUME * abs(contrast)
+        signal = side * (inside - np.float32(air))
+        deep = ndimage.binary_erosion(beside, iterations=2, border_value=1)
+        surface = float(np.percentile(signal[deep], 5)) if deep.any() else 0.0
+        beside &= signal > np.clip(0.25 * surface / abs(contrast), *PARTIAL_VOLUME) * abs(contrast)
     else:
         beside = ndimage.binary_opening(ndimage.binary_closing(beside))
-    head[box] = largest_body(filled_slices(beside))  # filled first: a dark skull parts the scalp from the brain
+    head[box] = largest_body(
+        filled_slices(beside)
+    )  # filled first: a dark skull parts the scalp from the brain
     return head, False
 
 
-def _skull_probability(head: np.ndarray, spacing: np.ndarray, dip: float | None, exact: bool) -> float:
-    """How likely a skull is: by the dark shell below the surface, the volume, and how the background is."""
+def _skull_evidence(
+    head: np.ndarray, spacing: np.ndarray, dip: float | None, exact: bool, two_sided: bool
+) -> float:
+    """Log odds of a skull: by the volume, the dark shell below the surface, and how the background is."""
     ml = float(head.sum()) * float(np.prod(spacing)) / 1000
     evidence = float(np.clip((ml - LARGE_HEAD_ML) / LARGE_WIDTH_ML, -1.0, 4.0))
-    if dip is not None:
-        evidence += float(np.clip((SKULL_DIP - dip) / DIP_WIDTH, -3.0, 6.0))
-    if exact:  # what a mask leaves
+    cropped = not exact and float(np.mean([face.mean() for face in _faces(head)[:4]])) > 0.15
+    if dip is not None:  # which a cropped surface need not show
+        evidence += float(np.clip((SKULL_DIP - dip) / DIP_WIDTH, 0.0 if cropped else -3.0, 6.0))
+    if exact or two_sided:  # what a mask leaves
         evidence -= 1.0
-    elif float(border_values(head).mean()) > 0.4:  # a cropped field of view, whose surface tells little
-        evidence += 4.0
-    return float(1.0 / (1.0 + np.exp(-evidence)))
+    elif cropped:  # a stripped brain touches a face of the volume in few places
+        evidence += 2.0 + 2.0 * float(float(border_values(head).mean()) > 0.4)
+    return evidence
 
 
-def _air_side(values: np.ndarray, head: np.ndarray, air: _Level, exact: bool) -> float | None:
-    """1 where air is darker than tissue, -1 where it is brighter; None where its value may be arbitrary."""
+def _air_side(values: np.ndarray, head: np.ndarray, air: _Level, exact: bool) -> tuple[float | None, bool]:
+    """Side of tissue, and whether it lies on both sides of air, as only z-scoring leaves it.
+
+    The side is 1 where air is darker than tissue, -1 where it is brighter, None where its value may be arbitrary.
+    """
     tissue = values[head][::7]
-    if np.mean(tissue > air.value) > 0.95:
-        return 1.0
-    return None if exact or np.mean(tissue < air.value) < 0.95 else -1.0
+    brighter = float(np.mean(tissue > air.value + air.tolerance))
+    darker = float(np.mean(tissue < air.value - air.tolerance))
+    two_sided = min(brighter, darker) > 0.1
+    if darker < 0.05:
+        return 1.0, two_sided
+    return (None if exact or brighter >= 0.05 else -1.0), two_sided
 
 
 def _profile(
-    values: np.ndarray, head: np.ndarray, spacing: np.ndarray, side: float | None
+    values: np.ndarray, head: np.ndarray, spacing: np.ndarray, side: float | None, air: float | None
 ) -> tuple[float, float | None]:
     """Sign of the contrast, and the dip of the intensity below the surface.
 
@@ -285,6 +357,8 @@ def _profile(
         return side or 1.0, None
     if side is None:
         side = 1.0 if np.median([inside - levels[0] for levels, inside, _, _ in found]) >= 0 else -1.0
+    if air is not None and side * (np.median([levels[1:3].max() for levels, *_ in found]) - air) <= 0:
+        return side, None  # no brighter than the background: partial volume, no scalp
     profiles = []
     for levels, _, low, high in found:
         profile = levels[1:] - low if side > 0 else high - levels[1:]
@@ -308,9 +382,14 @@ def _head_brain(values: np.ndarray, spacing: np.ndarray) -> tuple[np.ndarray, st
     extracted = extract_brain(values, spacing)
     if extracted is not None:
         return extracted, "extracted"
+    return _inside_head(values, spacing), "head outline"
+
+
+def _inside_head(values: np.ndarray, spacing: np.ndarray) -> np.ndarray:
+    """What lies SCALP_MM inside a head whose air is dark."""
     head = head_outline(values)
-    brain = np.zeros_like(head)
+    inside = np.zeros_like(head)
     for z in np.flatnonzero(head.any(axis=(0, 1))):
         depth = ndimage.distance_transform_edt(np.pad(head[:, :, z], 1), sampling=spacing[:2])[1:-1, 1:-1]
-        brain[:, :, z] = depth > SCALP_MM
-    return (brain if brain.any() else head), "head outline"
+        inside[:, :, z] = depth > SCALP_MM
+    return inside if inside.any() else head

@@ -13,7 +13,8 @@ SPREAD_MM = 8.0  # by which the brain of a slice may stand out over that of the 
 WORKING_MM, WORKING_SLICE_MM = 1.75, 3.0  # of the grid that a head is looked at on, where its own is finer
 CORE_MM = 25.0  # this deep inside the head most is brain
 ROUNDS = 2  # of extraction; the first brain gives the z-scores of the second
-BRIGHT_MM = 8.0  # inside the head's outline: very bright tissue this deep may be a lesion
+BRIGHT_MM = 7.0  # inside the head's outline: very bright tissue this deep may be a lesion
+MARGIN_MM = 3.0  # kept round the brain: lesions reach its surface
 BAY_MM = 15.0  # bays of the brain's outline narrower than twice this are brain
 BESIDE = 0.5  # of the surroundings of a bright body that is brain: then it is a lesion in it
 SMALLEST = 0.1  # of the head: a smaller brain is none
@@ -53,7 +54,7 @@ def extract_brain(values: np.ndarray, spacing: np.ndarray) -> np.ndarray | None:
     bright = head & ~brain & (0.5 * z_scores >= TISSUE[1]) & (depth > BRIGHT_MM)
     brain = _with_lesions(brain, bright, mm)
     for z in np.flatnonzero(brain.any(axis=(1, 2))):  # a lesion at the surface leaves a bay
-        brain[z] |= _closed(brain[z], mm, 0.0, BAY_MM) & (depth[z] > BRIGHT_MM)
+        brain[z] |= _closed(brain[z], mm, MARGIN_MM, BAY_MM) & (depth[z] > BRIGHT_MM)
     scale = spacing / working
     whole = ndimage.affine_transform(
         brain.transpose(2, 1, 0).astype(np.float32),
@@ -84,7 +85,9 @@ def _tissue_and_head(planes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     mean_above = (total - np.cumsum(counts * centres)) / np.maximum(above, 1)
     otsu = centres[(below * above * (mean_below - mean_above) ** 2).argmax()]
     tissue = planes > low + 0.5 * (otsu - low)
-    return tissue, filled_slices(largest_body(ndimage.binary_opening(tissue)).transpose(2, 1, 0)).transpose(2, 1, 0)
+    return tissue, filled_slices(largest_body(ndimage.binary_opening(tissue)).transpose(2, 1, 0)).transpose(
+        2, 1, 0
+    )
 
 
 def largest_body(mask: np.ndarray) -> np.ndarray:
@@ -175,7 +178,9 @@ def brain_within(image: np.ndarray, head: np.ndarray, mm: float) -> np.ndarray:
     return brain
 
 
-def _closed(core: np.ndarray, mm: float, grown_mm: float = OPENED_MM, closed_mm: float = CLOSED_MM) -> np.ndarray:
+def _closed(
+    core: np.ndarray, mm: float, grown_mm: float = OPENED_MM, closed_mm: float = CLOSED_MM
+) -> np.ndarray:
     """The bodies (H, W) grown by so much, which gives opened ones their edge back, closed and filled."""
     margin = int(np.ceil((grown_mm + closed_mm) / mm)) + 2
     away = ndimage.distance_transform_edt(~np.pad(core, margin))

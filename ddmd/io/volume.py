@@ -17,6 +17,7 @@ from ddmd.io.brain import (
     SKULL_CHOICES,
     BrainEstimate,
     background_value,
+    border_values,
     bounding_box,
     estimate_brain,
 )
@@ -248,6 +249,8 @@ class Volume:
     def zero_signal(self, sequence: str) -> float:
         """What no signal is in a sequence: the median beside the brain, or the lowest value if all is brain.
 
+        Where the skull is on, the median of the faces of the volume, which is air.
+
         Parameters
         ----------
         sequence : one of `images`
@@ -257,6 +260,8 @@ class Volume:
         float, in the image's own intensities
         """
         values = self.images[sequence]
+        if self.skull:
+            return float(np.median(border_values(values)))
         box = bounding_box(self.brain)
         beside = values[box][~self.brain[box]]
         return (
