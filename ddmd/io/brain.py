@@ -156,7 +156,10 @@ def _estimate(values: np.ndarray, size: np.ndarray, background: float, skull: st
     head, exact = _not_background(values, levels, beside)
     if not head.any():
         brain, source = _head_brain(values, size)
-        return BrainEstimate(brain, skull != "off", 1.0 if skull != "auto" else 0.5, source)
+        on = skull != "off"
+        return BrainEstimate(
+            brain, on, 1.0 if skull != "auto" else 0.5, source, _inside_head(values, size) if on else None
+        )
     if skull == "off":
         return BrainEstimate(head, False, 1.0, "background")
     air_side, two_sided = _air_side(values, head, levels[0], exact)

@@ -51,6 +51,7 @@ class Volume:
     skull_confidence : float in [0.5, 1], how sure `skull` is; 1 where the caller said it or gave the brain.
     bias : "auto", "off", "on" or "n4", what `normalised` does to bias fields; see `correct_bias`.
     dicom : the DICOM series whose grid this is; None for other input.
+    reference : bool (X, Y, Z) or None, what `normalised` takes its statistics over; None: the brain.
     """
 
     images: Mapping[str, np.ndarray]
@@ -64,6 +65,7 @@ class Volume:
     skull_confidence: float = 1.0
     bias: str = "auto"
     dicom: DicomSeries | None = None
+    reference: np.ndarray | None = None
 
     @cached_property
     def spacing(self) -> tuple[float, float, float]:
@@ -219,6 +221,7 @@ class Volume:
             notes=tuple(notes),
             sources=labels,
             skull_confidence=estimate.confidence,
+            reference=estimate.reference,
             bias=bias,
             dicom=dicom,
         )
@@ -271,8 +274,8 @@ class Volume:
         )
 
     def _robust_z_scores(self, values: np.ndarray) -> np.ndarray:
-        """(x - median) / (interquartile range / 1.349) over the brain, which is a z-score of normal values."""
-        inside = values[self.brain]
+        """(x - median) / (interquartile range / 1.349) over `reference`: a z-score of normal values."""
+        inside = values[self.brain if self.reference is None else self.reference]
         low, median, high = np.percentile(inside, (25, 50, 75))
         scale = (high - low) / 1.349 or float(inside.std(dtype=np.float64)) or 1.0
         z: np.ndarray = (values - np.float32(median)) / np.float32(scale)
