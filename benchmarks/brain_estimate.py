@@ -77,10 +77,12 @@ def read_scan(path: Path, step: int = 1) -> Scan:
     return Scan(values, tuple(spacing), mask, path.parent.name in SKULL_ON)
 
 
-def disguises(scan: Scan, rng: np.random.Generator) -> Iterator[tuple[str, Scan]]:
-    """One scan in disguise: each change of the intensities followed by each change of the background or grid."""
+def disguises(scan: Scan, rng: np.random.Generator, wanted: str = "") -> Iterator[tuple[str, Scan]]:
+    """One scan in disguise: each change of the intensities, then each of the background or grid; `wanted` in the name."""
     for first, values, background in _intensities(scan):
         for second, change in CHANGES.items():
+            if wanted not in f"{first}, {second}":
+                continue
             changed = change(values, background, scan, rng)
             if changed is not None:
                 new, brain, spacing = changed
@@ -215,9 +217,7 @@ def sweep(
             continue
         rng = np.random.default_rng(seed)
         path = next(p for p in sorted(folder.glob("*.nii.gz")) if sequence_of(p) == "flair")
-        for disguise, scan in disguises(read_scan(path, step), rng):
-            if wanted not in disguise:
-                continue
+        for disguise, scan in disguises(read_scan(path, step), rng, wanted):
             started = time.process_time()
             estimate = estimate_brain(scan.values, scan.spacing)
             yield Row(folder.name, disguise, scan, estimate, time.process_time() - started)

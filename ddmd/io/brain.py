@@ -128,13 +128,19 @@ def estimate_brain(
     estimate = _estimate(values[box], size, background, skull)
     if estimate.mask.shape == values.shape:
         return estimate
-    masks = []
-    for part in (estimate.mask, estimate.reference):
-        whole = None if part is None else np.zeros(values.shape, bool)
-        if whole is not None:
-            whole[box] = part
-        masks.append(whole)
-    return replace(estimate, mask=masks[0], reference=masks[1])
+    reference = estimate.reference
+    return replace(
+        estimate,
+        mask=_placed(estimate.mask, box, values.shape),
+        reference=None if reference is None else _placed(reference, box, values.shape),
+    )
+
+
+def _placed(mask: np.ndarray, box: tuple[slice, ...], shape: tuple[int, ...]) -> np.ndarray:
+    """The mask of a box in the whole volume."""
+    whole = np.zeros(shape, bool)
+    whole[box] = mask
+    return whole
 
 
 def _without_constant_planes(values: np.ndarray) -> tuple[slice, ...]:
