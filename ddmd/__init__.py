@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 from typing import TYPE_CHECKING, Any
 
 from ddmd import _moved
@@ -40,6 +41,7 @@ __all__ = [
 
 register_with_torch()
 _moved.install()
+logging.getLogger("ddmd").addHandler(logging.NullHandler())  # messages go where the program sends them
 
 
 def __getattr__(name: str) -> Any:

@@ -72,6 +72,7 @@ def test_a_folder_goes_on_after_a_bad_volume(tiny, tmp_path, rng):
     assert "b: " in text
     assert "not a NIfTI file" in text
     assert "1 of 3 volumes failed" in text
+    assert text.count("not a NIfTI file") == 1
     written = sorted(p.name.split("_")[0] for p in (tmp_path / "out").glob("*_mask.nii.gz"))
     assert written == ["a", "c"]
     assert not list((tmp_path / "out").glob(".partial*"))
@@ -238,16 +239,17 @@ def test_the_same_command_goes_on_where_it_was(tiny, tmp_path, rng):
     assert _run(*command)[0] == 1
     first = (tmp_path / "out" / "a_result.json").stat().st_mtime_ns
     (tmp_path / "in" / "b" / "flair.nii.gz").write_bytes(good)
-    assert _run(*command)[0] == 2, "nothing is skipped or replaced unasked"
-    code, text = _run(*command, "--skip-existing")
+    code, text = _run(*command)
     assert code == 0
     assert "a: done before" in text
     assert (tmp_path / "out" / "a_result.json").stat().st_mtime_ns == first
     assert read_result("b", tmp_path / "out") is not None
-    code, text = _run(*command, "--skip-existing", "--seed", 1)
-    assert code == 2, "other options give another result"
-    assert "--overwrite" in text
+    for options in ((), ("--skip-existing",)):
+        code, text = _run(*command, "--seed", 1, *options)
+        assert code == 2, "other options give another result"
+        assert "--overwrite" in text
     write(tmp_path / "in" / "a" / "flair.nii.gz", *head(rng))
+    assert _run(*command)[0] == 2, "nothing is replaced unasked"
     code, text = _run(*command, "--skip-existing")
     assert code == 0
     assert "a: done before" not in text, "another image gives another result"
@@ -397,3 +399,30 @@ def test_a_command_without_its_extra_names_it(tmp_path, flair):
         (line,) = done.stderr.splitlines()
         assert done.returncode == 2
         assert extra in line
+
+
+@pytest.mark.parametrize("closed", ["0<&-", "1>&-", "2>&-", "0<&- 1>&- 2>&-"])
+def test_closed_standard_streams_cost_nothing(tiny, flair, tmp_path, closed):
+    out = tmp_path / "out"
+    words = [
+        sys.executable,
+        "-m",
+        "ddmd",
+        "detect",
+        flair,
+        "-o",
+        str(out),
+        "--weights",
+        tiny,
+        "--samples",
+        "1",
+    ]
+    done = subprocess.run(["sh", "-c", f'exec "$@" {closed}', "sh", *words], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert read_result("p1", out) is not None
+
+
+def test_more_threads_than_a_machine_has_are_refused(tiny, flair, tmp_path):
+    for threads in (0, -1, 257, 100_000):
+        code, text = _run("detect", flair, "-o", tmp_path, "--weights", tiny, "--threads", threads)
+        assert (code, "allowed are 1 to 256" in text) == (2, True), text

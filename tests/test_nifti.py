@@ -519,3 +519,32 @@ def test_a_file_cut_while_it_is_read_gives_one_error(tmp_path, rng, monkeypatch)
     monkeypatch.setattr(compression, "_decompressed", cutting)
     with pytest.raises(VolumeError, match="changed while it was read"):
         nifti.voxels(image, path)
+
+
+def test_a_freesurfer_file_is_read_without_a_note(tmp_path, rng):
+    values, affine = head(rng)
+    nib.save(nib.MGHImage(values, affine), tmp_path / "a_flair.mgz")  # which ends with a footer
+    volume = Volume.read(tmp_path / "a_flair.mgz")
+    assert volume.notes == ()
+    assert np.array_equal(volume.images["flair"], values)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_damaged_file_is_closed(tmp_path, rng):
+    values, affine = head(rng)
+    path = tmp_path / "a_flair.nii.gz"
+    write(path, values, affine)
+    path.write_bytes(path.read_bytes() + b"garbage")
+    before = len(os.listdir("/proc/self/fd"))
+    _refused("the gz is damaged", path)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_the_members_of_a_gz_file_are_one_file(tmp_path, rng):
+    values, affine = head(rng)
+    raw = nib.Nifti1Image(values, affine).to_bytes()
+    cut = sorted(int(n) for n in rng.integers(1, len(raw), 5))
+    members = [raw[a:b] for a, b in zip([0, *cut], [*cut, len(raw)], strict=True)]
+    path = tmp_path / "a_flair.nii.gz"
+    path.write_bytes(b"".join(map(gzip.compress, members)) + bytes(512))  # padded, as tar does
+    assert np.array_equal(Volume.read(path).images["flair"], values)

@@ -188,3 +188,40 @@ def test_unregistered_sequences_are_refused_with_the_difference(shared_data):
     folder = shared_data / "volumes" / "brainix-unregistered"
     paths = {s: folder / f"{s}.nii.gz" for s in ("flair", "t1", "t2")}
     _refused("different grids: .*--resample", paths, require=("flair", "t1"))
+
+
+@pytest.mark.parametrize("labels", [1, 2, 4])
+def test_a_mask_or_label_map_is_not_taken_for_an_image(rng, labels):
+    values, affine = head(rng)
+    edges = np.quantile(values[values > 0], np.linspace(0, 1, labels + 1)[1:-1])
+    masks = np.where(values > 0, 1 + np.digitize(values, edges), 0)
+    assert len(np.unique(masks)) == labels + 1
+    for kind in (np.uint8, np.float32):
+        _refused("mask or a label map", {"flair": masks.astype(kind)}, affine=affine)
+
+
+def test_a_complex_affine_is_refused(rng):
+    values, affine = head(rng)
+    _refused("not a finite 4x4 matrix", {"flair": values}, affine=affine.astype(complex))
+
+
+@pytest.mark.parametrize(
+    "disguise",
+    [
+        lambda v: v.astype(np.float16),
+        lambda v: v.astype(">f8"),
+        lambda v: v.astype(np.longdouble),
+        lambda v: np.asfortranarray(v),
+        lambda v: v[::-1].copy()[::-1],
+        lambda v: np.ma.masked_array(v),
+        lambda v: np.broadcast_to(v[..., None], (*v.shape, 1))[..., 0],
+    ],
+    ids=["float16", "big endian", "long double", "Fortran", "negative strides", "masked", "read-only"],
+)
+def test_any_array_of_the_same_numbers_is_the_same_volume(rng, disguise):
+    values, affine = head(rng)
+    values = np.round(values)  # which float16 holds
+    with np.errstate(all="raise"):  # the caller's own setting
+        plain, other = (Volume.from_array({"flair": v}, affine) for v in (values, disguise(values)))
+        assert np.array_equal(plain.brain, other.brain)
+        assert np.array_equal(plain.normalised("flair"), other.normalised("flair"))

@@ -80,7 +80,7 @@ def command(
     """Find lesions: maps, a table and a picture of each volume.
 
     Maps are on the grid of the input. Of several volumes, cohort.tsv has a row each, failures.tsv those that
-    failed, and run.json the options. A run that was cut off goes on with --skip-existing.
+    failed, and run.json the options. The same command goes on with a run that was cut off.
     """
     set_threads(threads)
     sources = [*(inputs or ()), *(more_inputs or ())]

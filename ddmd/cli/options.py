@@ -11,6 +11,8 @@ import typer
 
 from ddmd.cli.entry import bad_usage
 
+MAX_THREADS = 256  # the runtime of OpenMP dies without a word where the system gives no more
+
 Weights = Annotated[
     str, typer.Option("--weights", metavar="NAME|FILE", help="Name of a shipped system, or a weights file.")
 ]
@@ -67,7 +69,7 @@ Report = Annotated[
 SkipExisting = Annotated[
     bool,
     typer.Option(
-        "--skip-existing", help="Go on with a run: keep complete results of the same input and options."
+        "--skip-existing", help="Also replace results that are incomplete or of an input that has changed."
     ),
 ]
 Part = Annotated[
@@ -104,8 +106,8 @@ def set_threads(threads: int | None) -> None:
     """Compute with so many CPU threads; called before anything else imports torch."""
     if threads is None:
         return
-    if threads < 1:
-        raise bad_usage(f"--threads is {threads}; allowed is at least 1")
+    if not 1 <= threads <= MAX_THREADS:
+        raise bad_usage(f"--threads is {threads}; allowed are 1 to {MAX_THREADS}")
     os.environ["OMP_NUM_THREADS"] = str(threads)
     import torch
 

@@ -287,10 +287,11 @@ def detect_cohort(
     precision : as `Detector.load` takes it
     engine : "threads" of this process, or "ray": actors of a Ray cluster, one a GPU
     skip_existing : bool
-        Whether cases stay as they are that have a complete result of the same input, weights and options.
-        Results that are incomplete or of another input are replaced.
+        Whether results that are incomplete or of another input are replaced. Cases that have a complete result of
+        the same input, weights and options stay as they are in any case.
     overwrite : bool
-        Whether earlier results are replaced; with skip_existing, those of other weights or options.
+        Whether every case is done again and its result replaced; with skip_existing, only those of other
+        weights or options.
     part : (i, n), the i-th of n parts of the cohort, counted from 1
     maps, overlay, dicom_seg : as `Detection.save` takes them
     workers : threads that read, and threads that write
@@ -355,15 +356,13 @@ def _earlier(
         If another result is there and is not to be replaced.
     """
     replaced = overwrite
-    if skip_existing:
+    if skip_existing or not overwrite:
         check_output(task.stem, task.folder, True, options.naming)  # completes what a killed writer had begun
         summary = read_result(task.stem, task.folder)
-        if summary is None:
-            replaced = True
-        elif options.is_result_of(summary, facts):
-            if _is_same_input(task.case, summary):
-                return summary
-            replaced = True
+        same_options = summary is not None and options.is_result_of(summary, facts)
+        if summary is not None and same_options and _is_same_input(task.case, summary):
+            return summary
+        replaced |= skip_existing and (summary is None or same_options)
     check_output(task.stem, task.folder, replaced, options.naming)
     return replace(task, replace=replaced)
 

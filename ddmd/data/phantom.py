@@ -101,7 +101,7 @@ def _anatomy(spacing_mm: tuple[float, ...]) -> _Anatomy:
 
 def _texture(shape: tuple[int, ...], sigma: np.ndarray | float, rng: Generator) -> np.ndarray:
     """Smooth noise (X, Y, Z) of standard deviation 1; sigma in voxels."""
-    field = ndimage.gaussian_filter(rng.standard_normal(shape, np.float32), sigma, mode="wrap")
+    field: np.ndarray = ndimage.gaussian_filter(rng.standard_normal(shape, np.float32), sigma, mode="wrap")
     return field / max(float(field.std()), 1e-6)
 
 
@@ -111,7 +111,8 @@ def _bias_field(brain: np.ndarray, rng: Generator) -> np.ndarray:
     coefficients = rng.standard_normal((4, 4, 4)) * ((orders > 0) & (orders <= 3))
     x, y, z = (np.linspace(-1, 1, n) for n in brain.shape)
     field = np.polynomial.legendre.leggrid3d(x, y, z, coefficients).astype(np.float32)
-    return field / np.abs(field[brain]).max()
+    scaled: np.ndarray = field / np.abs(field[brain]).max()
+    return scaled
 
 
 def _grow(

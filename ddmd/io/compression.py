@@ -121,7 +121,7 @@ def opened(path: Path, expected: FileState | None = None) -> Iterator[tuple[IO[b
         file.seek(0)
         try:
             yield _decompressed(file, head, path), state
-        except Exception:  # what goes wrong with a file that somebody writes is his doing
+        except Exception:  # where another program writes the file, that is the cause
             _check_unchanged(file, state, path)
             raise
         _check_unchanged(file, state, path)
@@ -271,7 +271,8 @@ def _readable(path: Path) -> Iterator[None]:
         ) from None
     except Exception as error:  # each decompressor has kinds of its own
         try:
-            compressed = open(path, "rb").read(2) == b"\x1f\x8b"  # noqa: SIM115
+            with open(path, "rb") as file:
+                compressed = file.read(2) == b"\x1f\x8b"
         except OSError:
             compressed = False
         what = "the gz is damaged or truncated" if compressed else "the file is damaged or truncated"

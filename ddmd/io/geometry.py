@@ -62,7 +62,10 @@ class Geometry:
     def of_array(cls, shape: tuple[int, ...], affine: Any, name: str) -> Geometry:
         """The geometry of an array (X, Y, Z) with its affine (4, 4), voxels to mm."""
         try:
-            matrix = np.array(affine, dtype=np.float64)
+            given = np.asarray(affine)
+            if given.dtype.kind == "c":
+                raise TypeError("complex numbers")
+            matrix = given.astype(np.float64)
         except (TypeError, ValueError):
             raise VolumeError(f"{name}: the affine is not a finite 4x4 matrix; pass numbers") from None
         three = check_shape(shape, name)

@@ -61,7 +61,9 @@ class FileVoxels:
         offset: int,
         slope: float = 1.0,
         intercept: float = 0.0,
+        footer: bool = False,
     ) -> None:
+        self.footer = footer  # whether the format has something behind the voxels
         self.path, self.state, self.shape, self.dtype = path, state, shape, dtype
         self.offset, self.slope, self.inter = offset, slope, intercept
 
@@ -85,7 +87,7 @@ class FileVoxels:
         if size > MAX_BYTES:
             raise VolumeError(f"{self.path}: {size} bytes of voxels are no brain MRI (at most {MAX_BYTES})")
         data, surplus = read_bytes(self.path, self.offset, size, self.state)
-        return data.view(self.dtype).reshape(self.shape, order="F"), surplus
+        return data.view(self.dtype).reshape(self.shape, order="F"), 0 if self.footer else surplus
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         raw = self.get_unscaled()
@@ -270,7 +272,7 @@ def _mgh_image(path: Path, head: bytes, state: FileState) -> nib.Nifti1Image:
     _check_claims(path, shape, dtype, offset)
     check_affine(np.asarray(affine, dtype=np.float64), str(path))
     check_extent(shape, np.asarray(affine, dtype=np.float64), str(path))
-    image = nib.Nifti1Image(FileVoxels(path, state, shape, dtype, offset), affine)
+    image = nib.Nifti1Image(FileVoxels(path, state, shape, dtype, offset, footer=True), affine)
     _set_scanner_forms(image, affine)
     image.file_map["image"].filename = str(path)
     return image

@@ -179,7 +179,7 @@ def _check_place(stem: str, folder: Path, overwrite: bool, naming: Naming) -> No
             raise OutputError(f"{path}: is a folder where a result is to be; choose another folder")
     if there and not overwrite:
         raise OutputError(
-            f"{folder}: holds earlier results ({there[0].name}); pass --overwrite (overwrite=True), --skip-existing to keep results of the same input and options, or another folder"
+            f"{folder}: holds earlier results ({there[0].name}); pass --overwrite (overwrite=True) or another folder"
         )
     above = folder.absolute()
     while not os.path.lexists(above):

@@ -32,6 +32,7 @@ from ddmd.io.strip import stripped
 __all__ = ["SEQUENCES", "Volume", "VolumeError", "estimate_brain", "sequence_of"]
 
 SURE = 0.9  # less sure than this whether the skull is on, the user is told
+MIN_VALUES = 8  # different intensities in the brain; a mask or a label map has fewer
 LOWEST, HIGHEST = -4.0, 6.0  # robust z-scores are clipped to this; air is LOWEST
 
 
@@ -443,6 +444,16 @@ def _brain_notes(estimate: BrainEstimate, label: str) -> list[str]:
     return []
 
 
+def _check_contrast(inside: np.ndarray, label: str) -> None:
+    """Raise VolumeError where the values in the brain are those of a mask or a label map."""
+    found = len(np.unique(inside[:: max(1, len(inside) // 50_000)]))
+    if found < MIN_VALUES:
+        raise VolumeError(
+            f"{label}: the brain holds {found} different value{'s' if found > 1 else ''}; this is a mask or a "
+            "label map; give the image"
+        )
+
+
 def _clean(
     data: dict[str, np.ndarray],
     labels: dict[str, str],
@@ -469,6 +480,7 @@ def _clean(
             estimate = estimate_brain(filled, spacing, background, skull=skull, mask=mask)
             if not estimate.mask.any():
                 raise VolumeError(f"{labels[s]}: no brain found in the volume; check that it is a head MRI")
+        _check_contrast(filled[estimate.mask], labels[s])
         bad = int((~finite & estimate.mask).sum())
         if bad:
             raise VolumeError(f"{labels[s]}: {bad} voxels inside the brain are NaN or Inf; export it again")
