@@ -59,7 +59,7 @@ test: $(VENV)/test.stamp
 
 # Chromium for the tests of `ddmd report`, which skip themselves where there is none.
 browser:
-	@if command -v chromium chromium-browser google-chrome > /dev/null; then echo "a browser is there"; \
+	@if command -v chromium || command -v chromium-browser || command -v google-chrome; then :; \
 	elif [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null \
 	  && apt-get update -qq > build-browser.log 2>&1 \
 	  && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium >> build-browser.log 2>&1; \

@@ -6,6 +6,7 @@ import base64
 import dataclasses
 import gzip
 import html.parser
+import json
 import re
 import shutil
 import subprocess
@@ -271,3 +272,29 @@ def test_the_old_module_of_this_name_warns_and_works():
 
     with pytest.warns(FutureWarning, match="evaluation.report"):
         assert ddmd.report.html is expected
+
+
+def test_odd_values_in_a_result_do_not_stop_the_page(cohort, rng):
+    _, out = cohort
+    path = out / "p-1_result.json"
+    original = json.loads(path.read_text())
+    odd = [
+        None,
+        [],
+        {},
+        "x",
+        -1,
+        1e308,
+        True,
+        [None, {}],
+        {"Flags": "skull"},
+        {"samples": [1]},
+        "\ud800",
+        [1, "2"],
+    ]
+    for key in set(original) - {"Files"}:
+        changed = original | {key: odd[rng.integers(len(odd))]}
+        path.write_text(json.dumps(changed))
+        report = write_report(out)
+        assert (report.cases, report.failures) == (1, 0), changed[key]
+        report.page.read_text("utf-8")
