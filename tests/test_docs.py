@@ -96,6 +96,13 @@ def test_imports_between_rooms_point_downwards() -> None:
     assert not wrong, "\n".join(wrong)
 
 
+def test_every_room_is_in_the_list_and_in_the_page_on_architecture() -> None:
+    rooms = {path.parent.name for path in PACKAGE.glob("*/__init__.py")} - {"kernels", "pretrained"}
+    assert rooms == {room for line in ROOMS for room in line} - {"validation"}
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    assert not [room for room in rooms if f"| `ddmd/{room}/` |" not in page]
+
+
 def test_rooms_use_nothing_of_the_package_itself_but_its_version() -> None:
     for module, path in _modules().items():
         if _room(module) in FACE:
