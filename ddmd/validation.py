@@ -109,3 +109,13 @@ def text(name: str, value: Any, longest: int) -> str:
     if not isinstance(value, str) or not 1 <= len(value) <= longest or not value.isprintable():
         raise ValueError(f"{name} is {shown(value)}; allowed is printable text of 1 to {longest} characters")
     return value
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object as a dictionary; ValueError where a key is there twice. For `object_pairs_hook`."""
+    values: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in values:
+            raise ValueError(f"{shown(name)} is there twice")
+        values[name] = value
+    return values

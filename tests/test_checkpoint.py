@@ -269,3 +269,19 @@ def test_a_damaged_header_is_loaded_or_refused_in_one_line(tiny, tmp_path, chang
 def test_shipped_weights_say_of_themselves_what_is_allowed():
     for name in checkpoint.available():
         assert checkpoint.describe(checkpoint.find(name)).system == "ddmd"
+
+
+@pytest.mark.parametrize("where", ["tensors", "description"])
+def test_a_key_that_is_there_twice_is_refused(tiny, tmp_path, where):
+    header, body = parts_of(tiny)
+    if where == "tensors":
+        name = next(name for name in header if name != "__metadata__")
+        text = json.dumps(header)[:-1] + f", {json.dumps(name)}: {json.dumps(header[name])}}}"
+        text += " " * (-len(text) % 8)
+        path = tmp_path / "twice.safetensors"
+        path.write_bytes(struct.pack("<Q", len(text)) + text.encode() + body)
+    else:
+        text = header["__metadata__"]["ddmd"]
+        path = described(tiny, tmp_path / "twice.safetensors", text[:-1] + ', "threshold": 0.9}')
+    with pytest.raises(WeightsError, match=r"twice\.safetensors: .*is there twice"):
+        checkpoint.load(path, "cpu", "float32")

@@ -393,3 +393,16 @@ def test_names_of_results(tmp_path):
     assert paths["mask"].name == "p1_desc-lesion_mask.nii.gz"
     assert paths["labels"].name == "p1_desc-lesion_dseg.nii.gz"
     assert paths["lesions"].name == "p1_lesions.tsv"
+
+
+@pytest.mark.parametrize("file", ["result", "mask"])
+def test_a_pipe_in_place_of_a_result_is_never_waited_for(tmp_path, rng, file):
+    paths = made_up(rng).save(tmp_path)
+    assert read_result("case", tmp_path) is not None
+    paths[file].unlink()
+    os.mkfifo(paths[file])
+    signal.alarm(20)  # ends the test where it waits
+    try:
+        assert read_result("case", tmp_path) is None
+    finally:
+        signal.alarm(0)

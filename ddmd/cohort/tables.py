@@ -7,6 +7,7 @@ import io
 import itertools
 import os
 import stat
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
@@ -111,7 +112,7 @@ def _check_header(header: Sequence[str], needed: Sequence[str], path: Path) -> N
     lacking = sorted(set(needed) - set(header))
     if lacking:
         raise DatasetError(f"{path}: lacks the columns {', '.join(lacking)}; add them")
-    twice = sorted({column for column in header if column and header.count(column) > 1})
+    twice = sorted(column for column, count in Counter(header).items() if column and count > 1)
     if twice:
         raise DatasetError(f"{path}: the column {twice[0]} is there twice; keep one")
 

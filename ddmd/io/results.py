@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -296,6 +298,8 @@ def read_result(stem: str, folder: str | Path) -> dict[str, Any] | None:
     """
     path = result_paths(stem, folder)["result"]
     try:
+        if not path.is_file():  # opening a pipe would wait for its writer
+            return None
         summary = json.loads(path.read_bytes())
         for file, checksum in summary["Files"].items():
             if os.path.basename(file) != file or file_sha256(path.with_name(file)) != checksum:
@@ -306,7 +310,9 @@ def read_result(stem: str, folder: str | Path) -> dict[str, Any] | None:
 
 
 def file_sha256(path: str | os.PathLike[str]) -> str:
-    """SHA-256 of a file, in hexadecimal."""
+    """SHA-256 of a regular file, in hexadecimal; OSError where it cannot be read."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError(errno.EINVAL, "is no regular file", os.fspath(path))
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

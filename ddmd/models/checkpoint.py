@@ -208,7 +208,7 @@ def _read_header(path: Path) -> _Header:
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > min(MAX_HEADER, size - 8):
                 raise ValueError("its header is cut off or too long")
-            entries = json.loads(file.read(length))
+            entries = json.loads(file.read(length), object_pairs_hook=validation.unique_keys)
         if not isinstance(entries, dict):
             raise ValueError("its header is no JSON object")
     except (OSError, ValueError, RecursionError) as error:

@@ -220,7 +220,7 @@ class Description:
         if not isinstance(text, str) or len(text) > MAX_CHARACTERS:
             raise ValueError(f"its description is no text of at most {MAX_CHARACTERS} characters")
         try:
-            values = json.loads(text)
+            values = json.loads(text, object_pairs_hook=validation.unique_keys)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"its description is not JSON ({validation.shown(str(error))})") from None
         if not isinstance(values, dict):
