@@ -39,6 +39,11 @@ class SamplingConfig:
     mirror : bool
         Every second sample is drawn on the slice's mirror image and mirrored back, so that samples also
         differ in what the networks make of the image.
+    shared_noise : bool
+        All slices of a volume get the same noise, so that a sample is coherent through the plane. The noise of
+        each slice alone stays standard normal.
+    rater_sd : float in [0, 4]
+        Standard deviation of a shift of all logits of a sample, see `rater_shifts`.
 
     Raises
     ------
@@ -59,6 +64,8 @@ class SamplingConfig:
     seed: int = 0
     batch: int | None = None
     mirror: bool = False
+    shared_noise: bool = False
+    rater_sd: float = 0.0
 
     def __post_init__(self) -> None:
         batch = None if self.batch is None else validation.integer("batch", self.batch, 1, 2**31 - 1)
@@ -74,9 +81,36 @@ class SamplingConfig:
             "seed": validation.integer("seed", self.seed, -(2**63), 2**63 - 1),
             "batch": batch,
             "mirror": validation.flag("mirror", self.mirror),
+            "shared_noise": validation.flag("shared_noise", self.shared_noise),
+            "rater_sd": validation.real("rater_sd", self.rater_sd, 0.0, 4.0),
         }
         for name, value in checked.items():  # as Python's own numbers: they are written to JSON
             object.__setattr__(self, name, value)
+
+
+def rater_shifts(samples: int, sd: float) -> Tensor:
+    """Shifts of the logits of S samples: raters differ in how much of the same image they mark.
+
+    A random effect on the intercept of a logistic model, one value for all voxels of a sample. Its normal
+    quantiles are taken along an additive recurrence (golden ratio), so that few samples are spread evenly,
+    the first is not shifted, and more samples leave those before as they are.
+
+    Parameters
+    ----------
+    samples : int
+    sd : float
+
+    Returns
+    -------
+    (S,) float32 on the CPU
+
+    Examples
+    --------
+    >>> rater_shifts(3, 1.0)
+    tensor([ 0.0000, -1.1800,  0.6328])
+    """
+    place = torch.arange(samples, dtype=torch.float64, device="cpu") * ((math.sqrt(5.0) - 1.0) / 2.0) + 0.5
+    return (sd * torch.special.ndtri(place % 1.0)).float()
 
 
 def ddim_coefficients(now: Tensor, then: Tensor, eta: float) -> tuple[Tensor, Tensor, Tensor]:

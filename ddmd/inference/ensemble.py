@@ -6,14 +6,14 @@ Nothing here synchronises, reads a value on the host or copies from it, so that 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ddmd import ops
 from ddmd.diffusion.noise import Coordinates, pure_noise
-from ddmd.diffusion.samplers import SamplingConfig
+from ddmd.diffusion.samplers import SamplingConfig, rater_shifts
 from ddmd.models.checkpoint import System
 from ddmd.models.denoiser import Condition, Modulation, from_patches, predicted_sample, to_patches
 
@@ -26,20 +26,31 @@ class Maps:
 
     probability, uncertainty : mean and variance over the S samples (1/(S-1); 0 where S is 1).
     inter, intra : X and Y.
+    draws : (S, Z, 1, H, W) uint8 on the CPU, the samples as `quantised` gives them; None where they were not kept.
     """
 
     probability: Tensor
     uncertainty: Tensor
     inter: Tensor
     intra: Tensor
+    draws: Tensor | None = None
+
+    def named(self) -> dict[str, Tensor]:
+        """The four maps by the names of their fields, without the draws."""
+        return {name: getattr(self, name) for name in ("probability", "uncertainty", "inter", "intra")}
 
     def tensors(self) -> tuple[Tensor, ...]:
         """The four maps, in the order of the fields."""
-        return tuple(getattr(self, f.name) for f in fields(self))
+        return tuple(self.named().values())
 
     def cpu(self) -> Maps:
         """The maps on the CPU."""
-        return Maps(*(values.cpu() for values in self.tensors()))
+        return Maps(*(values.cpu() for values in self.tensors()), self.draws)
+
+
+def quantised(probability: Tensor) -> Tensor:
+    """Probabilities in [0, 1] as uint8, 255 for 1: half a step of 1/255 is lost at most."""
+    return (probability * 255.0 + 0.5).to(torch.uint8)
 
 
 @dataclass(frozen=True)
@@ -49,12 +60,14 @@ class SamplingTable:
     coefficients : (N, 8) float32, for `ops.denoise_step`.
     times, steps : (N,) int64, timestep of the schedule and number of each step.
     samples : (S,) int64, the numbers of the samples.
+    shifts : (S,) float32, what is added to the logits of each sample.
     """
 
     coefficients: Tensor
     times: Tensor
     steps: Tensor
     samples: Tensor
+    shifts: Tensor
 
     @classmethod
     def of(cls, system: System, config: SamplingConfig) -> SamplingTable:
@@ -66,6 +79,7 @@ class SamplingTable:
             times=schedule.timesteps(config.steps, config.stop).to(device),
             steps=torch.arange(config.steps, dtype=torch.int64, device=device),
             samples=torch.arange(config.samples, dtype=torch.int64, device=device),
+            shifts=rater_shifts(config.samples, config.rater_sd).to(device),
         )
 
 
@@ -141,6 +155,8 @@ def draw_samples(
     evidence = to_patches(condition.evidence)
     shape = (s * z, *evidence.shape[1:])
     x = pure_noise(torch.empty(shape, dtype=torch.float32, device=evidence.device), rows)
+    if config.rater_sd:
+        evidence = evidence + table.shifts[samples].view(s, 1, 1, 1, 1)
     x0 = torch.zeros_like(x) if config.sampler == "dpm++2m" else None
     for i in range(config.steps):
         now = tuple((scale[i : i + 1], shift[i : i + 1]) for scale, shift in modulations)
@@ -162,6 +178,7 @@ def compute_batch(
     index: Tensor,
     seed: Tensor,
     rows_at_once: int,
+    draws: Tensor | None = None,
 ) -> Maps:
     """Everything that is computed for Z slices; of a baseline, its one map.
 
@@ -177,14 +194,23 @@ def compute_batch(
     rows_at_once : int
         Most rows (a sample of a slice each) drawn as one batch; at least one sample is. Memory grows with it,
         not with S: samples go into the running mean and M2 as they are finished.
+    draws : (S, Z, 1, H, W) uint8, optional
+        Filled with the samples, `quantised`; with a baseline's one map S times.
     """
     kind = system.description.system
     if kind == "anomaly":
         probability = reconstruction_error(system, middle_slice(system, planes))
+        if draws is not None:
+            draws.copy_(quantised(probability).expand_as(draws))
         return Maps(probability, *(torch.zeros_like(probability) for _ in range(3)))
     condition, inter, intra = condition_on(system, planes)
     if kind == "supervised":
-        return Maps(condition.evidence.float().sigmoid(), torch.zeros_like(inter), inter, intra)
+        probability = condition.evidence.float().sigmoid()
+        if draws is not None:
+            draws.copy_(quantised(probability).expand_as(draws))
+        return Maps(probability, torch.zeros_like(inter), inter, intra)
+    if config.shared_noise:
+        index = torch.zeros_like(index)
     modulations = system.denoiser.modulations(table.times)
     mean, m2, count = torch.empty_like(inter), torch.empty_like(inter), 0
     stride = 2 if config.mirror else 1
@@ -193,5 +219,8 @@ def compute_batch(
             condition, _, _ = condition_on(system, planes.flip(-1))
         for samples in table.samples[mirrored::stride].split(max(1, rows_at_once // len(index))):
             drawn = draw_samples(system, config, table, condition, modulations, index, seed, samples)
-            count = ops.ensemble_update(mean, m2, count, drawn.flip(-1) if mirrored else drawn)
+            drawn = drawn.flip(-1) if mirrored else drawn
+            count = ops.ensemble_update(mean, m2, count, drawn)
+            if draws is not None:
+                draws.index_copy_(0, samples, quantised(drawn))
     return Maps(mean, m2 / max(count - 1, 1), inter, intra)

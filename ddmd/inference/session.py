@@ -102,6 +102,7 @@ class _StaticBatch:
     seed: Tensor
     table: SamplingTable
     result: Tensor  # (4, Z, 1, H, W)
+    draws: Tensor | None  # (S, Z, 1, H, W) uint8
     replay: Replay
 
 
@@ -153,7 +154,13 @@ class Session:
             capture = capture or self._capture_graph
         self._capture = capture
 
-    def run(self, slices: Slices, config: SamplingConfig, progress: Progress | None = None) -> Maps:
+    def run(
+        self,
+        slices: Slices,
+        config: SamplingConfig,
+        progress: Progress | None = None,
+        keep_draws: bool = False,
+    ) -> Maps:
         """Draw S masks for every slice of a volume; of a baseline, its one map.
 
         The result does not depend on the batch but for the rounding of the convolutions, whose order of
@@ -164,6 +171,8 @@ class Session:
         slices : Slices
         config : SamplingConfig
         progress : called with (slices done, slices in all), optional
+        keep_draws : bool
+            Whether the maps hold the samples, too, S Z H W bytes on the CPU.
 
         Returns
         -------
@@ -171,42 +180,49 @@ class Session:
         """
         with callers_state_aside(self.device):
             if self._stream is None:
-                return self._run(slices, config, progress)
+                return self._run(slices, config, progress, keep_draws)
             with torch.cuda.device(self.device):
                 callers = torch.cuda.current_stream(self.device)
                 self._stream.wait_stream(callers)
                 with torch.cuda.stream(self._stream):
-                    maps = self._run(slices, config, progress)
+                    maps = self._run(slices, config, progress, keep_draws)
                 callers.wait_stream(self._stream)
                 for values in maps.tensors():
                     values.record_stream(callers)
                 return maps
 
-    def _run(self, slices: Slices, config: SamplingConfig, progress: Progress | None) -> Maps:
+    def _run(
+        self, slices: Slices, config: SamplingConfig, progress: Progress | None, keep_draws: bool
+    ) -> Maps:
         count, (height, width) = len(slices), slices.image.shape[2:]
         image, index = self._upload(slices.image), self._upload(slices.index)
         seed = torch.full((), config.seed, dtype=torch.int64, device=self.device)
         table = self._table(config)
         shape = (4, count, 1, height, width)
         maps = torch.zeros(shape, dtype=torch.float32, device=self.device)
+        draws = None
+        if keep_draws:
+            draws = torch.zeros((config.samples, *shape[1:]), dtype=torch.uint8, device="cpu")
         batch = config.batch or default_batch_size(self.system, height, width, self._pool_bytes)
         first = 0
         while first < count:
             size = min(batch, count - first)
             try:
-                part = self._batch(slices, image, index, seed, first, size, batch, config, table)
+                part = self._batch(slices, image, index, seed, first, size, batch, config, table, keep_draws)
             except torch.OutOfMemoryError:
                 if batch == 1:
                     raise
                 batch = max(1, min(batch, count) // 2)
                 self.release()
                 continue
-            for target, values in zip(maps, part, strict=True):
+            for target, values in zip(maps, part.tensors(), strict=True):
                 target[first : first + size].copy_(values[:size])
+            if draws is not None and part.draws is not None:
+                draws[:, first : first + size].copy_(part.draws[:, :size])
             first += size
             if progress is not None:
                 progress(first, count)
-        return Maps(*maps)
+        return Maps(*maps, draws)
 
     def release(self) -> None:
         """Give up the captured graphs and the memory they hold."""
@@ -226,35 +242,47 @@ class Session:
         most: int,
         config: SamplingConfig,
         table: SamplingTable,
-    ) -> tuple[Tensor, ...]:
-        """The four maps of `size` slices (or a few more) from number `first`."""
+        keep_draws: bool,
+    ) -> Maps:
+        """The maps of `size` slices (or a few more) from number `first`; draws on the session's device."""
         network = self.system.condition.config
         steps = config.steps * config.samples
         if self._capture is None or steps > MAX_GRAPH_STEPS:
             rows = torch.arange(first, first + size, dtype=torch.int64, device=self.device)
             planes = planes_at(image, rows, slices.offset, network.context, network.mirrored)
             rows_at_once = 1 if self.device.type == "cpu" else CUDA_ROWS
-            return compute_batch(
-                self.system, config, table, planes, index[rows], seed, rows_at_once
-            ).tensors()
+            draws = self._draws_of(planes, config) if keep_draws else None
+            maps = compute_batch(self.system, config, table, planes, index[rows], seed, rows_at_once, draws)
+            return replace(maps, draws=draws)
         z = min(bucket(size), max(most, size))
         rows = torch.arange(first, first + z, dtype=torch.int64, device=self.device)
         rows = rows.clamp(max=first + size - 1)
         planes = planes_at(image, rows, slices.offset, network.context, network.mirrored)
-        held = self._static(planes, index[rows], seed, config, table)
+        held = self._static(planes, index[rows], seed, config, table, keep_draws)
         held.planes.copy_(planes)
         held.index.copy_(index[rows])
         held.seed.copy_(seed)
         held.replay()
-        return tuple(held.result)
+        return Maps(*held.result, held.draws)
+
+    def _draws_of(self, planes: Tensor, config: SamplingConfig) -> Tensor:
+        """Room for the draws of these slices."""
+        shape = (config.samples, len(planes), 1, *planes.shape[2:])
+        return torch.zeros(shape, dtype=torch.uint8, device=self.device)
 
     def _static(
-        self, planes: Tensor, index: Tensor, seed: Tensor, config: SamplingConfig, table: SamplingTable
+        self,
+        planes: Tensor,
+        index: Tensor,
+        seed: Tensor,
+        config: SamplingConfig,
+        table: SamplingTable,
+        keep_draws: bool,
     ) -> _StaticBatch:
         """The captured batch of this shape and configuration, whatever the seed."""
         parts = self.system.parts().values()
         weights = tuple(p.data_ptr() for part in parts for p in part.parameters())
-        key = (tuple(planes.shape), replace(config, seed=0, batch=None), weights)
+        key = (tuple(planes.shape), replace(config, seed=0, batch=None), weights, keep_draws)
         if key in self._batches:
             self._batches.move_to_end(key)
             return self._batches[key]
@@ -263,14 +291,15 @@ class Session:
         planes, index, seed = planes.clone(), index.clone(), seed.clone()
         shape = (4, len(planes), 1, *planes.shape[2:])
         result = torch.zeros(shape, dtype=torch.float32, device=self.device)
+        draws = self._draws_of(planes, config) if keep_draws else None
 
         def work() -> None:
-            maps = compute_batch(self.system, config, table, planes, index, seed, CUDA_ROWS)
+            maps = compute_batch(self.system, config, table, planes, index, seed, CUDA_ROWS, draws)
             for target, values in zip(result, maps.tensors(), strict=True):
                 target.copy_(values)
 
         assert self._capture is not None
-        self._batches[key] = _StaticBatch(planes, index, seed, table, result, self._capture(work))
+        self._batches[key] = _StaticBatch(planes, index, seed, table, result, draws, self._capture(work))
         return self._batches[key]
 
     def _capture_graph(self, work: Replay) -> Replay:
