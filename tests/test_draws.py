@@ -9,10 +9,9 @@ from ddmd.evaluation.draws import (
     energy_distance,
     intersections,
     iou_distances,
-    lesion_existence,
     random_thresholds,
-    volume_interval,
 )
+from ddmd.inference.draws import lesion_existence, volume_interval
 
 
 def jaccard_distance(a, b):
@@ -111,7 +110,7 @@ def test_everything_of_one_case(rng):
         draw[8, 8, 2] = 0.6 if number == 0 else 0.4
     raters = np.stack([truth, np.roll(truth, 1, axis=0)])
     one_step = np.repeat(draws[:1], 8, axis=0)
-    result = draw_metrics(draws, labels, truth, 0.1, raters, one_step)
+    result = draw_metrics(draws, labels, truth, 0.1, raters, one_step, scale=1.0)
     volumes = [(draw >= 0.5).sum() * 0.1 for draw in draws]
     assert result.row["volume_low_ml"] == pytest.approx(np.quantile(volumes, 0.05))
     assert result.row["volume_interval_ml"] == pytest.approx(

@@ -15,13 +15,17 @@ from ddmd.cli.options import (
     Debug,
     Devices,
     DicomSeg,
+    Draws,
     Engine,
+    Eta,
+    Fast,
     Json,
     LogFile,
     Maps,
     Overwrite,
     Part,
     Precision,
+    Quality,
     Quiet,
     Report,
     Resample,
@@ -32,6 +36,7 @@ from ddmd.cli.options import (
     SkipExisting,
     Skull,
     Steps,
+    Stop,
     Strip,
     Threads,
     Threshold,
@@ -54,6 +59,11 @@ def command(
     samples: Samples = None,
     steps: Steps = None,
     sampler: Sampler = None,
+    eta: Eta = None,
+    stop: Stop = None,
+    quality: Quality = None,
+    fast: Fast = False,
+    draws: Draws = False,
     seed: Seed = 0,
     threshold: Threshold = None,
     sequence: Sequence = None,
@@ -86,9 +96,12 @@ def command(
     sources = [*(inputs or ()), *(more_inputs or ())]
     if not sources:
         raise bad_usage("no input; name a volume, its sequences, or folders")
+    if fast and quality not in (None, "fast"):
+        raise bad_usage(f"--fast and --quality {quality} exclude each other; give one")
     options = cohort_options(
         weights=weights, samples=samples, steps=steps, sampler=sampler, seed=seed, threshold=threshold,
         sequence=sequence, resample=resample, skull=skull, bias=bias, maps=maps, device=device, engine=engine,
+        eta=eta, stop=stop, quality="fast" if fast else quality, draws=draws,
         precision=precision, skip_existing=skip_existing, overwrite=overwrite, part=part,
         strip=strip, brain=brain, dicom_seg=dicom_seg,
     )  # fmt: skip

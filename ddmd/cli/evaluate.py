@@ -12,8 +12,10 @@ from ddmd.cli.entry import SOME_FAILED, bad_usage, require_extra
 from ddmd.cli.options import (
     Debug,
     Device,
+    Draws,
     Json,
     Overwrite,
+    Quality,
     Quiet,
     Samples,
     Steps,
@@ -46,6 +48,8 @@ def command(
     ] = "auto",
     samples: Samples = None,
     steps: Steps = None,
+    quality: Quality = None,
+    draws: Draws = False,
     device: Device = "auto",
     threads: Threads = None,
     overwrite: Overwrite = False,
@@ -64,7 +68,7 @@ def command(
     try:
         report = evaluate(
             data, weights=weights, out=output, split=patients, device=device_name(device), samples=samples,
-            steps=steps, layout=layout, overwrite=overwrite,
+            steps=steps, layout=layout, overwrite=overwrite, quality=quality, draws=draws,
         )  # fmt: skip
     except ValueError as error:
         raise bad_usage(error) from None

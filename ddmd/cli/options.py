@@ -76,6 +76,19 @@ Part = Annotated[
     str | None,
     typer.Option("--part", metavar="I/N", help="Only the I-th of N parts of the cases, counted from 1."),
 ]
+Eta = Annotated[
+    float | None, typer.Option("--eta", metavar="E", help="Noise of DDIM: 0 at the start, 1 at every step.")
+]
+Stop = Annotated[
+    float | None,
+    typer.Option("--stop", metavar="SHARE", help="Of the schedule, where steps end; 0 goes all the way."),
+]
+Quality = Annotated[
+    str | None,
+    typer.Option("--quality", metavar="NAME", help="fast (posterior mean) or draws (masks, intervals)."),
+]
+Fast = Annotated[bool, typer.Option("--fast", help="The posterior mean in one step: --quality fast.")]
+Draws = Annotated[bool, typer.Option("--draws", help="Keep the drawn masks, and measure them.")]
 LogFile = Annotated[
     Path | None, typer.Option("--log", metavar="FILE", help="Write what happens to a file, too.")
 ]

@@ -181,6 +181,10 @@ def plan_cohort(
     sampler: str | None = None,
     seed: int = 0,
     batch: int | None = None,
+    eta: float | None = None,
+    stop: float | None = None,
+    quality: str | None = None,
+    draws: bool = False,
     reading: Mapping[str, Any] | None = None,
     sequence: str | None = None,
     keep_detections: bool = False,
@@ -215,15 +219,18 @@ def plan_cohort(
     detectors = load_detectors(weights, "cpu" if engine == "ray" else device, precision)
     detector = detectors[0]
     options = CohortOptions(
-        sampling=detector.sampling_config(samples, steps, sampler, seed, batch),
+        sampling=detector.sampling_config(
+            samples, steps, sampler, seed, batch, eta=eta, stop=stop, quality=quality
+        ),
         threshold=detector.lesion_criteria(threshold).threshold,
-        maps=check_maps(maps),
+        maps=tuple(dict.fromkeys((*check_maps(maps), *(("draws",) if draws else ())))),
         overlay=overlay,
         reading=dict(reading or {}),
         check_all=all(not isinstance(case, Case) and Path(case).is_file() for case in listed),
         naming=naming,
         dicom_seg=dicom_seg,
         keep_detections=keep_detections,
+        quality=quality,
     )
     found = _cases(listed, detector, sequence, layout)
     selected = part_of(found if select is None else select(found), part)
@@ -296,7 +303,8 @@ def detect_cohort(
     maps, overlay, dicom_seg : as `Detection.save` takes them
     workers : threads that read, and threads that write
         At most 2 * workers + 2 cases for one device are in memory.
-    threshold, samples, steps, sampler, seed, batch : as `Detector.detect` takes them
+    threshold, samples, steps, sampler, seed, batch, eta, stop, quality : as `Detector.detect` takes them
+    draws : whether the draws are written, as "draws" among the maps does
     reading : options of `Volume.read`, optional; a brain mask is the path of a file
     sequence : what images are whose names do not say it, optional
 

@@ -127,6 +127,7 @@ class CohortOptions:
     naming : how the maps are called
     dicom_seg : as `Detection.save` takes it
     keep_detections : whether outcomes hold the detections
+    quality : as `Detector.detect` takes it; its sampling is filled in
     """
 
     sampling: SamplingConfig
@@ -138,6 +139,7 @@ class CohortOptions:
     naming: Naming = field(default_factory=lambda: Naming({}))
     dicom_seg: bool | None = None
     keep_detections: bool = True
+    quality: str | None = None
 
     def description(self, facts: SystemFacts) -> dict[str, Any]:
         """All that decides a result but the input, as it comes back from the JSON of a result."""
@@ -222,6 +224,10 @@ class CaseWorker:
             sampler=sampling.sampler,
             seed=sampling.seed,
             batch=sampling.batch,
+            eta=sampling.eta,
+            stop=sampling.stop,
+            quality=self.options.quality,
+            draws="draws" in self.options.maps,
             threshold=self.options.threshold,
             progress=report,
         )

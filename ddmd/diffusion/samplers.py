@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -15,6 +15,20 @@ MAX_SAMPLES = 10_000
 MAX_STEPS = 100_000  # of a schedule, and so of a sampler
 Sampler = Literal["ddim", "ddpm", "dpm++2m"]
 SAMPLERS: tuple[Sampler, ...] = ("ddim", "ddpm", "dpm++2m")
+
+QUALITIES: dict[str, dict[str, Any]] = {
+    "fast": {"steps": 1, "stop": 0.98, "shared_noise": False, "rater_sd": 0.0},
+    "draws": {
+        "samples": 16,
+        "steps": 20,
+        "sampler": "ddim",
+        "eta": 0.0,
+        "stop": 0.0,
+        "shared_noise": True,
+        "rater_sd": 0.5,
+    },
+}
+"""Named sampling: "fast" is the posterior mean in one step; with "draws" each sample is a mask of its own."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +124,8 @@ def rater_shifts(samples: int, sd: float) -> Tensor:
     tensor([ 0.0000, -1.1800,  0.6328])
     """
     place = torch.arange(samples, dtype=torch.float64, device="cpu") * ((math.sqrt(5.0) - 1.0) / 2.0) + 0.5
-    return (sd * torch.special.ndtri(place % 1.0)).float()
+    quantiles: Tensor = torch.special.ndtri(place % 1.0)
+    return (sd * quantiles).float()
 
 
 def ddim_coefficients(now: Tensor, then: Tensor, eta: float) -> tuple[Tensor, Tensor, Tensor]:

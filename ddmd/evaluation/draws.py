@@ -8,9 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddmd.evaluation.metrics import Floats, Mask, calibration_bins
+from ddmd.inference.draws import INTERVAL_SCALE, calibrated_interval, lesion_existence
 
+Draws = Floats | NDArray[np.uint8]
 CHUNK_VOXELS = 1 << 20  # voxels of a matrix product at once: counts in it stay exact in float32
-INTERVAL = 0.9
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,12 @@ def random_thresholds(probability: Floats, count: int, rng: np.random.Generator)
     return masks
 
 
-def between_share(draws: Floats) -> float:
+def _unit(draws: Draws) -> int:
+    """What stands for probability 1."""
+    return 255 if draws.dtype == np.uint8 else 1
+
+
+def between_share(draws: Draws) -> float:
     """Share of the spread of a voxel's label that lies between draws; the rest lies inside each draw.
 
     By the law of total variance, with p_s the probability of draw s and p their mean:
@@ -111,69 +117,53 @@ def between_share(draws: Floats) -> float:
 
     Parameters
     ----------
-    draws : (S, X, Y, Z) float32 in [0, 1]
+    draws : (S, X, Y, Z) float32 in [0, 1], or uint8, 255 for 1
     """
     between = inside = 0.0
     for z in range(draws.shape[-1]):
-        plane = draws[..., z].astype(np.float64)
+        plane = draws[..., z].astype(np.float64) / _unit(draws)
         between += float(plane.var(axis=0).sum())
         inside += float((plane * (1 - plane)).mean(axis=0).sum())
     total = between + inside
     return between / total if total else float("nan")
 
 
-def lesion_existence(labels: NDArray[np.integer], draws: Mask) -> NDArray[np.float64]:
-    """Share of the draws that mark any voxel of each lesion: (n,), the probability that it exists.
-
-    Parameters
-    ----------
-    labels : (X, Y, Z) int, n lesions numbered from 1
-    draws : (S, X, Y, Z) bool
-    """
-    count = int(labels.max(initial=0))
-    marked = np.zeros(count + 1)
-    voxels = labels > 0
-    numbers = labels[voxels]
-    for draw in draws:
-        marked += np.bincount(numbers[draw[voxels]], minlength=count + 1) > 0
-    share: NDArray[np.float64] = marked[1:] / len(draws)
-    return share
-
-
-def volume_interval(volumes_ml: Floats, level: float = INTERVAL) -> tuple[float, float]:
-    """Central interval of the draws' volumes: quantiles by linear interpolation."""
-    low, high = np.quantile(volumes_ml, ((1 - level) / 2, (1 + level) / 2))
-    return float(low), float(high)
+def _mean(draws: Draws) -> NDArray[np.float32]:
+    mean: NDArray[np.float32] = draws.mean(axis=0, dtype=np.float32) / np.float32(_unit(draws))
+    return mean
 
 
 def draw_metrics(
-    draws: Floats,
+    draws: Draws,
     labels: NDArray[np.integer],
     truth: Mask,
     voxel_ml: float,
     raters: Mask | None = None,
-    one_step: Floats | None = None,
+    one_step: Draws | None = None,
     threshold: float = 0.5,
     seed: int = 0,
+    scale: float = INTERVAL_SCALE,
 ) -> DrawMetrics:
     """Everything that draws say of one case, beside two baselines.
 
-    The baselines are draws of one step, and the mean probability of the draws at random thresholds.
+    The baselines are draws of one step, and their mean probability at random thresholds; without draws of one step,
+    the mean of the draws.
 
     Parameters
     ----------
-    draws : (S, X, Y, Z) float32 in [0, 1]
+    draws : (S, X, Y, Z) float32 in [0, 1], or uint8, 255 for 1
     labels : (X, Y, Z) int, the detected lesions, numbered from 1
     truth : (X, Y, Z) bool, the annotator's mask
     voxel_ml : volume of a voxel in ml
     raters : (R, X, Y, Z) bool, masks of two annotators or more; energy distances need them
-    one_step : (S, X, Y, Z) float32, draws of one denoising step
+    one_step : draws of one denoising step, as `draws`
     threshold : from which a voxel of a draw is lesion
     seed : of the random thresholds
+    scale : of the volume interval, see `calibrated_interval`
     """
-    masks = draws >= threshold
+    masks = draws >= threshold * _unit(draws)
     volumes = np.array([mask.sum() * voxel_ml for mask in masks])
-    low, high = volume_interval(volumes)
+    low, high = calibrated_interval(volumes, scale)
     true_ml = float(truth.sum()) * voxel_ml
     count = int(labels.max(initial=0))
     exists = np.zeros(count, bool)
@@ -185,10 +175,11 @@ def draw_metrics(
         "volume_interval_ml": high - low,
     }
     if raters is not None and len(raters) > 1:
-        baseline = random_thresholds(draws.mean(axis=0), len(draws), np.random.default_rng(seed))
+        mean = _mean(draws if one_step is None else one_step)
+        baseline = random_thresholds(mean, len(draws), np.random.default_rng(seed))
         sets = {"draws": masks, "random_thresholds": baseline}
         if one_step is not None:
-            sets["one_step_draws"] = one_step >= threshold
+            sets["one_step_draws"] = one_step >= threshold * _unit(one_step)
         for name, chosen in sets.items():
             row |= {f"{name}_{key}": value for key, value in asdict(energy_distance(chosen, raters)).items()}
     existence = calibration_bins(lesion_existence(labels, masks), exists)

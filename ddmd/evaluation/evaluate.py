@@ -9,17 +9,22 @@ from operator import add
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ddmd.cohort.cases import Case
 from ddmd.cohort.discovery import find_cases
 from ddmd.cohort.splits import read_split
 from ddmd.evaluation.baselines import smoothed_intensity
 from ddmd.evaluation.case_metrics import BASELINE_RANGE, CaseMetrics, case_metrics
+from ddmd.evaluation.draws import DrawMetrics, draw_metrics
 from ddmd.evaluation.metrics import Histogram, Mask
 from ddmd.evaluation.report import EvaluationError, check_report_folder, write_report
 from ddmd.evaluation.summary import Failure, Report, summarise
 from ddmd.inference.detector import Detector
+from ddmd.inference.ensemble import Maps
+from ddmd.inference.postprocess import LesionCriteria, label_components
 from ddmd.inference.session import SamplingConfig
+from ddmd.inference.volume_maps import Prepared, VolumeMaps
 from ddmd.io.text import without_folders
 from ddmd.io.volume import Volume
 
@@ -39,6 +44,8 @@ def evaluate(
     steps: int | None = None,
     layout: str = "auto",
     overwrite: bool = False,
+    quality: str | None = None,
+    draws: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> Report:
     """Detect in every case with a mask, and compare.
@@ -60,6 +67,9 @@ def evaluate(
         S and N; by default what the weights say.
     layout : of the data; see `find_cases`
     overwrite : whether `out` may hold an earlier evaluation
+    quality : as `Detector.detect` takes it
+    draws : whether draws are measured, too: intervals, existence and, of cases with masks of single raters,
+        energy distances, beside draws of one step. Quality "draws" measures them.
     progress : called with the name of each case, optional
 
     Returns
@@ -88,13 +98,14 @@ def evaluate(
         cases = [c for c in cases if parts.get(c.patient) == part]
     if not cases:
         raise EvaluationError(f"{data}: no case with a mask{f' in part {part}' if split else ''}")
-    sampling = detector.sampling_config(samples, steps)
+    sampling = detector.sampling_config(samples, steps, quality=quality)
+    measured = draws or quality == "draws"
     evaluated, failures = [], []
     for case in cases:
         if progress is not None:
             progress(case.name)
         try:
-            evaluated.append(evaluate_case(detector, case, threshold, sampling))
+            evaluated.append(evaluate_case(detector, case, threshold, sampling, measured))
         except Exception as error:  # whatever it is, it is this case's; the others go on
             file = (case.masks or next(iter(case.files.values())))[0]
             failures.append(Failure(case.name, str(file), type(error).__name__, str(error)))
@@ -114,13 +125,22 @@ def evaluate(
 
 
 def evaluate_case(
-    detector: Detector, case: Case, threshold: float | None = None, sampling: SamplingConfig | None = None
+    detector: Detector,
+    case: Case,
+    threshold: float | None = None,
+    sampling: SamplingConfig | None = None,
+    draws: bool = False,
 ) -> CaseMetrics:
     """Detect in one case and compare with its mask; a case known to hold no lesion has an empty one."""
     prepared = detector.prepare(case.volume(detector.description.sequences))
     truth = _truth(case, prepared.volume)
-    drawn = detector.maps(prepared, sampling or detector.sampling_config())
-    maps = detector.to_volume(prepared, drawn)
+    config = sampling or detector.sampling_config()
+    criteria = detector.lesion_criteria(threshold)
+    sampled = detector.maps(prepared, config, keep_draws=draws)
+    maps = detector.to_volume(prepared, sampled)
+    measures = (
+        _draw_metrics(detector, case, prepared, config, sampled, maps, truth, criteria) if draws else None
+    )
     return case_metrics(
         case.name,
         case.patient,
@@ -128,8 +148,46 @@ def evaluate_case(
         maps.probability,
         maps.uncertainty,
         truth,
-        detector.lesion_criteria(threshold),
+        criteria,
+        measures,
     )
+
+
+def _draw_metrics(
+    detector: Detector,
+    case: Case,
+    prepared: Prepared,
+    config: SamplingConfig,
+    sampled: Maps,
+    maps: VolumeMaps,
+    truth: Mask,
+    criteria: LesionCriteria,
+) -> DrawMetrics:
+    """Figures of the draws of one case; energy distances where several raters marked it."""
+    volume = prepared.volume
+    voxel_ml = float(np.prod(volume.spacing)) / 1000
+    labels = label_components(maps.probability, voxel_ml, criteria)
+    raters = case.rater_lesions()
+    compared = len(raters) > 1
+    one_step = None
+    if compared:
+        fast = detector.sampling_config(samples=config.samples, seed=config.seed, quality="fast")
+        one_step = _whole(detector, prepared, detector.maps(prepared, fast, keep_draws=True))
+    return draw_metrics(
+        _whole(detector, prepared, sampled),
+        labels,
+        truth,
+        voxel_ml,
+        np.stack(raters) if compared else None,
+        one_step,
+    )
+
+
+def _whole(detector: Detector, prepared: Prepared, sampled: Maps) -> NDArray[np.uint8]:
+    """The draws (S, X, Y, Z) on the whole canonical grid."""
+    part = detector.draws(prepared, sampled)
+    assert part is not None
+    return np.stack([prepared.slices.place(draw).astype(np.uint8) for draw in part])
 
 
 def _truth(case: Case, volume: Volume) -> Mask:

@@ -29,7 +29,11 @@ from ddmd.io.results import (
 
 __all__ = ["Detection", "OutputError", "check_output"]
 
-_COLUMNS = ("lesion", "x_mm", "y_mm", "z_mm", *(f.name for f in fields(Lesion) if f.name != "centre_mm"))
+_FROM_DRAWS = ("existence", "volume_interval_ml")  # fields of lesions where draws were kept
+_COLUMNS = (
+    "lesion", "x_mm", "y_mm", "z_mm", *(f.name for f in fields(Lesion) if f.name not in ("centre_mm", *_FROM_DRAWS)),
+)  # fmt: skip
+_DRAW_COLUMNS = ("existence", "volume_low_ml", "volume_high_ml")
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,10 @@ class Detection:
         n in the voxels of the n-th lesion.
     dicom : DicomSeries, optional
         The DICOM series that the input was read from.
+    draws : uint8 image (X, Y, Z, S), optional
+        The drawn masks: probability times 255, so lesion from 128. Where they were asked for.
+    volume_interval_ml : (low, high), optional
+        90 % interval of the lesion volume over the draws, where they were measured.
     """
 
     mask: nib.Nifti1Image
@@ -75,6 +83,8 @@ class Detection:
     name: str
     labels: nib.Nifti1Image | None = None
     dicom: DicomSeries | None = None
+    draws: nib.Nifti1Image | None = None
+    volume_interval_ml: tuple[float, float] | None = None
 
     @property
     def how(self) -> Mapping[str, Any]:
@@ -120,8 +130,17 @@ class Detection:
             "Lesions": len(self.lesions),
             "LesionMl": self.lesion_ml,
             "LesionMlInterval": [float(f"{ml:.4g}") for ml in self.lesion_ml_interval],
+            **self._from_draws(),
             **self.provenance,
             "Notes": list(self.notes),
+        }
+
+    def _from_draws(self) -> dict[str, Any]:
+        if self.volume_interval_ml is None:
+            return {}
+        return {
+            "VolumeIntervalMl": [float(f"{ml:.4g}") for ml in self.volume_interval_ml],
+            "Existence": [lesion.existence for lesion in self.lesions],
         }
 
     def lesion_rows(self) -> list[dict[str, object]]:
@@ -133,7 +152,11 @@ class Detection:
                 f"{axis}_mm": round(float(v), 1)
                 for axis, v in zip("xyz", values.pop("centre_mm"), strict=True)
             }
-            rows.append({"lesion": number, **centre, **{k: float(f"{v:.4g}") for k, v in values.items()}})
+            low_high = values.pop("volume_interval_ml")
+            if low_high is not None:
+                values["volume_low_ml"], values["volume_high_ml"] = low_high
+            known = {k: float(f"{v:.4g}") for k, v in values.items() if v is not None}
+            rows.append({"lesion": number, **centre, **known})
         return rows
 
     def save(
@@ -155,8 +178,8 @@ class Detection:
         ----------
         folder : made if it is not there
         overwrite : whether an earlier result of this name is replaced
-        maps : names among "mask", "probability", "uncertainty", "labels", "inter_discrepancy" and
-            "intra_discrepancy"; by default all there are.
+        maps : names among "mask", "probability", "uncertainty", "labels", "inter_discrepancy",
+            "intra_discrepancy" and "draws"; by default all there are.
         overlay : whether the picture is written, too
         extra : further keys of the JSON files
         stem : what the names of the files begin with; by default the name, without what no file system takes
@@ -177,7 +200,7 @@ class Detection:
             If there is no map of a name.
         """
         there = {key: getattr(self, key) for key in SUFFIXES if getattr(self, key) is not None}
-        wanted = check_maps(maps)
+        wanted = tuple(there) if maps is None else check_maps(maps)
         if dicom_seg or (dicom_seg is None and self.dicom is not None):
             segs = {kind: self._seg_bytes(kind) for kind in SEG_SUFFIXES if kind in wanted}
         else:
@@ -188,7 +211,7 @@ class Detection:
             maps={key: image for key, image in there.items() if key in wanted},
             description={**self.description(), **(extra or {})},
             lesions=self.lesion_rows(),
-            lesion_columns=_COLUMNS,
+            lesion_columns=_COLUMNS if self.volume_interval_ml is None else _COLUMNS + _DRAW_COLUMNS,
             overlay=self.overlay_png() if overlay else None,
             naming=naming,
             segs=segs,
@@ -289,8 +312,8 @@ class Detection:
 
 
 def check_maps(maps: Iterable[str] | None) -> tuple[str, ...]:
-    """The names of maps to write, or all of them; raise ValueError for a name that is none."""
-    wanted = tuple(SUFFIXES) if maps is None else tuple(maps)
+    """The names of maps to write, or all but the draws; raise ValueError for a name that is none."""
+    wanted = tuple(key for key in SUFFIXES if key != "draws") if maps is None else tuple(maps)
     for name in wanted:
         if name not in SUFFIXES:
             raise ValueError(f"maps has {name!r}; allowed are {', '.join(SUFFIXES)}")

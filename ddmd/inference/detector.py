@@ -14,20 +14,40 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from ddmd import validation
+from ddmd.diffusion.samplers import QUALITIES
 from ddmd.inference.detection import Detection
+from ddmd.inference.draws import summarise_draws
 from ddmd.inference.ensemble import Maps, Progress
 from ddmd.inference.postprocess import LesionCriteria, find_lesions, lesion_score
 from ddmd.inference.prefetch import prefetch
 from ddmd.inference.provenance import provenance, without_folders
 from ddmd.inference.session import SamplingConfig, Session, callers_state_aside
-from ddmd.inference.slices import Slices, extract
+from ddmd.inference.slices import extract
+from ddmd.inference.volume_maps import (
+    Prepared,
+    VolumeMaps,
+    draws_image,
+    draws_in_part,
+    smooth_through_plane,
+)
 from ddmd.io.volume import Volume, VolumeError
 from ddmd.models import checkpoint
 
+__all__ = [
+    "DEVICES",
+    "DetectionError",
+    "Detector",
+    "Prepared",
+    "VolumeMaps",
+    "detect",
+    "pick_device",
+    "smooth_through_plane",
+]
+
 DEVICES = "auto, cpu, cuda, cuda:N, and gpu for cuda"
+SAMPLING_OPTIONS = ("samples", "steps", "sampler", "seed", "batch", "eta", "stop", "quality")
 READING_OPTIONS = ("affine", "sequences", "resample", "skull", "brain", "bias", "strip")  # of `Volume.read`
 
 
@@ -63,47 +83,6 @@ def pick_device(device: str | int | torch.device) -> torch.device:
                 f"device is {str(device)!r}; torch sees {torch.cuda.device_count()} CUDA devices"
             )
     return picked
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A volume and its slices on a system's grid: what `Detector.detect` computes on."""
-
-    volume: Volume
-    slices: Slices
-
-
-@dataclass(frozen=True)
-class VolumeMaps:
-    """`Maps` of one volume: float32 (X, Y, Z) on its canonical grid, zero outside the brain."""
-
-    probability: NDArray[np.float32]
-    uncertainty: NDArray[np.float32]
-    inter: NDArray[np.float32]
-    intra: NDArray[np.float32]
-
-
-def smooth_through_plane(maps: Tensor, sigma: float) -> Tensor:
-    """Convolve maps (Z, ...) along Z with a Gaussian cut off at 4 sigma; the end slices repeat.
-
-    The sums are float64, as those of `scipy.ndimage.gaussian_filter1d(mode="nearest")`.
-
-    Parameters
-    ----------
-    maps : (Z, ...) float32
-    sigma : float, in slices
-    """
-    count, radius = len(maps), int(4.0 * sigma + 0.5)
-    if radius == 0:
-        return maps
-    distance = torch.arange(-radius, radius + 1, dtype=torch.float64, device=maps.device)
-    weights = torch.exp(-0.5 * (distance / sigma).square())
-    weights = weights / weights.sum()
-    rows = torch.arange(count, dtype=torch.int64, device=maps.device)[:, None]
-    columns = (rows + distance.long()).clamp(0, count - 1)
-    matrix = torch.zeros(count, count, dtype=torch.float64, device=maps.device)
-    matrix.scatter_add_(1, columns, weights.expand(count, -1))
-    return (matrix @ maps.flatten(1).double()).float().view(maps.shape)
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,12 +169,16 @@ class Detector:
         sampler: str | None = None,
         seed: int = 0,
         batch: int | None = None,
+        *,
+        eta: float | None = None,
+        stop: float | None = None,
+        quality: str | None = None,
     ) -> SamplingConfig:
         """The weights' default sampling, but for what is given.
 
         Parameters
         ----------
-        samples, steps, sampler, seed, batch
+        samples, steps, sampler, seed, batch, eta, stop, quality
             As `detect` takes them.
 
         Returns
@@ -207,8 +190,13 @@ class Detector:
         ValueError
             If an option is of another type or out of range; the message names it.
         """
-        given = {"samples": samples, "steps": steps, "sampler": sampler, "batch": batch}
-        options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+        given = {
+            "samples": samples, "steps": steps, "sampler": sampler, "batch": batch, "eta": eta, "stop": stop,
+        }  # fmt: skip
+        options: dict[str, Any] = {}
+        if quality is not None:
+            options |= QUALITIES[validation.choice("quality", quality, tuple(QUALITIES))]
+        options |= {name: value for name, value in given.items() if value is not None}
         config = replace(self.description.sampling_config, seed=seed, **options)
         self.system.schedule.timesteps(config.steps, config.stop)  # raises where there are not so many
         return config
@@ -282,7 +270,13 @@ class Detector:
         threshold = validation.real("threshold", threshold, 0.0, 1.0, inclusive=False)
         return LesionCriteria(threshold, description.min_lesion_ml, description.min_peak)
 
-    def maps(self, prepared: Prepared, config: SamplingConfig, progress: Progress | None = None) -> Maps:
+    def maps(
+        self,
+        prepared: Prepared,
+        config: SamplingConfig,
+        progress: Progress | None = None,
+        keep_draws: bool = False,
+    ) -> Maps:
         """What is computed of every slice, in the session of the thread that calls.
 
         Parameters
@@ -290,13 +284,33 @@ class Detector:
         prepared : Prepared
         config : SamplingConfig
         progress : called with (slices done, slices in all), optional
+        keep_draws : bool
+            Whether the S draws are kept, too.
 
         Returns
         -------
         Maps
-            Four maps (Z, 1, H, W) float32 on the slices' grid, on the device.
+            Four maps (Z, 1, H, W) float32 on the slices' grid, on the device; draws on the CPU.
         """
-        return self.session.run(prepared.slices, config, progress)
+        return self.session.run(prepared.slices, config, progress, keep_draws)
+
+    def draws(self, prepared: Prepared, maps: Maps) -> NDArray[np.uint8] | None:
+        """The draws of `maps`, where they were kept, as `volume_maps.draws_in_part` gives them.
+
+        Parameters
+        ----------
+        prepared : Prepared
+        maps : Maps
+
+        Returns
+        -------
+        (S, x, y, Z) uint8, or None
+        """
+        if maps.draws is None:
+            return None
+        sigma = self.description.through_plane_mm / prepared.volume.spacing[2]
+        with callers_state_aside(maps.draws.device):
+            return draws_in_part(prepared, maps.draws, sigma)
 
     def to_volume(self, prepared: Prepared, maps: Maps) -> VolumeMaps:
         """Maps of slices on the volume they are of; probability and uncertainty smoothed through the plane.
@@ -324,7 +338,7 @@ class Detector:
             )
             values = torch.cat((*smoothed, maps.inter, maps.intra), 1)
             if not bool(torch.isfinite(values).all()):
-                names = [n for n, v in vars(maps).items() if not bool(torch.isfinite(v).all())]
+                names = [n for n, v in maps.named().items() if not bool(torch.isfinite(v).all())]
                 raise DetectionError(
                     f"{volume.name}: its maps of {', '.join(names)} are not finite: the weights "
                     f"{self.description.name} overflow in {str(self.system.dtype).removeprefix('torch.')}; "
@@ -359,7 +373,7 @@ class Detector:
             When it is the turn of a volume that cannot be used.
         """
         reading = {key: options.pop(key) for key in READING_OPTIONS if key in options}
-        sampling = {k: options[k] for k in ("samples", "steps", "sampler", "seed", "batch") if k in options}
+        sampling = {key: options[key] for key in SAMPLING_OPTIONS if key in options}
         self.sampling_config(**sampling)  # refused before anything is read
         self.lesion_criteria(options.get("threshold"))
         for _, prepared in prefetch(volumes, lambda volume: self.prepare(volume, **reading)):
@@ -383,6 +397,10 @@ class Detector:
         threshold: float | None = None,
         batch: int | None = None,
         progress: Progress | None = None,
+        eta: float | None = None,
+        stop: float | None = None,
+        quality: str | None = None,
+        draws: bool = False,
     ) -> Detection:
         """Find lesions in one volume.
 
@@ -401,6 +419,16 @@ class Detector:
         batch : int, optional
             Most slices computed at once. It changes time and memory; see Notes for the result.
         progress : called with (slices done, slices in all), optional
+        eta : float in [0, 1], optional
+            Of the DDIM sampler: 0 draws all noise at the start, 1 at every step.
+        stop : float in [0, 1), optional
+            Share of the schedule at which the steps end; 0 goes all the way to x_0.
+        quality : "fast" or "draws", optional
+            Named sampling, by default what the weights say; options that are given go before it. "fast" is the
+            posterior mean in one step. "draws" samples masks that a rater could have drawn, and with them
+            intervals of the volumes and the probability that each lesion exists; it takes several times as long.
+        draws : bool
+            Whether the detection holds the draws; intervals and existence come with them.
 
         Returns
         -------
@@ -422,7 +450,10 @@ class Detector:
         """
         begun = time.perf_counter()
         criteria = self.lesion_criteria(threshold)
-        config = self.sampling_config(samples, steps, sampler, seed, batch)
+        config = self.sampling_config(
+            samples, steps, sampler, seed, batch, eta=eta, stop=stop, quality=quality
+        )
+        keep_image = validation.flag("draws", draws)
         if not isinstance(volume, Prepared):
             volume = self.prepare(
                 volume,
@@ -434,9 +465,23 @@ class Detector:
                 bias=bias,
                 strip=strip,
             )
-        maps = self.to_volume(volume, self.maps(volume, config, progress))
-        volume = volume.volume
+        prepared, volume = volume, volume.volume
+        sampled = self.maps(prepared, config, progress, keep_draws=keep_image or quality == "draws")
+        maps = self.to_volume(prepared, sampled)
         found = find_lesions(maps.probability, maps.uncertainty, volume.affine, criteria)
+        lesions, interval, image = found.lesions, None, None
+        kept = self.draws(prepared, sampled)
+        if kept is not None:
+            labels = prepared.slices.part_of(found.labels)
+            summary = summarise_draws(kept, labels, volume.spacing)
+            interval = summary.volume_interval_ml
+            lesions = tuple(
+                replace(lesion, existence=share, volume_interval_ml=ends)
+                for lesion, share, ends in zip(
+                    lesions, summary.existence, summary.lesion_intervals_ml, strict=True
+                )
+            )
+            image = draws_image(prepared, kept) if keep_image else None
         return Detection(
             mask=volume.to_native(found.mask, np.uint8),
             probability=volume.to_native(maps.probability),
@@ -445,7 +490,7 @@ class Detector:
             intra_discrepancy=volume.to_native(maps.intra),
             image=volume.to_native(volume.images[self.description.sequences[0]]),
             score=lesion_score(maps.probability, float(np.prod(volume.spacing)) / 1000, bool(found.lesions)),
-            lesions=found.lesions,
+            lesions=lesions,
             notes=tuple(without_folders(note, volume.sources) for note in volume.notes),
             provenance=provenance(
                 self.description,
@@ -461,6 +506,8 @@ class Detector:
             name=volume.name,
             labels=volume.to_native(found.labels, np.min_scalar_type(len(found.lesions))),
             dicom=volume.dicom,
+            draws=image,
+            volume_interval_ml=interval,
         )
 
 

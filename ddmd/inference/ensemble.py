@@ -39,13 +39,14 @@ class Maps:
         """The four maps by the names of their fields, without the draws."""
         return {name: getattr(self, name) for name in ("probability", "uncertainty", "inter", "intra")}
 
-    def tensors(self) -> tuple[Tensor, ...]:
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The four maps, in the order of the fields."""
-        return tuple(self.named().values())
+        return self.probability, self.uncertainty, self.inter, self.intra
 
     def cpu(self) -> Maps:
         """The maps on the CPU."""
-        return Maps(*(values.cpu() for values in self.tensors()), self.draws)
+        probability, uncertainty, inter, intra = (values.cpu() for values in self.tensors())
+        return Maps(probability, uncertainty, inter, intra, self.draws)
 
 
 def quantised(probability: Tensor) -> Tensor:

@@ -26,6 +26,10 @@ class Lesion:
     peak_probability, mean_probability : float in [0, 1]
     mean_uncertainty : float
         Mean over the voxels of the variance over the samples.
+    existence : float in [0, 1], optional
+        Share of the draws that hit it: how probable it is that the lesion exists. Where draws were kept.
+    volume_interval_ml : (low, high), optional
+        90 % interval of its volume over the draws. Where draws were kept.
     """
 
     volume_ml: float
@@ -33,6 +37,8 @@ class Lesion:
     peak_probability: float
     mean_probability: float
     mean_uncertainty: float
+    existence: float | None = None
+    volume_interval_ml: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)

@@ -222,7 +222,8 @@ class Session:
             first += size
             if progress is not None:
                 progress(first, count)
-        return Maps(*maps, draws)
+        probability, uncertainty, inter, intra = maps
+        return Maps(probability, uncertainty, inter, intra, draws)
 
     def release(self) -> None:
         """Give up the captured graphs and the memory they hold."""
@@ -263,7 +264,8 @@ class Session:
         held.index.copy_(index[rows])
         held.seed.copy_(seed)
         held.replay()
-        return Maps(*held.result, held.draws)
+        probability, uncertainty, inter, intra = held.result
+        return Maps(probability, uncertainty, inter, intra, held.draws)
 
     def _draws_of(self, planes: Tensor, config: SamplingConfig) -> Tensor:
         """Room for the draws of these slices."""

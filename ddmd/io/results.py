@@ -27,6 +27,7 @@ SUFFIXES = {
     "labels": "desc-lesion_dseg",
     "inter_discrepancy": "desc-inter_discrepancy",
     "intra_discrepancy": "desc-intra_discrepancy",
+    "draws": "desc-draws_probseg",
 }
 
 
@@ -55,6 +56,7 @@ BIDS_NAMES = Naming(
         "labels": "space-orig_desc-lesions_dseg",
         "inter_discrepancy": "space-orig_desc-inter_discrepancy",
         "intra_discrepancy": "space-orig_desc-intra_discrepancy",
+        "draws": "space-orig_label-L_desc-draws_probseg",
     },
     label_table=True,
     meaning_key="Description",
@@ -67,6 +69,7 @@ MEANING = {
     "labels": "n in the voxels of the n-th lesion of the table, 0 elsewhere",
     "inter_discrepancy": "X = mean over sequences of |mu_B - mu_A|, in robust z-scores times 0.5",
     "intra_discrepancy": "Y = root mean square deviation of the ensemble trained on normal slices, same unit",
+    "draws": "the S drawn masks along the fourth axis: probability times 255, smoothed through the plane; lesion from 128",
 }
 _GEOMETRY = (
     "qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z",

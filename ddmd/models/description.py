@@ -24,7 +24,16 @@ PARTS = {  # of each kind of system, the networks it consists of
 MAX_CHARACTERS = 2**20  # of a description as JSON
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}")
 SEQUENCE = re.compile(r"[a-z][a-z0-9]{0,15}")
-STORED_SAMPLING = ("sampler", "steps", "samples", "eta", "stop", "mirror")  # not the seed, nor the batch
+STORED_SAMPLING = (
+    "sampler",
+    "steps",
+    "samples",
+    "eta",
+    "stop",
+    "mirror",
+    "shared_noise",
+    "rater_sd",
+)  # not the seed, nor the batch
 
 
 @dataclass(frozen=True)
