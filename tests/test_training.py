@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import ddmd.training
 from ddmd.cohort.cases import Case
@@ -34,7 +35,7 @@ from ddmd.training.export import export_checkpoints
 from ddmd.training.loop import DivergedError, Plan, Stage, learning_rate, train_step
 from ddmd.training.prepared_case import PreparedCase
 from ddmd.training.run import LOCK, _locked
-from ddmd.training.stages import BAG, DenoiserLosses, soft_dice
+from ddmd.training.stages import BAG, AutoencoderLosses, DenoiserLosses, soft_dice
 from ddmd.training.threshold import TOLERANCE, choose, dice_by_kind, lowest
 from ddmd.training.weight_average import average
 from tests.volumes import write_slices
@@ -651,6 +652,68 @@ def test_every_kind_counts_alike_in_the_choice_of_a_threshold(rng):
     assert curves["ms"] == pytest.approx(dice(counts[9]))
     pooled, mean = dice(np.sum(counts[:9], axis=0)), np.mean([dice(c) for c in counts[:9]], axis=0)
     assert curves["glioma"] == pytest.approx((pooled + mean) / 2)
+
+
+WAITS = {  # what a GPU's host would wait for: values and shapes that depend on data, copies to the host
+    "aten::_local_scalar_dense", "aten::item", "aten::nonzero", "aten::masked_select", "aten::bincount",
+    "aten::_unique2", "aten::unique_dim", "aten::repeat_interleave.Tensor", "aten::is_nonzero", "aten::equal",
+    "aten::nonzero_numpy", "aten::histc", "aten::allclose",
+}  # fmt: skip
+
+
+class NoWaiting(TorchDispatchMode):
+    """Refuses what waits for the device, and indexing by bool tensors, whose result's shape depends on them."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.name()
+        assert name not in WAITS | {f"{n}.default" for n in WAITS}, name
+        if name.startswith(("aten::index.Tensor", "aten::index_put")):
+            for index in args[1]:
+                assert index is None or index.dtype != torch.bool, f"{name} by a bool tensor"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["normal", "mixed", "lesions"])
+def test_a_step_never_waits_for_the_device(config, tmp_path, rng, name):
+    """Batch, losses, backward, clipping, optimiser and average; every kind of sample is among them."""
+    from accelerate import Accelerator
+
+    stage = dataclasses.replace(
+        config.denoiser_stage, batch=24, hard_from=0.0, share_normal=0.2, share_painted=0.2,
+        share_transplanted=0.2, share_painted_beside=0.2, share_masked=0.2,
+    )  # fmt: skip
+    config = dataclasses.replace(config, denoiser_stage=stage)
+    image = rng.normal(size=(6, 1, 64, 64)).astype(np.float16)
+    brain = np.ones((6, 64, 64), bool)
+    mask = np.zeros((6, 64, 64), np.float16)
+    mask[3:, 20:40, 20:40] = 1
+    case = PreparedCase(
+        Case("a", "a", "set", {}), image, brain, brain, np.array([0, 0, 0, 1, 1, 1], np.int8), 1, 4.0,
+        mask, np.ones_like(mask),
+    )  # fmt: skip
+    batches = batch_maker(
+        [case], config, name, augmentation_config=Augmentation(blur=0.5, coarse=0.5, ringing=0.5)
+    )
+    ensembles = [AutoencoderEnsemble(config.autoencoder) for _ in range(2)]
+    if name == "lesions":
+        for ensemble in ensembles:
+            ensemble.requires_grad_(False)
+        networks = ConditionNet(config.denoiser), Denoiser(config.denoiser)
+        losses = DenoiserLosses(*ensembles, *networks, Schedule(), stage)
+    else:
+        losses = AutoencoderLosses(ensembles[0], config.autoencoder_stage, mixed=name == "mixed")
+    trained = Stage(losses, Plan("x", 5, 24, 1e-3, 0.9), tmp_path, Accelerator())
+    model = trained.accelerator.prepare(trained.model)
+    train_step(model, trained.optimizer, batches.make(0), trained)  # the optimiser makes its state
+    with NoWaiting():
+        train_step(model, trained.optimizer, batches.make(1), trained)
+
+
+def test_the_check_for_waiting_finds_what_waits():
+    x = torch.ones(3)
+    for wait in (lambda: float(x.sum()), lambda: x[x > 0], lambda: bool((x > 0).all()), lambda: x.nonzero()):
+        with NoWaiting(), pytest.raises(AssertionError):
+            wait()
 
 
 def test_two_runs_in_one_folder_the_second_is_told(config, tmp_path):
