@@ -31,7 +31,7 @@ def variants(config: TrainConfig) -> dict[str, TrainConfig]:
     def encoders(**changed: Any) -> TrainConfig:
         return replace(config, autoencoder_stage=replace(config.autoencoder_stage, **changed))
 
-    seen = replace(config, denoiser=replace(config.denoiser, mirrored=not config.denoiser.mirrored))
+    mirror = replace(config, denoiser=replace(config.denoiser, mirrored=not config.denoiser.mirrored))
 
     def denoiser(**changed: Any) -> TrainConfig:
         return replace(config, denoiser_stage=replace(config.denoiser_stage, **changed))
@@ -43,10 +43,11 @@ def variants(config: TrainConfig) -> dict[str, TrainConfig]:
         "without L_homo": encoders(homogeneous=0.0),
         "without L_hetero": encoders(heterogeneous=0.0),
         "without X and Y": denoiser(use_inter=False, use_intra=False),
-        "without pseudo-masks": denoiser(rounds=(), masked=0.0),
-        "without bags": denoiser(bag=0.0),
-        "without doubt": denoiser(doubt=False),
-        f"{'without' if config.denoiser.mirrored else 'with'} the mirror image": seen,
+        "without pseudo-masks": denoiser(rounds=(), share_masked=0.0),
+        "without bags": denoiser(bag_weight=0.0),
+        "without teacher uncertainty": denoiser(teacher_uncertainty=False),
+        "without symmetric mirrors": denoiser(share_symmetric=0.0),
+        f"{'without' if config.denoiser.mirrored else 'with'} the mirror image": mirror,
         "without diffusion": replace(config, system="supervised"),
         "anomaly detection": replace(config, system="anomaly"),
         "pixel labels": replace(config, labels="pixel"),
@@ -56,8 +57,8 @@ def variants(config: TrainConfig) -> dict[str, TrainConfig]:
     }
 
 
-def borrow(config: TrainConfig, whole: TrainConfig, folder: Path, lender: Path) -> None:
-    """Copy the auto-encoders that the whole was trained with, where this variant's would be the same."""
+def borrow_autoencoders(config: TrainConfig, whole: TrainConfig, folder: Path, lender: Path) -> None:
+    """Copy the auto-encoders that the whole system was trained with, where this variant's would be the same."""
     if config.autoencoder_stage != whole.autoencoder_stage or config.labels != whole.labels:
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -97,7 +98,7 @@ def main() -> None:
     for name, variant in variants(config).items():
         wanted = not options.only or name in options.only
         if wanted and name != "whole":
-            borrow(variant, config, folders[name], folders["whole"])
+            borrow_autoencoders(variant, config, folders[name], folders["whole"])
         if wanted or (folders[name] / "figures.json").exists():
             rows += measure(name, variant, folders[name])
     target = RESULTS / f"ablation-{datetime.date.today()}.json"

@@ -13,12 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from matplotlib.figure import Figure
 
+from ddmd.cohort.cases import Case
 from ddmd.data.phantom import phantom
 from ddmd.inference.slices import SliceGrid, extract
 from ddmd.io.volume import Volume
-from ddmd.training import LesionPainter
+from ddmd.training.augmentation import Augmentation
+from ddmd.training.batch_maker import BatchMaker
+from ddmd.training.config import DataEntry, DenoiserStage, TrainConfig
+from ddmd.training.device_slices import DeviceSlices
+from ddmd.training.lesion_parameters import KINDS, PainterConfig
+from ddmd.training.prepared_case import PreparedCase
 
 RESULTS = Path(__file__).with_name("results")
 DOCS = Path(__file__).parents[1] / "docs"
@@ -86,23 +93,33 @@ def scaling(results: dict[str, Any]) -> Figure:
 
 
 def painter(count: int = 6, seed: int = 0) -> Figure:
-    """A healthy phantom's slice, and lesions painted on it: as by default above, hard ones below."""
+    """Lesions of every kind painted on slices of a healthy phantom, a kind a row; their masks outlined."""
     volume = Volume.read(phantom(seed=seed, lesions=0, sequences=("flair",)).images, require=("flair",))
     cut = extract(volume, ("flair",), SliceGrid())
-    middle = len(cut) * 3 // 5
-    planes = cut.planes(1)[middle, :, None].numpy()
-    brain, paint, offset_mm = cut.brain[middle, 0].numpy(), LesionPainter(), cut.offset * volume.spacing[2]
-    figure = Figure(figsize=(1.8 * (count + 1), 4.4))
-    for row, axes in enumerate(figure.subplots(2, count + 1)):
-        for number, ax in enumerate(axes):
+    image, head = cut.image.numpy(), cut.brain[:, 0].numpy()
+    rows = slice(len(cut) * 2 // 5, len(cut) * 4 // 5)
+    offset_mm = cut.offset * volume.spacing[2]
+    case = PreparedCase(
+        Case("phantom", "phantom", "phantom", {}), image[rows].astype(np.float16), head[rows], head[rows],
+        np.zeros(len(head[rows]), np.int8), cut.offset, offset_mm,
+    )  # fmt: skip
+    still = Augmentation(flip=0, affine=0, elastic=0, contrast=0, bias=0, strong_bias=0, blur=0, coarse=0, ringing=0, noise=0, saturation=0)  # fmt: skip
+    stage = DenoiserStage(
+        share_normal=0, share_painted=1, share_painted_beside=0, share_masked=0, hard_from=0.5
+    )
+    config = TrainConfig(data=(DataEntry("phantom"),), size=160, seed=seed, denoiser_stage=stage)
+    slices = DeviceSlices([case], torch.device("cpu"), cut.grid.mm)
+    figure = Figure(figsize=(1.8 * count, 1.9 * len(KINDS)))
+    for kind, axes in enumerate(figure.subplots(len(KINDS), count)):
+        painted = PainterConfig(kinds=tuple(float(i == kind) for i in range(len(KINDS))))
+        batches = BatchMaker(slices, config, "lesions", {"phantom": 1.0}, augmentation_config=still, painter_config=painted, stripped=0)  # fmt: skip
+        batch = batches.samples(100 * kind, count)
+        for ax, planes, mask in zip(axes, batch["planes"], batch["mask"], strict=True):
             ax.axis("off")
-            shown, mask = planes, np.zeros_like(brain)
-            if number:
-                rng = np.random.default_rng((seed, row, number))
-                shown, mask = paint(planes, brain, cut.grid.mm, offset_mm, rng, hard=bool(row))
-            ax.imshow(shown[1, 0], cmap="gray", vmin=-2, vmax=2.5, origin="lower")
+            ax.imshow(planes[1].numpy(), cmap="gray", vmin=-2, vmax=2.5, origin="lower")
             if mask.any():
-                ax.contour(mask, [0.5], colors="red", linewidths=0.7)
+                ax.contour(mask[0].numpy(), [0.5], colors="red", linewidths=0.7)
+        axes[0].set_title(KINDS[kind], loc="left", fontsize=9)
     figure.tight_layout(pad=0.3)
     return figure
 

@@ -124,9 +124,9 @@ def test_the_ablation_changes_one_part_at_a_time_and_shares_what_is_the_same(tmp
     lender.mkdir()
     (lender / "autoencoders_a.checkpoint.safetensors").write_text("trained")
     borrowers = {"without X", "without Y", "without X and Y", "without pseudo-masks", "without the mirror image",
-                 "without bags", "without doubt", "without diffusion", "anomaly detection"}  # fmt: skip
+                 "without bags", "without teacher uncertainty", "without symmetric mirrors", "without diffusion", "anomaly detection"}  # fmt: skip
     for name, variant in variants.items():
-        ablation.borrow(variant, whole, tmp_path / name, lender)
+        ablation.borrow_autoencoders(variant, whole, tmp_path / name, lender)
         assert (tmp_path / name).exists() == (name in borrowers), name
     row = {"system": "whole", "dice": 0.5}
     (tmp_path / "whole" / "figures.json").write_text(json.dumps([row]))

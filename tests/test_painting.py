@@ -8,24 +8,14 @@ import torch
 from scipy import ndimage
 
 from ddmd.cohort.cases import Case
-from ddmd.training import augmentation
+from ddmd.training import geometry
 from ddmd.training.augmentation import Augmentation
 from ddmd.training.batch_maker import BatchMaker
 from ddmd.training.config import DataEntry, DenoiserStage, TrainConfig
 from ddmd.training.device_slices import DeviceSlices
-from ddmd.training.lesion_painter import (
-    AIR_MARGIN,
-    BANDS,
-    HIGH,
-    KINDS,
-    LARGE,
-    LOW,
-    MANY,
-    SMALL,
-    TRANSPLANT_RIM,
-    PainterConfig,
-    transplant,
-)
+from ddmd.training.intensity_scale import AIR_MARGIN, HIGH, LOW
+from ddmd.training.lesion_painter import TRANSPLANT_RIM, transplant
+from ddmd.training.lesion_parameters import BANDS, KINDS, LARGE, MANY, SMALL, PainterConfig
 from ddmd.training.prepared_case import PreparedCase
 from ddmd.training.sample_random import NoiseFields, SampleRandom, pick
 
@@ -342,10 +332,8 @@ def test_neighbouring_planes_share_a_large_lesion_and_lose_a_small_one(rng):
 
 def test_reflection_twice_is_the_slice_again(rng):
     random = SampleRandom(1, 3, np.arange(6))
-    geometry = augmentation.draw_geometry(
-        random, Augmentation(), np.zeros((6, 2)), np.full((6, 2), 100.0), SIZE
-    )
-    mirror = augmentation.draw_mirror(random, geometry["matrix"], geometry["shift"], 0.0)
+    moved = geometry.draw_geometry(random, Augmentation(), np.zeros((6, 2)), np.full((6, 2), 100.0), SIZE)
+    mirror = geometry.draw_mirror(random, moved["matrix"], moved["shift"], 0.0)
     points = rng.normal(size=(6, 4, 2)) * 30
     once = points @ mirror["reflection"].transpose(0, 2, 1) + mirror["reflection_offset"][:, None]
     twice = once @ mirror["reflection"].transpose(0, 2, 1) + mirror["reflection_offset"][:, None]

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ddmd.training import augmentation, lesion_painter
-from ddmd.training.augmentation import Augmentation, Geometry
+from ddmd.training import augmentation, geometry, lesion_painter, lesion_parameters
+from ddmd.training.augmentation import Augmentation
 from ddmd.training.config import TrainConfig
 from ddmd.training.device_slices import DeviceSlices
-from ddmd.training.lesion_painter import LOW, PainterConfig
+from ddmd.training.geometry import Geometry
+from ddmd.training.intensity_scale import LOW
+from ddmd.training.lesion_parameters import PainterConfig
 from ddmd.training.sample_random import NoiseFields, SampleRandom, pick, to_device
 
 Stage = Literal["normal", "mixed", "lesions"]
@@ -173,23 +175,23 @@ class BatchMaker:
         if table is None:
             raise ValueError("the training data has no normal slice; check its image-level labels")
         row = pick(table, random.unit())
-        geometry = self._draw_geometry(random, row)
+        moved = self._draw_geometry(random, row)
         drawn = augmentation.draw_intensities(random, self.augmentation)
-        arrays = {f"geometry {k}": v for k, v in geometry.items()}
+        arrays = {f"geometry {k}": v for k, v in moved.items()}
         arrays |= {f"intensity {k}": v for k, v in drawn.items()} | {"row": row, "label": self._label[row]}
         values = to_device(arrays, self.slices.device)
         canvas = self._geometry(_part(values, "geometry"), fields).canvas()
-        planes = augmentation.sample_canvas(self.slices.image[values["row"]].float(), canvas)
+        planes = geometry.sample_canvas(self.slices.image[values["row"]].float(), canvas)
         planes = augmentation.change_intensities(planes, _part(values, "intensity"), drawn, fields)
         return {"planes": planes + LOW, "label": values["label"]}
 
     def _draw_geometry(self, random: SampleRandom, row: np.ndarray) -> dict[str, np.ndarray]:
-        return augmentation.draw_geometry(
+        return geometry.draw_geometry(
             random, self.augmentation, self.slices.middle[row], self.slices.extent[row], self.config.size
         )
 
     def _geometry(self, values: dict[str, Tensor], fields: NoiseFields) -> Geometry:
-        elastic = augmentation.elastic_displacement(values["elastic"], self.config.size, fields)
+        elastic = geometry.elastic_displacement(values["elastic"], self.config.size, fields)
         return Geometry(values["matrix"], values["shift"], elastic)
 
     def _neighbours(self, random: SampleRandom, row: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -215,20 +217,20 @@ class BatchMaker:
         donor = row if masked_table is None else pick(masked_table, donor_unit)
         around, gap_mm = self._neighbours(random, row)
         donor_around, _ = self._neighbours(random, donor)
-        geometry = self._draw_geometry(random, row)
-        mirror = augmentation.draw_mirror(
+        moved = self._draw_geometry(random, row)
+        mirror = geometry.draw_mirror(
             random,
-            geometry["matrix"],
-            geometry["shift"],
+            moved["matrix"],
+            moved["shift"],
             stage.share_symmetric if config.denoiser.mirrored else 0.0,
         )
         drawn = augmentation.draw_intensities(random, self.augmentation)
         hard = random.index >= stage.hard_from * stage.steps * stage.batch
-        lesions = lesion_painter.draw_lesions(random, self.painter, hard)
+        lesions = lesion_parameters.draw_lesions(random, self.painter, hard)
         painted = np.flatnonzero((kind == PAINTED) | (kind == PAINTED_BESIDE))
         transplanted = np.flatnonzero(kind == TRANSPLANTED)
         lesions = {k: v[painted] for k, v in lesions.items()}
-        lists = lesion_painter.lesion_lists(lesions, config.mm)
+        lists = lesion_parameters.lesion_lists(lesions, config.mm)
         own_mask = np.isin(kind, (PAINTED_BESIDE, MASKED))
         arrays: dict[str, np.ndarray] = {
             "around": around,
@@ -247,7 +249,7 @@ class BatchMaker:
             "stripped": random.chance(self.stripped),
             "stripped_at": random.uniform(-3.0, 4.0),
         }
-        arrays |= {f"geometry {k}": v for k, v in geometry.items()}
+        arrays |= {f"geometry {k}": v for k, v in moved.items()}
         arrays |= {f"mirror {k}": v for k, v in mirror.items()}
         arrays |= {f"intensity {k}": v for k, v in drawn.items()}
         arrays |= {f"lesion {k}": v for k, v in lesions.items()}
@@ -263,7 +265,7 @@ class BatchMaker:
         if config.denoiser.mirrored:
             channels = planes.shape[2]
             middle = flat[:, self.context * channels : (self.context + 1) * channels]
-            reflected = augmentation.reflect(
+            reflected = geometry.reflect(
                 middle, values["mirror reflection"], values["mirror reflection_offset"]
             )
             flat = torch.cat((flat, reflected), 1)
@@ -283,11 +285,11 @@ class BatchMaker:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Planes (N, P, C, S, S), mask and weight (N, S, S) before intensities are changed."""
         slices, config = self.slices, self.config
-        geometry = self._geometry(_part(values, "geometry"), fields)
+        source = self._geometry(_part(values, "geometry"), fields)
         around, middle = values["around"], values["around"][:, self.context]
         guide = torch.stack((slices.depth[middle], slices.fluid[middle]), 1).float()
         outside = 20.0  # added, so that what lies beyond the canvas, which is 0, is far outside
-        guide = augmentation.sample_canvas(guide + outside, geometry.canvas()) - outside
+        guide = geometry.sample_canvas(guide + outside, source.canvas()) - outside
         depth, fluid = guide.unbind(1)
         lesions = None
         rows = values["painted"]
@@ -299,14 +301,14 @@ class BatchMaker:
                 values["mirror true_reflection"][rows], values["mirror true_offset"][rows],
                 values["gap"][rows], around.shape[1], config.mm, own_fields,
             )  # fmt: skip
-            displacement = geometry.displacement.index_add(0, rows, lesions.push)
-            geometry = Geometry(geometry.matrix, geometry.shift, displacement)
-        canvas = geometry.canvas()
+            displacement = source.displacement.index_add(0, rows, lesions.push)
+            source = Geometry(source.matrix, source.shift, displacement)
+        canvas = source.canvas()
         channels = slices.image.shape[1]
         image = slices.image[around].flatten(1, 2).float()
-        planes = augmentation.sample_canvas(image, canvas).unflatten(1, (-1, channels))
+        planes = geometry.sample_canvas(image, canvas).unflatten(1, (-1, channels))
         known = torch.stack((slices.mask[middle].float(), slices.weight[middle].float() - 1.0), 1)
-        known = augmentation.sample_canvas(known, canvas)
+        known = geometry.sample_canvas(known, canvas)
         own = values["own_mask"][:, None, None]
         mask = ((known[:, 0] > 0.5) & own).float()
         weight = torch.where(own, known[:, 1] + 1.0, 1.0)
@@ -337,9 +339,9 @@ class BatchMaker:
         """Give some samples the lesions of others' slices, and what is lesion then, and how sure that is."""
         slices, rows, donor = self.slices, values["transplanted"], values["donor"]
         at = canvas[rows] + values["donor_shift"][:, None, None]
-        image = augmentation.sample_canvas(slices.image[donor].flatten(1, 2).float(), at)
-        masks = augmentation.sample_canvas(slices.mask[donor].float(), at)
-        trust = augmentation.sample_canvas(slices.weight[donor[:, self.context]].float()[:, None] - 1.0, at)
+        image = geometry.sample_canvas(slices.image[donor].flatten(1, 2).float(), at)
+        masks = geometry.sample_canvas(slices.mask[donor].float(), at)
+        trust = geometry.sample_canvas(slices.weight[donor[:, self.context]].float()[:, None] - 1.0, at)
         given, share = lesion_painter.transplant(
             planes[rows], depth[rows], image.unflatten(1, (-1, planes.shape[2])), masks, values["rim"]
         )
@@ -360,7 +362,10 @@ def _add_painted(
     rows = values["painted"]
     painted = (alpha >= 0.5) & (depth[rows] > 0)
     own_mask, own_weight = mask[rows], weight[rows]
-    near = functional.max_pool2d(painted.float(), 2 * BESIDE_PX + 1, 1, BESIDE_PX) > 0
+    near = painted.float()
+    for kernel in ((2 * BESIDE_PX + 1, 1), (1, 2 * BESIDE_PX + 1)):  # rows, then columns
+        near = functional.max_pool2d(near, kernel, 1, (kernel[0] // 2, kernel[1] // 2))
+    near = near > 0
     around = near & values["beside"][:, None, None] & (own_mask == 0) & (own_weight > 0)
     own_weight = torch.where(around, own_weight.clamp(min=BESIDE_WEIGHT), own_weight)
     own_weight = torch.where(painted, 1.0, own_weight)

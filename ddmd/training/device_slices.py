@@ -9,7 +9,7 @@ import torch
 from scipy import ndimage
 from torch import Tensor
 
-from ddmd.training.lesion_painter import FLUID, LOW
+from ddmd.training.intensity_scale import FLUID, LOW
 from ddmd.training.prepared_case import PreparedCase
 
 DEEP_MM = 15.0  # inside the brain's surface: dark pixels there are ventricles, not sulci

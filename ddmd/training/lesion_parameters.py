@@ -1,0 +1,186 @@
+"""What lesions are painted on a training sample: kinds, places, sizes and contrasts, drawn on the host."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ddmd.training.sample_random import SampleRandom
+
+MAX_LESIONS = 40
+SMALL_PX = 5.5  # lesions of a smaller radius are computed in a window
+KINDS = ("large", "middling", "small", "many", "bands")
+LARGE, MIDDLING, SMALL, MANY, BANDS = range(5)
+PLACES = ("anywhere", "periventricular", "juxtacortical")
+ANYWHERE, PERIVENTRICULAR, JUXTACORTICAL = range(3)
+
+
+@dataclass(frozen=True)
+class PainterConfig:
+    """Ranges the painter draws from: sizes in mm, contrast in half robust z-scores.
+
+    Parameters
+    ----------
+    kinds : tuple of 5 float
+        Shares of slices with one large lesion (glioma), a few of middling size, small ones (multiple sclerosis),
+        many small ones, and confluent bands and caps around the ventricles (white matter hyperintensities).
+    contrast, faint_contrast : (low, high)
+        How much brighter lesions are; the second in a share `faint` of slices.
+    replaced : (low, high)
+        Share of the tissue's own signal that the lesion's level replaces.
+    dark : float
+        Chance that a lesion is darker than its surroundings.
+    core, rim : float
+        Chances of a darker core and of a brighter rim in a lesion that is not small.
+    displacement : float
+        Largest shift, in mm, by which a large lesion pushes the tissue around it.
+    periventricular, juxtacortical : float
+        Chances that lesions that are not large keep to the ventricles, or to the brain's surface.
+    symmetric : float
+        Chance that each lesion of a slice has a partner on the other side.
+    edge : (low, high)
+        Half width of a lesion's soft edge, in mm.
+    not_bright : float
+        Chance that, where hard lesions are asked for, one that is not small is no brighter than its surroundings:
+        a bright rim around an interior like them, tissue whose texture is effaced, or dark.
+    broken_rim : float
+        Chance that the rim of such a lesion is there on a part of its surface only.
+    """
+
+    kinds: tuple[float, ...] = (0.35, 0.2, 0.2, 0.07, 0.18)
+    large_mm: tuple[float, float] = (10.0, 34.0)
+    middling_mm: tuple[float, float] = (4.5, 11.0)
+    small_mm: tuple[float, float] = (1.6, 5.0)
+    band_mm: tuple[float, float] = (1.5, 14.0)
+    contrast: tuple[float, float] = (0.3, 2.4)
+    faint: float = 0.15
+    faint_contrast: tuple[float, float] = (0.15, 0.4)
+    replaced: tuple[float, float] = (0.2, 1.0)
+    texture: float = 0.25
+    dark: float = 0.05
+    core: float = 0.35
+    rim: float = 0.15
+    displacement: float = 5.0
+    periventricular: float = 0.4
+    juxtacortical: float = 0.2
+    symmetric: float = 0.3
+    edge: tuple[float, float] = (0.5, 3.5)
+    not_bright: float = 0.5
+    broken_rim: float = 0.6
+
+
+def draw_lesions(random: SampleRandom, config: PainterConfig, hard: np.ndarray) -> dict[str, np.ndarray]:
+    """What is painted on each sample, lengths in mm.
+
+    Parameters
+    ----------
+    random : SampleRandom of N samples.
+    config : PainterConfig
+    hard : (N,) bool
+        Whether lesions that are no brighter than their surroundings are among them.
+
+    Returns
+    -------
+    dict of arrays whose first axis is N; those of single lesions have MAX_LESIONS as the second.
+    """
+    n, most = len(random), MAX_LESIONS
+    kind = random.choice(config.kinds)
+    symmetric = random.chance(config.symmetric) & (kind != LARGE)
+    count = np.choose(
+        kind,
+        (
+            np.ones(n, np.int64),
+            random.integers(1, 4),
+            random.integers(1, 16),
+            random.integers(15, most + 1),
+            random.integers(0, 5),
+        ),
+    )
+    count = np.where(symmetric, np.minimum(2 * count, most), count)
+    sizes = (config.large_mm, config.middling_mm, config.small_mm, config.small_mm, config.small_mm)
+    low, high = (np.log([size[i] for size in sizes])[kind] for i in (0, 1))
+    contrast = np.where(
+        random.chance(config.faint),
+        random.log_uniform(*config.faint_contrast),
+        random.log_uniform(*config.contrast),
+    )
+    place = np.where(
+        kind == LARGE,
+        ANYWHERE,
+        random.choice(
+            (
+                max(0.0, 1 - config.periventricular - config.juxtacortical),
+                config.periventricular,
+                config.juxtacortical,
+            )
+        ),
+    )
+    values = {
+        "kind": kind,
+        "place": place,
+        "symmetric": symmetric,
+        "count": count,
+        "level": contrast * np.where(random.chance(config.dark), -1.0, 1.0),
+        "replaced": random.uniform(*config.replaced),
+        "texture": config.texture * random.unit(),
+        "texture_cell": random.uniform(2.0, 8.0),
+        "radius": np.exp(low[:, None] + (high - low)[:, None] * random.unit(most)),
+        "where": random.unit(most),
+        "jitter": random.normal(most, 2) * 2.0,
+        "axes": np.clip(np.exp(0.25 * random.normal(most, 3)), 0.55, 1.6),
+        "angle": random.uniform(0.0, np.pi, most),
+        "depth": random.uniform(-0.75, 0.75, most),
+        "factor": random.uniform(0.8, 1.2, most),
+        "edge": random.log_uniform(*config.edge, most),
+        "band": random.log_uniform(*config.band_mm) * (kind == BANDS),
+        "band_cell": random.log_uniform(6.0, 40.0),
+        "reach": random.uniform(0.2, 1.0, 2),  # of bands in the neighbouring planes
+        "push": random.uniform(0.0, config.displacement) * (kind == LARGE) * random.chance(0.4),
+    }
+    return values | _draw_look(random, config, hard & (kind <= MIDDLING), values)
+
+
+def _draw_look(
+    random: SampleRandom, config: PainterConfig, hard: np.ndarray, values: dict[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Core and rim of large and middling lesions; of hard ones, the level and the push, too."""
+    solid = (values["kind"] <= MIDDLING) & (values["level"] > 0)
+    level = np.abs(values["level"])
+    core = level * random.uniform(0.4, 1.6) * (random.chance(config.core) & solid)
+    rim = level * random.uniform(0.1, 0.5) * (random.chance(config.rim) & solid)
+    rim_mm = np.full(len(random), 3.0)
+    looks = random.choice((0.5, 0.35, 0.15))  # ring, effaced, dark
+    ring = (random.uniform(-0.5, 0.2), random.uniform(0.5, 1.0), random.uniform(0.25, 1.1))
+    effaced = (random.uniform(-0.05, 0.35), random.uniform(0.75, 1.0), 0.0 * level)
+    dark = (
+        -random.uniform(0.2, 1.2),
+        random.uniform(0.3, 0.9),
+        random.uniform(0.2, 0.8) * random.chance(0.5),
+    )
+    chosen = hard & random.chance(config.not_bright)
+    hard_level, hard_replaced, hard_rim = (
+        np.choose(looks, parts) for parts in zip(ring, effaced, dark, strict=True)
+    )
+    pushed = random.uniform(0.0, config.displacement)
+    return {
+        "level": np.where(chosen, hard_level, values["level"]),
+        "factor": np.where(chosen[:, None], 1.0, values["factor"]),
+        "replaced": np.where(chosen, hard_replaced, values["replaced"]),
+        "core": np.where(chosen, 0.0, core),
+        "core_from": random.uniform(0.3, 0.6),
+        "rim": np.where(chosen, hard_rim, rim),
+        "rim_mm": np.where(chosen & (looks == 0), random.uniform(1.5, 5.0), rim_mm),
+        "broken": chosen & random.chance(config.broken_rim),
+        "push": np.where(chosen, pushed, values["push"]),
+    }
+
+
+def lesion_lists(drawn: dict[str, np.ndarray], mm: float) -> dict[str, np.ndarray]:
+    """Rows and numbers of the lesions by size: `large_row`, `large_number`, `small_row`, `small_number`."""
+    row, number = np.nonzero(np.arange(MAX_LESIONS) < drawn["count"][:, None])
+    small = drawn["radius"][row, number] / mm < SMALL_PX
+    return {
+        "large_row": row[~small], "large_number": number[~small],
+        "small_row": row[small], "small_number": number[small],
+    }  # fmt: skip
