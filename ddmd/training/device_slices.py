@@ -15,7 +15,7 @@ from ddmd.training.prepared_case import PreparedCase
 DEEP_MM = 15.0  # inside the brain's surface: dark pixels there are ventricles, not sulci
 MIDLINE_MM = 35.0  # from the middle of the brain's box: farther dark pixels are fissures
 LARGE_AREA = 0.6  # of the largest brain area of a case: smaller slices show no lateral ventricle
-MIN_FLUID_PX = 20  # fewer connected dark pixels are no ventricle
+HALF_WIDTH_MM = 3.5  # of a ventricle somewhere; fissures are thinner
 NO_FLUID_MM = 100  # distance to the ventricles of a slice that shows none
 SURFACE_MM = (-20, 100)  # range of the distance inside the brain's surface
 
@@ -112,8 +112,9 @@ def guide_maps(case: PreparedCase, mm: float) -> tuple[np.ndarray, np.ndarray]:
             continue
         ventricle = (depth[z] > DEEP_MM) & (case.image[z, 0] < FLUID)
         ventricle &= np.abs(columns - middle[z, 1]) * mm < MIDLINE_MM
-        parts, _ = ndimage.label(ventricle)
-        ventricle &= (np.bincount(parts.ravel()) >= MIN_FLUID_PX)[parts]
+        parts, count = ndimage.label(ventricle)
+        wide = ndimage.maximum(ndimage.distance_transform_edt(ventricle) * mm, parts, np.arange(count + 1))
+        ventricle &= (wide >= HALF_WIDTH_MM)[parts]
         if ventricle.any():
             away = ndimage.distance_transform_edt(~ventricle) * mm
             fluid[z] = np.clip(np.ceil(away), 0, NO_FLUID_MM)
