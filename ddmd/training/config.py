@@ -238,13 +238,18 @@ def _first_problem(error: ValidationError) -> str:
     first = error.errors()[0]
     entry = " ".join(str(part) for part in first["loc"]) or "the configuration"
     if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        return f"{entry} not known; see the example in ddmd/training/recipes"
+        return f"{entry} not known; see the examples in ddmd/training/recipes"
     if first["type"] == "value_error":  # raised by a check of our own, which names what is within the section
         section = f"[{entry}] " if first["loc"] else ""
         return section + str(first["ctx"]["error"]).replace("\n", " ")
+    if first["type"] == "missing":
+        return f"{entry} is missing; see the examples in ddmd/training/recipes"
     value = repr(first["input"])
     value = value if len(value) <= 60 else value[:57] + "..."
-    return f"{entry} is {value}; {first['msg'].replace('Input', 'it')}"
+    allowed = "it should be a plain file name: letters, digits and . _ + -, the first a letter or a digit"
+    if first["type"] != "string_pattern_mismatch":
+        allowed = first["msg"].replace("Input", "it")
+    return f"{entry} is {value}; {allowed}"
 
 
 _ADAPTER = TypeAdapter(TrainConfig)
