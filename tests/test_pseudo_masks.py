@@ -1,4 +1,4 @@
-"""Pseudo-masks: where the teacher sees lesion on positive slices, and what of it is taught."""
+"""Pseudo-masks: the components a teacher takes for lesion on positive slices, and their loss weights."""
 
 from types import SimpleNamespace
 
@@ -12,9 +12,9 @@ from ddmd.training.config import DenoiserStage
 from ddmd.training.device_slices import DeviceSlices
 from ddmd.training.prepared_case import PreparedCase
 from ddmd.training.pseudo_masks import (
-    ELSEWHERE,
+    CERTAIN_FROM,
+    FAR_WEIGHT,
     NEAR_MARGIN_PX,
-    SURE,
     candidate_components,
     make_pseudo_mask,
     teacher_uncertainty,
@@ -37,7 +37,7 @@ def overlap(a: np.ndarray, b: np.ndarray) -> float:
     return 2 * (a & b).sum() / (a.sum() + b.sum())
 
 
-def test_bodies_only_on_positive_slices_and_where_something_is_probable(lesion):
+def test_components_only_on_positive_slices_and_where_something_is_probable(lesion):
     levels = np.array([0.4, 0.4, 0.1, 0.4, 0.0, 0.0, 0.1], np.float32)
     probability = levels[:, None, None] * lesion
     threshold = thresholds(probability, np.array([False, True, True, True, True, True, True]))
@@ -49,7 +49,7 @@ def test_bodies_only_on_positive_slices_and_where_something_is_probable(lesion):
     assert overlap(found[1], lesion) > 0.98, "half of the peak is the threshold where the peak is low"
 
 
-def test_bodies_much_smaller_than_the_largest_are_left_out(lesion):
+def test_components_much_smaller_than_the_largest_are_left_out(lesion):
     speck = disc(lesion.shape, (70, 40), 2)
     probability = np.stack([0.9 * (lesion | speck)] * 3).astype(np.float32)
     found = candidate_components(probability, np.full(3, 0.45))
@@ -57,15 +57,15 @@ def test_bodies_much_smaller_than_the_largest_are_left_out(lesion):
     assert not (found & speck).any()
 
 
-def test_doubt_falls_as_what_was_found_is_surer(lesion):
+def test_uncertainty_falls_as_components_are_more_probable(lesion):
     found = lesion[None]
-    levels = (0.3, SURE[0], sum(SURE) / 2, SURE[1], 1.0)
-    doubts = [teacher_uncertainty(level * found.astype(np.float64), found) for level in levels]
-    assert doubts == pytest.approx([1, 1, 0.5, 0, 0])
+    levels = (0.3, CERTAIN_FROM[0], sum(CERTAIN_FROM) / 2, CERTAIN_FROM[1], 1.0)
+    levels_of = [teacher_uncertainty(level * found.astype(np.float64), found) for level in levels]
+    assert levels_of == pytest.approx([1, 1, 0.5, 0, 0])
     assert teacher_uncertainty(np.ones(found.shape), np.zeros_like(found)) == 1.0, "nothing was found"
 
 
-def test_what_lies_between_certain_and_faint_teaches_nothing(lesion):
+def test_intermediate_probabilities_get_zero_loss_weight(lesion):
     core, rim = disc(lesion.shape, (40, 52), 6), disc(lesion.shape, (40, 52), 15)
     probability = np.where(core, 1.0, np.where(lesion, 0.7, np.where(rim, 0.2, 0.0))).astype(np.float32)
     mask, weight = make_pseudo_mask(lesion, probability, np.zeros(lesion.shape), 0.5)
@@ -73,28 +73,28 @@ def test_what_lies_between_certain_and_faint_teaches_nothing(lesion):
     assert (weight == np.where(core | ~rim, 1.0, 0.0)).all()
 
 
-def test_all_of_a_doubtful_body_is_taught_and_little_far_from_it(lesion):
+def test_an_uncertain_component_is_lesion_as_a_whole_and_far_pixels_get_little_weight(lesion):
     probability = np.where(lesion, 0.4, 0.0).astype(np.float32)
     probability[disc(lesion.shape, (40, 52), 3)] = 1.0
     far = ~disc(lesion.shape, (40, 52), 12 + NEAR_MARGIN_PX + 1)
     near = (
         disc(lesion.shape, (40, 52), 12 + NEAR_MARGIN_PX / 2) & ~lesion
     )  # NEAR_MARGIN_PX counts steps along the axes
-    for doubtful, left in ((0.0, 1.0), (0.5, (1 + ELSEWHERE) / 2), (1.0, ELSEWHERE)):
-        mask, weight = make_pseudo_mask(lesion, probability, np.zeros(lesion.shape), 0.3, doubtful)
-        assert (mask == lesion).all() == (doubtful == 1.0)
+    for uncertainty, left in ((0.0, 1.0), (0.5, (1 + FAR_WEIGHT) / 2), (1.0, FAR_WEIGHT)):
+        mask, weight = make_pseudo_mask(lesion, probability, np.zeros(lesion.shape), 0.3, uncertainty)
+        assert (mask == lesion).all() == (uncertainty == 1.0)
         assert (weight[near] == 1.0).all()
         assert weight[far] == pytest.approx(left)
 
 
-def test_trust_is_less_where_draws_disagree(lesion):
+def test_weights_are_less_where_draws_disagree(lesion):
     deviation = np.where(lesion, 0.3, 0.0)
     _, weight = make_pseudo_mask(lesion, lesion.astype(np.float32), deviation, 0.5)
     assert weight[lesion] == pytest.approx(0.5)
     assert (weight[~lesion] == 1.0).all()
 
 
-def test_what_is_no_body_neither_raises_what_is_certain_nor_is_a_faint_body_taught_as_none(lesion):
+def test_pixels_outside_components_change_nothing_and_faint_components_are_not_negatives(lesion):
     probability = np.where(lesion, 0.8, 0.0).astype(np.float32)
     probability[80, 20:22] = 1.0  # a speck that opening took away
     mask, weight = make_pseudo_mask(lesion, probability, np.zeros(lesion.shape), 0.5)
@@ -107,13 +107,13 @@ def test_what_is_no_body_neither_raises_what_is_certain_nor_is_a_faint_body_taug
     assert (weight[lesion & ~mask] == 0).all()
 
 
-@pytest.mark.parametrize("doubting", [True, False])
-def test_a_doubtful_teacher_takes_all_it_found_for_lesion_and_believes_little_else(lesion, doubting):
+@pytest.mark.parametrize("uncertain", [True, False])
+def test_an_uncertain_teacher_takes_whole_components_for_lesion(lesion, uncertain):
     """On positive slices alone; without teacher uncertainty, intermediate probabilities get zero loss weight."""
     core = disc(lesion.shape, (40, 52), 8)
     drawn = torch.from_numpy(np.where(core, 0.6, np.where(lesion, 0.25, 0.0)).astype(np.float32))
     teacher = SimpleNamespace(
-        eval=lambda: None, train=lambda: None, stage=DenoiserStage(teacher_uncertainty=doubting, share_symmetric=0.0),
+        eval=lambda: None, train=lambda: None, stage=DenoiserStage(teacher_uncertainty=uncertain, share_symmetric=0.0),
         condition=SimpleNamespace(config=DenoiserConfig()),
         draw=lambda image, seed: (drawn if image[0, 0, 0, 0] < 0.5 else drawn.flip(-1)).expand(2, len(image), 1, -1, -1),
     )  # fmt: skip
@@ -123,9 +123,9 @@ def test_a_doubtful_teacher_takes_all_it_found_for_lesion_and_believes_little_el
     label = np.array([1, 1, 1, 1, 0], np.int8)
     item = PreparedCase(Case("a", "a", "set", {}), image, brain, brain, label, offset=1, offset_mm=1.0)
     summary = update_pseudo_masks(teacher, DeviceSlices([item], torch.device("cpu"), 1.0), seed=0)
-    assert (summary["made"], summary["skipped"], summary["mean_uncertainty"]) == (4, 0, float(doubting))
+    assert (summary["made"], summary["skipped"], summary["mean_uncertainty"]) == (4, 0, float(uncertain))
     assert not item.mask[4].any()
     far = ~disc(lesion.shape, (40, 52), 12 + NEAR_MARGIN_PX + 1)
-    assert (item.mask[0] == (lesion if doubting else core)).mean() > 0.995, "but for what opening takes"
-    assert item.weight[0][far] == pytest.approx(ELSEWHERE if doubting else 1.0, rel=1e-3)
+    assert (item.mask[0] == (lesion if uncertain else core)).mean() > 0.995, "but for what opening takes"
+    assert item.weight[0][far] == pytest.approx(FAR_WEIGHT if uncertain else 1.0, rel=1e-3)
     assert (item.weight[0][lesion & (item.mask[0] == 0)] == 0).all()

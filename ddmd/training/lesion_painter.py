@@ -163,8 +163,8 @@ def _share(values: dict[str, Tensor], row: Tensor, number: Tensor, surface: Tens
     """Share of each pixel (L, P, h, w); lesions of fewer than 3 pixels in the middle plane are left out."""
     edge = torch.minimum(values["edge"][row, number], values["radius"][row, number]) / mm
     share = (0.5 + surface / (2 * edge[:, None, None, None])).clamp(0, 1)
-    seen = (share[:, share.shape[1] // 2] >= 0.5).flatten(1).sum(1) >= 3
-    return share * seen[:, None, None, None]
+    visible = (share[:, share.shape[1] // 2] >= 0.5).flatten(1).sum(1) >= 3
+    return share * visible[:, None, None, None]
 
 
 def _mass_effect(values: dict[str, Tensor], row: Tensor, number: Tensor, offset: Tensor, mm: float) -> Tensor:
@@ -202,12 +202,12 @@ def _small(
     place = (at[..., 1] + PATCH).clamp(0, padded - 1) * padded + (at[..., 0] + PATCH).clamp(0, padded - 1)
     plane = row[:, None] * planes + torch.arange(planes, device=device)
     index = (plane[..., None, None] * padded * padded + place[:, None]).flatten()
-    found = []
+    canvases = []
     for values_of in (share, share * values["factor"][row, number][:, None, None, None]):
         flat = torch.zeros(n * planes * padded * padded, dtype=torch.float32, device=device)
         flat = flat.scatter_reduce(0, index, values_of.flatten(), "amax")
-        found.append(flat.view(n, planes, padded, padded)[..., PATCH:-PATCH, PATCH:-PATCH])
-    return found[0], found[1]
+        canvases.append(flat.view(n, planes, padded, padded)[..., PATCH:-PATCH, PATCH:-PATCH])
+    return canvases[0], canvases[1]
 
 
 def _bands(

@@ -10,16 +10,17 @@ from ddmd.training.device_slices import DeviceSlices
 from ddmd.training.stages import DenoiserLosses
 
 MIN_PEAK = 0.2  # a positive slice on which nothing is this probable gets no pseudo-mask
-SMOOTHING = 0.7  # slices over which the teacher's probability is smoothed: lesions go on from one to the next
-SHARE = 0.1  # of the largest component's summed probability; smaller components are ignored
-CERTAIN = (
-    0.9  # share of a body's peak in a slice from which it is lesion, where the examination is not doubtful
-)
-FAINT = 0.1  # what is less probable is not lesion
-SURE = (0.7, 0.85)  # mean probability of what is found in an examination: doubtful up to, sure from
-LOWERED = 0.4  # by how much a doubtful examination's threshold is lower
-NEAR_MARGIN_PX = 8  # pixels from its body within which a doubtful examination shows what is not lesion
-ELSEWHERE = 0.05  # trust in "no lesion here" farther from it
+SMOOTHING = 0.7  # standard deviation in slices: lesions continue from one slice to the next
+MIN_MASS = 0.1  # of the largest component's summed probability; smaller components are ignored
+CERTAIN = 0.9  # share of a component's peak in a slice from which it is lesion, where the teacher is certain
+FAINT = 0.1  # less probable pixels are not lesion
+CERTAIN_FROM = (
+    0.7,
+    0.85,
+)  # mean probability of the components: uncertain up to the first, certain from the second
+LOWERED = 0.4  # share by which the threshold of an uncertain examination is lower
+NEAR_MARGIN_PX = 8  # pixels around a component in which an uncertain teacher's "no lesion" counts in full
+FAR_WEIGHT = 0.05  # weight of an uncertain teacher's "no lesion" farther away
 
 
 def thresholds(probability: np.ndarray, positive: np.ndarray) -> np.ndarray:
@@ -35,7 +36,7 @@ def thresholds(probability: np.ndarray, positive: np.ndarray) -> np.ndarray:
 
 
 def candidate_components(probability: np.ndarray, threshold: np.ndarray) -> np.ndarray:
-    """What the teacher holds to be lesion in one examination: what reaches the slice's threshold, opened.
+    """The components that the teacher takes for lesion in one examination.
 
     Parameters
     ----------
@@ -44,54 +45,61 @@ def candidate_components(probability: np.ndarray, threshold: np.ndarray) -> np.n
 
     Returns
     -------
-    (Z, H, W) bool, those of at least `SHARE` of the largest one's summed probability.
+    (Z, H, W) bool
+        Pixels that reach the slice's threshold, opened; components of at least `MIN_MASS` of the largest one's
+        summed probability.
     """
-    found = probability >= threshold[:, None, None]
-    found = ndimage.binary_opening(found, ndimage.generate_binary_structure(2, 1)[None])
-    parts, count = ndimage.label(found, np.ones((3, 3, 3)))
+    above = probability >= threshold[:, None, None]
+    above = ndimage.binary_opening(above, ndimage.generate_binary_structure(2, 1)[None])
+    parts, count = ndimage.label(above, np.ones((3, 3, 3)))
     mass = ndimage.sum(probability, parts, np.arange(1, count + 1))
-    kept: np.ndarray = np.concatenate(([False], mass >= SHARE * mass.max(initial=0.0)))[parts]
+    kept: np.ndarray = np.concatenate(([False], mass >= MIN_MASS * mass.max(initial=0.0)))[parts]
     return kept
 
 
-def teacher_uncertainty(probability: np.ndarray, found: np.ndarray) -> float:
-    """How doubtful an examination is, in [0, 1]: 1 where what was found is hardly probable, or nothing was.
+def teacher_uncertainty(probability: np.ndarray, components: np.ndarray) -> float:
+    """How uncertain the teacher is about an examination, in [0, 1]; 1 where it has no component.
 
-    The teacher is sure of lesions that look like the painted ones, and finds all of them. Where it is less sure
-    it finds a part: what it says of the rest would update_pseudo_masks the next round to leave that out, too.
+    The teacher is certain of lesions that look like the painted ones, and finds all of them. Where it is less
+    certain it finds a part. Its pseudo-masks would then teach the next round to leave the rest out.
 
     Parameters
     ----------
     probability : (Z, H, W) the teacher's mean, smoothed.
-    found : (Z, H, W) bool, the bodies.
+    components : (Z, H, W) bool
     """
-    mean = float(probability[found].mean()) if found.any() else 0.0
-    return float(np.clip((SURE[1] - mean) / (SURE[1] - SURE[0]), 0.0, 1.0))
+    mean = float(probability[components].mean()) if components.any() else 0.0
+    low, high = CERTAIN_FROM
+    return float(np.clip((high - mean) / (high - low), 0.0, 1.0))
 
 
 def make_pseudo_mask(
-    body: np.ndarray, probability: np.ndarray, deviation: np.ndarray, threshold: float, doubtful: float = 0.0
+    component: np.ndarray,
+    probability: np.ndarray,
+    deviation: np.ndarray,
+    threshold: float,
+    uncertainty: float = 0.0,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """One slice's pseudo-mask (H, W) bool, and how far to trust each of its pixels, float32 in [0, 1].
+    """One slice's pseudo-mask (H, W) bool, and the loss weight of each of its pixels, float in [0, 1].
 
-    Of an examination that is not doubtful, what is almost certain is lesion, and what is faint is not. What lies
-    between teaches nothing: where a lesion ends is learnt from painted ones alone, or the masks would grow from
-    round to round. Of a doubtful one the whole body is lesion, and little is said of what is far from it. Pixels
-    on which the draws disagree count less.
+    A certain teacher: almost certain pixels are lesion, faint ones are not, and intermediate probabilities get
+    zero loss weight. Where a lesion ends is then learnt from painted lesions alone; otherwise masks would grow
+    from round to round. An uncertain teacher: the whole component is lesion, and pixels far from it get little
+    weight. Pixels on which the draws disagree get less weight.
 
     Parameters
     ----------
-    body : (H, W) bool, what the teacher holds to be lesion.
-    probability, deviation : (H, W) the teacher's mean, smoothed, and the deviation of its draws.
-    threshold : of the body.
-    doubtful : as `doubt` gives it.
+    component : (H, W) bool, what the teacher takes for lesion.
+    probability, deviation : (H, W) the teacher's mean, smoothed, and the standard deviation of its draws.
+    threshold : of the component.
+    uncertainty : as `teacher_uncertainty` gives it.
     """
-    certain = CERTAIN * float(probability[body].max(initial=0.0))
-    mask = body & (probability >= threshold + (1 - doubtful) * max(0.0, certain - threshold))
+    certain = CERTAIN * float(probability[component].max(initial=0.0))
+    mask = component & (probability >= threshold + (1 - uncertainty) * max(0.0, certain - threshold))
     weight = np.clip(1.25 - 2.5 * deviation, 0.25, 1.0)
-    far = ndimage.distance_transform_cdt(~body, "taxicab") > NEAR_MARGIN_PX
-    weight = np.where(far, weight * (1 + doubtful * (ELSEWHERE - 1)), weight)
-    return mask, np.where((body | (probability >= FAINT)) & ~mask, 0.0, weight)
+    far = ndimage.distance_transform_cdt(~component, "taxicab") > NEAR_MARGIN_PX
+    weight = np.where(far, weight * (1 + uncertainty * (FAR_WEIGHT - 1)), weight)
+    return mask, np.where((component | (probability >= FAINT)) & ~mask, 0.0, weight)
 
 
 def update_pseudo_masks(
