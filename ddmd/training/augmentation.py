@@ -1,4 +1,4 @@
-"""Augmentation on the device: contrast, bias fields, resolution and noise of a batch of slices; and all its chances.
+"""Augmentation of a batch on the device: contrast, bias fields, resolution and noise, and the chance of each.
 
 Planes are half robust z-scores less that of air, so that air is 0. Nothing here waits for the device.
 """
