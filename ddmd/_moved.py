@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
 MOVED = {
     "ddmd.ahead": "ddmd.inference.prefetch",
@@ -40,6 +41,36 @@ MOVED = {
 }
 
 
+# Names that are in another module now than the rest of their old one.
+MOVED_NAMES = {
+    "ddmd.data.datasets": {
+        "LAYOUTS": "ddmd.cohort.discovery",
+        "find_cases": "ddmd.cohort.discovery",
+        "read_split": "ddmd.cohort.splits",
+        "split_by_patient": "ddmd.cohort.splits",
+        "write_split": "ddmd.cohort.splits",
+    },
+    "ddmd.diffusion": {
+        "SAMPLERS": "ddmd.diffusion.samplers",
+        "Schedule": "ddmd.diffusion.schedule",
+        "pure_noise": "ddmd.diffusion.noise",
+    },
+}
+
+
+def moved_name(module: str, name: str) -> Any:
+    """A name of 0.1 that another module has now, with a FutureWarning; AttributeError where there is none."""
+    new = MOVED_NAMES.get(module, {}).get(name)
+    if new is None:
+        raise AttributeError(f"module {module!r} has no attribute {name!r}")
+    warnings.warn(
+        f"{module}.{name} is now {new}.{name}; the old name goes in the next release",
+        FutureWarning,
+        stacklevel=3,
+    )
+    return getattr(importlib.import_module(new), name)
+
+
 class _Finder(MetaPathFinder, Loader):
     """Finds the modules of `MOVED` by their old names."""
 
@@ -53,7 +84,13 @@ class _Finder(MetaPathFinder, Loader):
         warnings.warn(
             f"{old} is now {MOVED[old]}; the old name goes in the next release", FutureWarning, stacklevel=2
         )
-        sys.modules[old] = importlib.import_module(MOVED[old])
+        new = importlib.import_module(MOVED[old])
+        if old not in MOVED_NAMES:
+            sys.modules[old] = new
+            return
+        module.__dict__["__getattr__"] = lambda name: (
+            moved_name(old, name) if name in MOVED_NAMES[old] else getattr(new, name)
+        )
 
 
 def install() -> None:

@@ -31,7 +31,7 @@ from ddmd.io.strip import stripped
 
 __all__ = ["SEQUENCES", "Volume", "VolumeError", "estimate_brain", "sequence_of"]
 
-SURE = 0.9  # less sure than this whether the skull is on, the user is told
+SURE = 0.9  # less sure than this whether the skull is on, a note says so
 MIN_VALUES = 8  # different intensities in the brain; a mask or a label map has fewer
 LOWEST, HIGHEST = -4.0, 6.0  # robust z-scores are clipped to this; air is LOWEST
 
