@@ -282,7 +282,7 @@ def test_maps_that_are_not_finite_are_refused_with_the_case(detector, volume, na
     maps = dataclasses.replace(maps, **{name: values})
     with pytest.raises(DetectionError, match=rf"{prepared.volume.name}: its maps of {name} are not finite"):
         detector.to_volume(prepared, maps)
-    monkeypatch.setattr(Detector, "maps", lambda *_: maps)
+    monkeypatch.setattr(Detector, "maps", lambda *_, **__: maps)
     with pytest.raises(VolumeError):
         detector.detect(prepared)
 

@@ -31,7 +31,7 @@ from ddmd.io.results import (
 )
 from ddmd.io.text import json_text, printable, table_text
 
-MAPS = tuple(results.SUFFIXES)
+MAPS = tuple(key for key in results.SUFFIXES if key != "draws")  # those are kept on request
 
 
 def made_up(rng, name="case", shape=(20, 24, 10), **changes) -> Detection:
