@@ -332,11 +332,12 @@ def test_files_and_keys_of_a_result_are_documented(tmp_path: Path) -> None:
     import json
 
     from ddmd.data.phantom import phantom
+    from ddmd.io.results import SUFFIXES
 
     page = (ROOT / "docs" / "howto" / "results.md").read_text(encoding="utf-8")
     flair = phantom(seed=1, spacing_mm=4.0, sequences=("flair",)).images["flair"]
-    detection = ddmd.detect({"flair": flair}, samples=2)
-    paths = detection.save(tmp_path, overlay=True)
+    detection = ddmd.detect({"flair": flair}, samples=2, draws=True)
+    paths = detection.save(tmp_path, overlay=True, maps=SUFFIXES)
     stem = paths["result"].name.removesuffix("_result.json")
     lacking = [path.name for path in paths.values() if path.name.replace(stem, "NAME", 1) not in page]
     result = json.loads(paths["result"].read_text())
