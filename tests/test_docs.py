@@ -243,6 +243,19 @@ def test_relative_links_lead_somewhere() -> None:
     assert not broken, "\n".join(broken)
 
 
+def test_files_that_the_texts_name_are_there() -> None:
+    pages = [ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md"), *(PACKAGE / "pretrained").glob("*.md")]
+    named = re.compile(r"`((?:ddmd|kernels|csrc|tests|benchmarks|packaging|docs)/[\w./-]*)`")
+    lacking, count = [], 0
+    for path in pages:
+        for name in named.findall(path.read_text(encoding="utf-8")):
+            count += 1
+            if not (ROOT / name).exists():
+                lacking.append(f"{path.name}: {name}")
+    assert count > 50
+    assert not lacking, "\n".join(lacking)
+
+
 def test_every_page_is_in_the_navigation_of_the_site() -> None:
     navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:")[2]
     pages = [path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")]
