@@ -406,3 +406,14 @@ def test_a_pipe_in_place_of_a_result_is_never_waited_for(tmp_path, rng, file):
         assert read_result("case", tmp_path) is None
     finally:
         signal.alarm(0)
+
+
+def test_the_same_result_computed_at_another_pace_is_the_same_bytes(tmp_path, rng):
+    state = rng.bit_generator.state
+    written = []
+    for seconds in (0.5, 3.25):
+        rng.bit_generator.state = state
+        detection = made_up(rng, provenance={"Weights": "tiny", "Seconds": seconds})
+        detection.save(tmp_path / str(seconds), overlay=True)
+        written.append({p.name: p.read_bytes() for p in (tmp_path / str(seconds)).iterdir()})
+    assert written[0] == written[1]

@@ -209,7 +209,7 @@ class Detection:
             name=self.name,
             stem=stem or file_stem(self.name),
             maps={key: image for key, image in there.items() if key in wanted},
-            description={**self.description(), **(extra or {})},
+            description={**{k: v for k, v in self.description().items() if k != "Seconds"}, **(extra or {})},
             lesions=self.lesion_rows(),
             lesion_columns=_COLUMNS if self.volume_interval_ml is None else _COLUMNS + _DRAW_COLUMNS,
             overlay=self.overlay_png() if overlay else None,
