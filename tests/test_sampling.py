@@ -225,17 +225,20 @@ def test_the_networks_see_a_slice_between_its_neighbours_and_its_mirror_image(sl
 
 def test_training_and_detection_see_the_same_planes(slices):
     import numpy as np
-    from ddmd.training.dataset import PreparedCase, with_mirror
 
     from ddmd.cohort.cases import Case
+    from ddmd.training.device_slices import DeviceSlices
+    from ddmd.training.prepared_case import PreparedCase
 
-    system = tiny_system()
+    config = tiny_system().condition.config
     brain = slices.brain[:, 0].numpy()
-    item = PreparedCase(
+    case = PreparedCase(
         case=Case("p", "p", "s", {}), image=slices.image.numpy(), brain=brain, head=brain,
         label=np.zeros(len(slices), np.int8), offset=slices.offset, offset_mm=1.0,
     )  # fmt: skip
-    config = system.condition.config
-    trained = np.stack([with_mirror(item.planes(z, config.context), config) for z in range(len(slices))])
+    trained = DeviceSlices([case], torch.device("cpu"), 1.0).planes(
+        0, range(len(slices)), config.context, config.mirrored
+    )
     detected = slices.planes(config.context, config.mirrored)
-    assert torch.equal(torch.from_numpy(trained).flatten(1, 2), detected)
+    # training keeps float16: half robust z-scores of -2 to 3 above that of air
+    torch.testing.assert_close(trained, detected, atol=2e-3, rtol=0.0)
