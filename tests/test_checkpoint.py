@@ -285,3 +285,8 @@ def test_a_key_that_is_there_twice_is_refused(tiny, tmp_path, where):
         path = described(tiny, tmp_path / "twice.safetensors", text[:-1] + ', "threshold": 0.9}')
     with pytest.raises(WeightsError, match=r"twice\.safetensors: .*is there twice"):
         checkpoint.load(path, "cpu", "float32")
+
+
+@pytest.mark.parametrize("name", checkpoint.available())
+def test_shipped_weights_are_named_as_their_files(name):
+    assert checkpoint.describe(checkpoint.find(name)).name == name

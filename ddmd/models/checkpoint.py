@@ -220,7 +220,9 @@ def _read_header(path: Path) -> _Header:
     if not isinstance(metadata, dict) or "ddmd" not in metadata:
         raise WeightsError(f"{path}: lacks its description; weights are written by ddmd train")
     try:
-        return _Header(Description.from_json(metadata["ddmd"]), _shapes(entries, size - 8 - length))
+        description = Description.from_json(metadata["ddmd"])
+        name = RENAMED.get(description.name, description.name)  # files written by 0.1 hold the old one
+        return _Header(dataclasses.replace(description, name=name), _shapes(entries, size - 8 - length))
     except ValueError as error:
         raise WeightsError(f"{path}: {error}") from None
 
