@@ -307,7 +307,7 @@ def test_every_layout_gives_the_examinations_that_have_a_flair(tmp_path, layout)
 def test_a_case_has_one_name_by_file_by_folder_and_by_data_set(tmp_path, layout):
     files, _ = LAYOUTS[layout]
     for case in find_cases(tree(tmp_path, *files), **FLAIR_ONLY):
-        if layout == "same inner names":  # two are told apart by their folders, one alone needs none
+        if layout == "same inner names":  # two are distinguished by their folders, one alone needs none
             continue
         path = case.files["flair"][0]
         assert [c.name for c in find_cases(path, **FLAIR_ONLY)] == [case.name]

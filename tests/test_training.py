@@ -146,20 +146,20 @@ def test_choosing_a_threshold_changes_nothing_else(config, tmp_path):
     path = train(config, tmp_path / "run")
     before = load_file(path)
     threshold = choose(tmp_path / "run", path)
-    after, told = load_file(path), checkpoint.describe(path)
+    after, description = load_file(path), checkpoint.describe(path)
     assert all(torch.equal(before[k], after[k]) for k in before | after)
-    assert told.threshold == threshold
-    assert told.threshold_chosen.endswith("on 1 validation patients")
-    assert told.sampling.items() <= dataclasses.asdict(config.sampling).items()
+    assert description.threshold == threshold
+    assert description.threshold_chosen.endswith("on 1 validation patients")
+    assert description.sampling.items() <= dataclasses.asdict(config.sampling).items()
     choose(tmp_path / "run", path, steps=2)
-    assert checkpoint.describe(path).sampling == told.sampling | {"steps": 2}
+    assert checkpoint.describe(path).sampling == description.sampling | {"steps": 2}
     choose(tmp_path / "run", path, peak=0.9)
-    assert checkpoint.describe(path).min_peak == 0.9 != told.min_peak
+    assert checkpoint.describe(path).min_peak == 0.9 != description.min_peak
     with pytest.raises(ValueError, match="split.json: cannot be read"):
         choose(tmp_path / "nowhere", path)
 
 
-def test_of_thresholds_that_are_hardly_told_apart_the_lowest_is_taken():
+def test_of_thresholds_with_nearly_equal_dice_the_lowest_is_taken():
     curve = np.where(THRESHOLDS < 0.6, 0.3, 0.5)
     curve[9] += 0.2
     assert lowest(curve) == pytest.approx(THRESHOLDS[9])
@@ -235,13 +235,13 @@ def test_pixel_track_takes_labels_from_the_masks(tmp_path, rng):
     root = write_slices(tmp_path / "set", rng, 1)
     case = dataclasses.replace(find_cases(root)[0], slice_labels=None)
     config = TrainConfig(data=(DataEntry(str(root)),))
-    (blind,), (told,) = (
+    (without_masks,), (with_masks,) = (
         load_cases([case], config, read_masks=False),
         load_cases([case], config, read_masks=True),
     )
     assert (blind.label == -1).all()
     assert blind.mask is None
-    assert (told.label == told.mask.any(axis=(1, 2))).all()
+    assert (with_masks.label == with_masks.mask.any(axis=(1, 2))).all()
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
@@ -449,8 +449,8 @@ def test_a_bag_wants_a_lesion_somewhere():
         "t": torch.tensor([3, 700]),
         "index": torch.tensor([0, 1]),
     }
-    told = losses(batch)
-    assert float(told["bag"]) == pytest.approx(
+    named = losses(batch)
+    assert float(named["bag"]) == pytest.approx(
         DenoiserStage().bag_weight * np.log1p(np.exp(-2.0)) / 2, rel=1e-5
     )
     del batch["bag"]
@@ -716,7 +716,7 @@ def test_the_check_for_waiting_finds_what_waits():
             wait()
 
 
-def test_two_runs_in_one_folder_the_second_is_told(config, tmp_path):
+def test_two_runs_in_one_folder_the_second_is_refused(config, tmp_path):
     (tmp_path / "run").mkdir()
     with (
         _locked(tmp_path / "run", True),
@@ -725,7 +725,7 @@ def test_two_runs_in_one_folder_the_second_is_told(config, tmp_path):
         train(config, tmp_path / "run")
 
 
-def test_a_full_disk_is_told_in_one_line_and_the_run_goes_on_later(config, tmp_path, monkeypatch):
+def test_a_full_disk_gives_one_line_and_the_run_goes_on_later(config, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 

@@ -87,7 +87,7 @@ def find_cases(
     """Find the examinations among files and folders.
 
     A folder is searched to the bottom: BIDS (sessions, runs, acquisitions), BraTS 2012 to 2024, folders of
-    patients and visits, and many patients in one folder, told apart by the names of their files. Hidden folders,
+    patients and visits, and many patients in one folder, distinguished by the names of their files. Hidden folders,
     derivatives and earlier results are not searched for images, and links are followed once. A folder without any
     such image is searched for DICOM files, unless annotations are looked for. Files named one by
     one belong together where they lie in one folder and their names agree, or where no sequence is there twice.

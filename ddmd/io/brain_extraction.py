@@ -122,7 +122,7 @@ def _z_scores(values: np.ndarray, inside: np.ndarray) -> np.ndarray:
 
 
 def _with_lesions(brain: np.ndarray, bright: np.ndarray, mm: float) -> np.ndarray:
-    """The brain (Z, H, W) with the bright bodies that it surrounds for the most part, closed."""
+    """The brain (Z, H, W) with the bright regions that it mostly surrounds, closed."""
     added = brain.copy()
     for z in np.flatnonzero(brain.any(axis=(1, 2)) & bright.any(axis=(1, 2))):
         parts, _ = ndimage.label(ndimage.binary_opening(bright[z]))
@@ -181,7 +181,7 @@ def brain_within(image: np.ndarray, head: np.ndarray, mm: float) -> np.ndarray:
 def _closed(
     core: np.ndarray, mm: float, grown_mm: float = OPENED_MM, closed_mm: float = CLOSED_MM
 ) -> np.ndarray:
-    """The bodies (H, W) grown by so much, which gives opened ones their edge back, closed and filled."""
+    """The regions (H, W) dilated by this much, which restores the edge that opening removed, closed and filled."""
     margin = int(np.ceil((grown_mm + closed_mm) / mm)) + 2
     away = ndimage.distance_transform_edt(~np.pad(core, margin))
     wide = ndimage.distance_transform_edt(away <= (grown_mm + closed_mm) / mm) > closed_mm / mm

@@ -26,7 +26,7 @@ from ddmd.models import checkpoint
 from ddmd.training.config import TrainConfig, read_run
 from ddmd.training.run import cases_of
 
-TOLERANCE = 0.005  # of Dice: of thresholds hardly told apart, the lowest misses least
+TOLERANCE = 0.005  # of Dice: of thresholds with nearly equal Dice, the lowest misses least
 
 
 def lowest(curve: np.ndarray) -> float:
