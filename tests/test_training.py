@@ -239,8 +239,8 @@ def test_pixel_track_takes_labels_from_the_masks(tmp_path, rng):
         load_cases([case], config, read_masks=False),
         load_cases([case], config, read_masks=True),
     )
-    assert (blind.label == -1).all()
-    assert blind.mask is None
+    assert (without_masks.label == -1).all()
+    assert without_masks.mask is None
     assert (with_masks.label == with_masks.mask.any(axis=(1, 2))).all()
 
 
