@@ -66,3 +66,14 @@ def test_the_other_names_of_a_module_in_parts_are_those_of_its_successor():
     assert (Case, find_cases) == (cases.Case, discovery.find_cases)
     with pytest.raises(ImportError, match="nothing"):
         from ddmd.diffusion import nothing  # noqa: F401
+
+
+def test_methods_of_a_detector_keep_their_old_names_with_a_warning():
+    from ddmd.inference.detector import RENAMED, Detector
+
+    detector = Detector.load(device="cpu")
+    for old, new in RENAMED.items():
+        with pytest.warns(FutureWarning, match=f"is now Detector.{new}"):
+            assert getattr(detector, old) == getattr(detector, new)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = detector.nothing

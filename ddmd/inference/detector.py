@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import threading
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -85,6 +86,9 @@ def pick_device(device: str | int | torch.device) -> torch.device:
     return picked
 
 
+RENAMED = {"configured": "sampling_config", "rule": "lesion_criteria", "restored": "to_volume"}  # since 0.2
+
+
 @dataclass(frozen=True, eq=False)
 class Detector:
     """A loaded system; load once, detect many.
@@ -114,6 +118,19 @@ class Detector:
     def __setstate__(self, state: dict[str, Any]) -> None:
         object.__setattr__(self, "system", state["system"])
         object.__setattr__(self, "_sessions", threading.local())
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            """Methods by their names of 0.1, with a warning."""
+            if name not in RENAMED:
+                raise AttributeError(f"Detector has no attribute {name!r}")
+            warnings.warn(
+                f"Detector.{name} is now Detector.{RENAMED[name]}; the old name goes in the next release",
+                FutureWarning,
+                stacklevel=2,
+            )
+            return getattr(self, RENAMED[name])
 
     @classmethod
     def load(
