@@ -55,7 +55,7 @@ test: $(VENV)/test.stamp
 	  || { cat build-ctest.log; exit 1; }
 	@rm -f build-ctest.log
 	@build/ctest/ddmd_test
-	@$(BIN)/python -m pytest
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 # Chromium for the tests of `ddmd report`, which skip themselves where there is none.
 browser:
