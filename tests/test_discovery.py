@@ -50,7 +50,7 @@ def stack(root: Path, patients=("p1", "p2"), count=11) -> None:
     for patient in patients:
         for i in range(1, count + 1):
             plane = np.zeros((32, 40), np.uint8)
-            plane[4:28, 6:34] = 100
+            plane[4:28, 6:34] = 100 + np.arange(24)[:, None]
             plane[4, 6 + i] = 250  # near the front and, in columns, towards the right: marks the slice
             name = f"{patient}_{i}.png"
             Image.fromarray(plane).save(root / "images" / name)

@@ -18,7 +18,7 @@ import pytest
 
 from ddmd.inference.detection import Detection
 from ddmd.inference.postprocess import Lesion
-from ddmd.io import results
+from ddmd.io import atomic, results
 from ddmd.io.atomic import FileSet, atomic_path, claim
 from ddmd.io.naming import file_stem
 from ddmd.io.results import (
@@ -417,3 +417,17 @@ def test_the_same_result_computed_at_another_pace_is_the_same_bytes(tmp_path, rn
         detection.save(tmp_path / str(seconds), overlay=True)
         written.append({p.name: p.read_bytes() for p in (tmp_path / str(seconds)).iterdir()})
     assert written[0] == written[1]
+
+
+def test_what_a_killed_writer_of_tables_left_goes_with_the_next_one(tmp_path):
+    left = tmp_path / (
+        atomic._prefix("cohort") + "0123abcd"
+    )  # as a kill between creating and renaming leaves it
+    left.write_text("half a ta")
+    other = tmp_path / ".partial-of-somebody-else"
+    other.write_text("x")
+    atomic.write_texts(tmp_path, "cohort", {"cohort.tsv": "a\n", "run.json": "{}\n"})
+    assert sorted(p.name for p in tmp_path.iterdir()) == [other.name, "cohort.tsv", "run.json"]
+    with atomic.claim(tmp_path, "cohort"):
+        atomic.write_texts(tmp_path, "cohort", {"cohort.tsv": "b\n"})
+    assert (tmp_path / "cohort.tsv").read_text() == "b\n"

@@ -54,7 +54,7 @@ def test_the_brain_is_found_in_a_head(head):
     volume = Volume.from_array({"flair": images["flair"]}, affine, strip=True)
     assert rough.skull
     assert not volume.skull
-    assert dice(volume.brain, brain) > 0.9 > dice(rough.brain, brain)
+    assert dice(volume.brain, brain) > 0.9
     assert volume.notes == ("array (flair): skull stripped by deepbet",)
     assert (volume.normalised("flair")[~volume.brain] == -4).all()
 

@@ -13,7 +13,7 @@ import torch
 
 from ddmd.cohort.cases import Case
 from ddmd.cohort.work import CaseError, CohortOptions, SystemFacts
-from ddmd.io.atomic import write_text
+from ddmd.io.atomic import write_texts
 from ddmd.io.results import OutputError
 from ddmd.io.text import json_text, table_text
 
@@ -73,15 +73,13 @@ class RunTables:
             "Failed": len(failed),
         }
         contents = {
-            "cohort.tsv": table_text(rows, COHORT_COLUMNS),
-            "failures.tsv": table_text(failed, FAILURE_COLUMNS),
-            "run.json": json_text(summary),
+            f"cohort{self.tag}.tsv": table_text(rows, COHORT_COLUMNS),
+            f"failures{self.tag}.tsv": table_text(failed, FAILURE_COLUMNS),
+            f"run{self.tag}.json": json_text(summary),
         }
         try:
             self.out.mkdir(parents=True, exist_ok=True)
-            for name, text in contents.items():
-                stem, extension = os.path.splitext(name)
-                write_text(self.out / f"{stem}{self.tag}{extension}", text)
+            write_texts(self.out, f"cohort{self.tag}", contents)
         except OSError as error:
             raise OutputError(f"{self.out}: cannot be written to ({error}); choose another folder") from None
 

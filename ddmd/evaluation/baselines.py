@@ -15,9 +15,10 @@ def smoothed_intensity(volume: Volume, sequence: str = "flair") -> np.ndarray:
 
     One threshold on this is the obvious way to find what is bright on FLAIR.
     """
-    z = np.where(volume.brain, volume.normalised(sequence), 0.0).astype(np.float32)
+    region = volume.search_region
+    z = np.where(region, volume.normalised(sequence), 0.0).astype(np.float32)
     sigma = [SMOOTHING_MM / s for s in volume.spacing]
-    inside = volume.brain.astype(np.float32)
+    inside = region.astype(np.float32)
     weight = ndimage.gaussian_filter(inside, sigma)
     smooth = ndimage.gaussian_filter(z, sigma) / np.maximum(weight, 1e-3)
-    return np.where(volume.brain, smooth, LOWEST).astype(np.float32)
+    return np.where(region, smooth, LOWEST).astype(np.float32)

@@ -118,7 +118,7 @@ def case_metrics(
     """
     voxel_ml = float(np.prod(volume.spacing)) / 1000
     lesion_map = find_lesions(probability, uncertainty, volume.affine, criteria)
-    mask, inside = lesion_map.mask, volume.brain | truth
+    mask, inside = lesion_map.mask, volume.search_region | truth
     counts = confusion(mask, truth, inside)
     empty = not truth.any()
     p, true_voxels, wrong = probability[inside], truth[inside], mask[inside] != truth[inside]
@@ -146,7 +146,7 @@ def case_metrics(
         "bernoulli_auroc": bernoulli.auroc(),
         **(draws.row if draws else {}),
     }
-    filled = volume.brain.any(axis=(0, 1))
+    filled = volume.search_region.any(axis=(0, 1))
     return CaseMetrics(
         row=row,
         patient=patient,

@@ -218,7 +218,7 @@ def _baseline_bin(detector: Detector, cases: Sequence[Case]) -> int | None:
             truth = _truth(case, volume)
         except Exception:  # a validation case that cannot be read has no say
             continue
-        inside = volume.brain | truth
+        inside = volume.search_region | truth
         values = smoothed_intensity(volume)[inside]
         histograms.append(Histogram.count(values, truth[inside], *BASELINE_RANGE))
     return reduce(add, histograms).best_bin() if histograms else None

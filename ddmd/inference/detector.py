@@ -361,7 +361,7 @@ class Detector:
                     f"{self.description.name} overflow in {str(self.system.dtype).removeprefix('torch.')}; "
                     "use precision float32, or other weights"
                 )
-            brain = torch.from_numpy(slices.part_of(volume.brain)).to(values.device).permute(2, 1, 0)
+            brain = torch.from_numpy(slices.part_of(volume.search_region)).to(values.device).permute(2, 1, 0)
             part = slices.to_canonical(values)  # (4, x, y, Z), in memory (Z, 4, y, x)
             part[0].clamp_(0.0, 1.0)
             part[1].clamp_(min=0.0)

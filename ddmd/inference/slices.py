@@ -25,7 +25,7 @@ class Slices:
     """The non-empty axial slices of one volume.
 
     image : (Z, C, H, W) float32, rows run from posterior to anterior, columns from left to right.
-    brain : (Z, 1, H, W) bool.
+    brain : (Z, 1, H, W) bool, the region where lesions are looked for.
     index : (Z,) int64, the canonical slice each is.
     offset : int, canonical slices between a slice and its neighbour.
     """
@@ -135,8 +135,9 @@ def extract(volume: Volume, sequences: tuple[str, ...], grid: SliceGrid) -> Slic
     Slices
     """
     spacing = volume.spacing
-    xs, ys = _box(volume.brain, spacing)
-    index = np.flatnonzero(volume.brain.any(axis=(0, 1)))
+    region = volume.search_region
+    xs, ys = _box(region, spacing)
+    index = np.flatnonzero(region.any(axis=(0, 1)))
     height, width = (
         max(1, round((axis.stop - axis.start) * spacing[i] / grid.mm)) for i, axis in ((1, ys), (0, xs))
     )
@@ -147,14 +148,14 @@ def extract(volume: Volume, sequences: tuple[str, ...], grid: SliceGrid) -> Slic
         return _cut(values, (xs, ys), index, (height, width), full, background)
 
     image = torch.cat([cut(volume.normalised(s), BACKGROUND) for s in sequences], 1)
-    brain = cut(volume.brain.astype(np.float32), 0.0) > 0.5
+    brain = cut(region.astype(np.float32), 0.0) > 0.5
     return Slices(
         image=image * INTENSITY_SCALE,
         brain=brain,
         index=torch.from_numpy(index),
         offset=max(1, round(CONTEXT_MM / spacing[2])),
         grid=grid,
-        shape=volume.brain.shape,
+        shape=region.shape,
         box=(xs, ys),
         scaled=(height, width),
     )

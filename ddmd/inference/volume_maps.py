@@ -73,7 +73,7 @@ def draws_in_part(prepared: Prepared, draws: Tensor, sigma: float) -> NDArray[np
         255 for probability 1; 0 outside the brain.
     """
     slices = prepared.slices
-    brain = slices.part_of(prepared.volume.brain)
+    brain = slices.part_of(prepared.volume.search_region)
     part = np.empty((len(draws), *brain.shape), np.uint8)
     with torch.inference_mode():
         for target, draw in zip(part, draws, strict=True):

@@ -72,6 +72,34 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
         temporary.write_text(text, encoding="utf-8", errors="surrogateescape", newline="")
 
 
+def write_texts(folder: Path, stem: str, contents: Mapping[str, str]) -> None:
+    """Write files of UTF-8 text, each whole or not at all, and remove what a killed writer of `stem` left.
+
+    Parameters
+    ----------
+    folder : an existing folder
+    stem : name of the claim under which the files are written; without it where somebody else holds it
+    contents : text of each file by its name
+
+    Raises
+    ------
+    OSError
+        If the folder cannot be written to.
+    """
+    try:
+        with claim(folder, stem):
+            for name, text in contents.items():
+                temporary = folder / (_prefix(stem) + secrets.token_hex(4))
+                try:
+                    _create(temporary, text.encode(errors="surrogateescape"))
+                    os.replace(temporary, folder / name)
+                finally:
+                    temporary.unlink(missing_ok=True)
+    except BusyError:
+        for name, text in contents.items():
+            write_text(folder / name, text)
+
+
 @contextmanager
 def claim(folder: Path, stem: str) -> Iterator[None]:
     """The right to write the files of `stem` in `folder`: one holder at a time, over threads and processes.

@@ -52,7 +52,8 @@ class Volume:
     skull_confidence : float in [0.5, 1], how sure `skull` is; 1 where the caller said it or gave the brain.
     bias : "auto", "off", "on" or "n4", what `normalised` does to bias fields; see `correct_bias`.
     dicom : the DICOM series whose grid this is; None for other input.
-    reference : bool (X, Y, Z) or None, what `normalised` takes its statistics over; None: the brain.
+    reference : bool (X, Y, Z) or None, what `normalised` takes its statistics over; None: the brain. See
+        `search_region`, too.
     """
 
     images: Mapping[str, np.ndarray]
@@ -249,6 +250,15 @@ class Volume:
         if not self.skull:
             z[~self.brain] = LOWEST
         return z
+
+    @cached_property
+    def search_region(self) -> np.ndarray:
+        """Where lesions are looked for, bool (X, Y, Z): the brain.
+
+        Where the skull is on, also what lies a scalp's width inside the head: the estimate of the brain may
+        leave out a very bright lesion.
+        """
+        return self.brain if self.reference is None else self.brain | self.reference
 
     def zero_signal(self, sequence: str) -> float:
         """What no signal is in a sequence: the median beside the brain, or the lowest value if all is brain.

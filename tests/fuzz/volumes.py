@@ -125,7 +125,7 @@ def mutant(rng: random.Random) -> Mutant:
         extension, what = rng.choice(("mgz", "mgh")), "bytes of an MGH header"
     content = raw
     if extension.endswith(".gz") or extension == "mgz":
-        content = gzip.compress(raw, 1)
+        content = gzip.compress(raw, 1, mtime=0)
     elif extension.endswith(".bz2"):
         content = bz2.compress(raw, 1)
     if what == "bytes of the file":
