@@ -12,9 +12,9 @@ from ddmd.training.config import DenoiserStage
 from ddmd.training.device_slices import DeviceSlices
 from ddmd.training.prepared_case import PreparedCase
 from ddmd.training.pseudo_masks import (
-    CERTAIN_FROM,
     FAR_WEIGHT,
     NEAR_MARGIN_PX,
+    TEACHER_CERTAINTY,
     candidate_components,
     make_pseudo_mask,
     teacher_uncertainty,
@@ -59,7 +59,7 @@ def test_components_much_smaller_than_the_largest_are_left_out(lesion):
 
 def test_uncertainty_falls_as_components_are_more_probable(lesion):
     found = lesion[None]
-    levels = (0.3, CERTAIN_FROM[0], sum(CERTAIN_FROM) / 2, CERTAIN_FROM[1], 1.0)
+    levels = (0.3, TEACHER_CERTAINTY[0], sum(TEACHER_CERTAINTY) / 2, TEACHER_CERTAINTY[1], 1.0)
     levels_of = [teacher_uncertainty(level * found.astype(np.float64), found) for level in levels]
     assert levels_of == pytest.approx([1, 1, 0.5, 0, 0])
     assert teacher_uncertainty(np.ones(found.shape), np.zeros_like(found)) == 1.0, "nothing was found"

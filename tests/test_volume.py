@@ -149,6 +149,24 @@ def test_affines_that_place_nothing_are_refused(tmp_path, rng):
     _refused("two_flair.nii.gz: sform and qform disagree by up to 30.0 mm", tmp_path / "two_flair.nii.gz")
 
 
+def test_what_is_no_number_is_refused_after_resampling_too(tmp_path, rng):
+    values, affine = head(rng)
+    finer = affine @ np.diag([1.0, 1.0, 0.5, 1.0])
+    doubled = np.repeat(values, 2, axis=2)
+    hole = doubled.copy()
+    hole[tuple(n // 2 for n in hole.shape)] = np.nan  # inside the brain
+    t1 = write(tmp_path / "a_flair.nii.gz", values, affine)
+    whole, broken = (
+        write(tmp_path / f"{name}_t1.nii.gz", image, finer)
+        for name, image in (("whole", doubled), ("broken", hole))
+    )
+    volume = Volume.read({"flair": t1, "t1": whole}, require=("flair", "t1"), resample=True)
+    assert np.isfinite(volume.images["t1"]).all()
+    _refused(
+        "inside the brain are NaN or Inf", {"flair": t1, "t1": broken}, require=("flair", "t1"), resample=True
+    )
+
+
 def test_sequences_on_different_grids_are_named_and_resampled_when_asked(tmp_path, rng):
     values, affine = head(rng)
     coarse = affine.copy()

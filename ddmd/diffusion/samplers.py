@@ -121,7 +121,7 @@ def rater_shifts(samples: int, sd: float) -> Tensor:
     Examples
     --------
     >>> rater_shifts(3, 1.0)
-    tensor([ 0.0000, -1.1800,  0.6328])
+    tensor([ 0.0000, -1.1849,  0.6313])
     """
     place = torch.arange(samples, dtype=torch.float64, device="cpu") * ((math.sqrt(5.0) - 1.0) / 2.0) + 0.5
     quantiles: Tensor = torch.special.ndtri(place % 1.0)

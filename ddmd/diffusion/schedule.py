@@ -141,9 +141,11 @@ class Schedule:
         }[self.prediction]
         if sampler == "dpm++2m":
             table[:, 2], table[:, 3], table[:, 5] = dpm_solver_2m_coefficients(now, then)
-        else:
+        elif sampler in ("ddim", "ddpm"):
             eta = 1.0 if sampler == "ddpm" else eta
             table[:, 2], table[:, 3], table[:, 6] = ddim_coefficients(now, then, eta)
+        else:
+            raise ValueError(f"sampler is {sampler!r}, which has no coefficients")
         table[:, 7] = clip
         return table.float()
 

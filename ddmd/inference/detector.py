@@ -439,9 +439,9 @@ class Detector:
         eta : float in [0, 1], optional
             Of the DDIM sampler: 0 draws all noise at the start, 1 at every step.
         stop : float in [0, 1), optional
-            Share of the schedule at which the steps end; 0 goes all the way to x_0.
+            Share of the T steps that are left out at the end, where x_0 is predicted at once; 0 leaves out none.
         quality : "fast" or "draws", optional
-            Named sampling, by default what the weights say; options that are given go before it. "fast" is the
+            Named sampling, by default what the weights say; options that are given override it. "fast" is the
             posterior mean in one step. "draws" samples masks that a rater could have drawn, and with them
             intervals of the volumes and the probability that each lesion exists; it takes several times as long.
         draws : bool

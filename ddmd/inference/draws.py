@@ -38,7 +38,8 @@ def volume_interval(volumes_ml: NDArray[np.floating], level: float = INTERVAL) -
 
     Examples
     --------
-    >>> volume_interval(np.arange(21.0))
+    >>> low, high = volume_interval(np.arange(21.0))
+    >>> round(low, 3), round(high, 3)
     (1.0, 19.0)
     """
     low, high = np.quantile(volumes_ml, ((1 - level) / 2, (1 + level) / 2))

@@ -16,10 +16,10 @@ PARTIAL_VOLUME = (
     0.03,
     0.5,
 )  # of the contrast of tissue: darker than this beside a blurred background is background
-PAD_SHARE = 0.04  # of the border's voxels with one value: a constant pad, beside the air
+PAD_SHARE = 0.04  # of the border's voxels with one value: a constant pad next to the air
 BAND_MM = 2.0  # thickness of the shells below the surface in which the intensity profile is measured
 SKULL_DIP, DIP_WIDTH = 0.58, 0.06  # ratio of skull to scalp intensity: skull on below, stripped above
-SURE_EVIDENCE = 2.5  # log odds: a brain that is as surely stripped is not looked at further
+SURE_EVIDENCE = 2.5  # log odds: from here on the first cues decide, and no brain is extracted
 STRIPPED_SHARE, SHARE_WIDTH = 0.65, 0.05  # of the head that extraction leaves: skull on below
 LARGE_HEAD_ML, LARGE_WIDTH_ML = 2500.0, 250.0  # stripped brains are smaller, heads are bigger
 PROFILE_SLICES = 5
@@ -88,8 +88,8 @@ def estimate_brain(
 ) -> BrainEstimate:
     """Estimate the brain of a finite canonical volume, and whether the skull is on.
 
-    Background is what is as the border is, within a tolerance from the data's own intensity range; there
-    may be several such values (a constant pad beside the air). A skull shows as a dark shell between a
+    Background has the values of the volume's border, within a tolerance from the data's own intensity range.
+    There may be several such values (a constant pad next to the air). A skull shows as a dark shell between a
     brighter scalp and the brain, or as a head too big for a brain. The sign of the contrast does not matter.
 
     Parameters

@@ -402,12 +402,23 @@ def _difference(one: Geometry, other: Geometry) -> str | None:
 def _resampled(
     values: np.ndarray, affine: np.ndarray, shape: tuple[int, ...], target: np.ndarray
 ) -> np.ndarray:
+    """Values on another grid, by linear interpolation; NaN where a voxel that is no number takes part."""
     matrix = np.linalg.inv(affine) @ target
-    finite = np.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0)
-    resampled: np.ndarray = ndimage.affine_transform(
-        finite, matrix[:3, :3], matrix[:3, 3], output_shape=shape[:3], order=1, cval=float(finite.min())
-    )
-    return resampled.astype(np.float32)
+
+    def interpolated(image: np.ndarray, outside: float) -> np.ndarray:
+        result: np.ndarray = ndimage.affine_transform(
+            image, matrix[:3, :3], matrix[:3, 3], output_shape=shape[:3], order=1, cval=outside
+        )
+        return result
+
+    finite = np.isfinite(values)
+    if not finite.any():
+        return np.full(shape[:3], np.nan, np.float32)
+    filled = np.where(finite, values, np.float32(0))
+    resampled = interpolated(filled, float(filled.min())).astype(np.float32)
+    if not finite.all():
+        resampled[interpolated((~finite).astype(np.float32), 0.0) > 0] = np.nan
+    return resampled
 
 
 def _check_choices(skull: str, bias: str) -> None:

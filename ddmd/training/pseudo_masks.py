@@ -11,10 +11,10 @@ from ddmd.training.stages import DenoiserLosses
 
 MIN_PEAK = 0.2  # a positive slice on which nothing is this probable gets no pseudo-mask
 SMOOTHING = 0.7  # standard deviation in slices: lesions continue from one slice to the next
-MIN_MASS = 0.1  # of the largest component's summed probability; smaller components are ignored
+MIN_MASS = 0.1  # share of the largest component's summed probability; smaller components are ignored
 CERTAIN = 0.9  # share of a component's peak in a slice from which it is lesion, where the teacher is certain
 FAINT = 0.1  # less probable pixels are not lesion
-CERTAIN_FROM = (
+TEACHER_CERTAINTY = (
     0.7,
     0.85,
 )  # mean probability of the components: uncertain up to the first, certain from the second
@@ -69,7 +69,7 @@ def teacher_uncertainty(probability: np.ndarray, components: np.ndarray) -> floa
     components : (Z, H, W) bool
     """
     mean = float(probability[components].mean()) if components.any() else 0.0
-    low, high = CERTAIN_FROM
+    low, high = TEACHER_CERTAINTY
     return float(np.clip((high - mean) / (high - low), 0.0, 1.0))
 
 
