@@ -8,7 +8,7 @@ import torch
 
 from ddmd import ops
 from ddmd.diffusion.schedule import Schedule
-from ddmd.ops import reference
+from ddmd.ops import reference, registry
 from tests.shapes import assert_close, rows
 
 
@@ -163,3 +163,23 @@ def test_every_op_has_a_schema_of_the_references_arguments(op):
     wanted = list(inspect.signature(getattr(reference, op)).parameters)
     schema = getattr(torch.ops.ddmd, op).default._schema
     assert [a.name for a in schema.arguments] == wanted
+
+
+@pytest.mark.parametrize(("hip", "capability", "says"), [("6.2", (9, 0), "ROCm"), (None, (7, 0), "sm_70")])
+def test_a_gpu_that_cannot_run_the_kernels_is_served_by_plain_torch(monkeypatch, hip, capability, says):
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "a card")
+    registry.unsupported_gpu.cache_clear()
+    registry._route.cache_clear()
+    try:
+        with pytest.warns(RuntimeWarning, match=says) as caught:
+            served = [registry.serving(op, "cuda") for op in registry.OPS]
+        assert len(caught) == 1
+        assert all(name == "reference" and says in reason for name, reason in served)
+    finally:
+        monkeypatch.undo()
+        registry.unsupported_gpu.cache_clear()
+        registry._route.cache_clear()

@@ -16,6 +16,7 @@ import contextlib
 import contextvars
 import functools
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -99,9 +100,36 @@ def serving(op: str, device: str) -> tuple[str, str | None]:
     return name, reason
 
 
+OLDEST_GPU = (7, 5)  # compute capability: what the CUDA code is built for, and bfloat16 in Triton
+
+
+@functools.cache
+def unsupported_gpu() -> str | None:
+    """Why neither the CUDA code nor the Triton kernels can run on the GPUs of this machine, or None.
+
+    Asked before the first launch; the reference then serves every op, with one warning.
+    """
+    reason = None
+    if torch.version.hip:
+        reason = "torch is built for ROCm, and the kernels of ddmd are for CUDA"
+    elif torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            capability = torch.cuda.get_device_capability(index)
+            if capability < OLDEST_GPU:
+                reason = (
+                    f"{torch.cuda.get_device_name(index)} is sm_{capability[0]}{capability[1]}, and the kernels of "
+                    f"ddmd need sm_{OLDEST_GPU[0]}{OLDEST_GPU[1]} or newer"
+                )
+    if reason is not None:
+        warnings.warn(f"{reason}: plain torch serves every op", RuntimeWarning, stacklevel=2)
+    return reason
+
+
 @functools.cache
 def _route(op: str, device: str) -> tuple[Callable[..., Any], str, str | None]:
     plain = getattr(reference, op)
+    if device == "cuda" and (reason := unsupported_gpu()):
+        return plain, "reference", reason
     if op in {"cpu": _NATIVE_CPU, "cuda": _NATIVE_CUDA}.get(device, ()):
         from ddmd.ops import native
 
