@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import platform
 import secrets
 import stat
 from collections.abc import Iterator, Mapping, Sequence
@@ -75,10 +76,13 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 def write_texts(folder: Path, stem: str, contents: Mapping[str, str]) -> None:
     """Write files of UTF-8 text, each whole or not at all, and remove what a killed writer of `stem` left.
 
+    The temporary names hold the machine and the process, so that no lock is needed: what a process of this
+    machine left that has ended is removed, and nothing else is.
+
     Parameters
     ----------
     folder : an existing folder
-    stem : name of the claim under which the files are written; without it where somebody else holds it
+    stem : what the files are of: the same for every writer of these files
     contents : text of each file by its name
 
     Raises
@@ -86,18 +90,31 @@ def write_texts(folder: Path, stem: str, contents: Mapping[str, str]) -> None:
     OSError
         If the folder cannot be written to.
     """
+    machine = hashlib.sha256(os.fsencode(platform.node())).hexdigest()[:8]
+    prefix = _prefix(f"text of {stem}") + f"{machine}-"
+    for leftover in os.listdir(folder):
+        if leftover.startswith(prefix) and _has_ended(leftover.removeprefix(prefix).partition("-")[0]):
+            (folder / leftover).unlink(missing_ok=True)
+    for name, text in contents.items():
+        temporary = folder / f"{prefix}{os.getpid()}-{secrets.token_hex(4)}"
+        try:
+            _create(temporary, text.encode(errors="surrogateescape"))
+            os.replace(temporary, folder / name)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def _has_ended(process: str) -> bool:
+    """Whether the process of this machine with this number is gone."""
+    if not process.isdecimal() or not 0 < int(process) < 2**31:
+        return False
     try:
-        with claim(folder, stem):
-            for name, text in contents.items():
-                temporary = folder / (_prefix(stem) + secrets.token_hex(4))
-                try:
-                    _create(temporary, text.encode(errors="surrogateescape"))
-                    os.replace(temporary, folder / name)
-                finally:
-                    temporary.unlink(missing_ok=True)
-    except BusyError:
-        for name, text in contents.items():
-            write_text(folder / name, text)
+        os.kill(int(process), 0)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 @contextmanager

@@ -76,7 +76,10 @@ def head_outline(values: np.ndarray) -> np.ndarray:
 def _tissue_and_head(planes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """What is brighter than half of Otsu's threshold between air and tissue, and its largest body filled."""
     low, high = np.percentile(planes, (1, 99))
-    counts, edges = np.histogram(np.clip(planes, low, high), 128)
+    if not high > low:
+        low, high = float(planes.min()), float(planes.max())
+    scaled = np.clip((planes - low) / max(high - low, np.finfo(np.float32).tiny), 0.0, 1.0)
+    counts, edges = np.histogram(scaled, 128, (0.0, 1.0))  # of shares: any intensities have finite bins
     centres = (edges[:-1] + edges[1:]) / 2
     below = np.cumsum(counts)
     mean_below = np.cumsum(counts * centres) / np.maximum(below, 1)
@@ -84,7 +87,7 @@ def _tissue_and_head(planes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     above = below[-1] - below
     mean_above = (total - np.cumsum(counts * centres)) / np.maximum(above, 1)
     otsu = centres[(below * above * (mean_below - mean_above) ** 2).argmax()]
-    tissue = planes > low + 0.5 * (otsu - low)
+    tissue = scaled > 0.5 * otsu
     return tissue, filled_slices(largest_body(ndimage.binary_opening(tissue)).transpose(2, 1, 0)).transpose(
         2, 1, 0
     )
