@@ -1,7 +1,6 @@
 """The fuzzing job finds what it is to find, and the library's readers of volumes stand a short run of it."""
 
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -68,7 +67,7 @@ def test_a_seed_and_a_number_are_a_mutant():
 
 
 def test_damaged_volumes_end_in_success_or_one_line():
-    seed = int(os.environ.get("DDMD_TEST_SEED") or random.SystemRandom().randrange(2**31))
+    seed = int(os.environ.get("DDMD_TEST_SEED") or 1)  # make fuzz SEED=N looks further
     run = subprocess.run(
         [sys.executable, "-m", "tests.fuzz", "--kind", "volumes", "--seconds", "5", "--mutants", "100", "--seed", str(seed)],
         capture_output=True, text=True, cwd=Path(__file__).parents[1],
