@@ -23,7 +23,8 @@ venv/bin/ddmd phantom phantom --spacing 3
 detect wheel
 
 echo "-- the source, installed twice in one checkout"
-cp -r "$source" checkout && rm -rf checkout/build checkout/.venv
+mkdir checkout
+tar -C "$source" --exclude=./build --exclude=./.venv --exclude=./.git -cf - . | tar -C checkout -xf -
 for _ in once again; do
     "${pip[@]}" --force-reinstall --no-deps ./checkout
     venv/bin/python -c "import ddmd.ops.native as n; assert n.build_info(), n.why_not()"
