@@ -7,16 +7,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 from scipy import ndimage
 
-from ddmd.io.brain_extraction import extract_brain, filled_slices, head_outline, largest_body
+from ddmd.io.background import Background, background_value, border_values, faces, find_backgrounds, find_body
+from ddmd.io.brain_extraction import extract_brain, head_outline
 
 SKULL_CHOICES = ("auto", "on", "off")
 SCALP_MM = 13.0  # scalp, skull and cerebrospinal fluid outside the brain
-NEAR_BACKGROUND = 0.01  # of the intensity range: as close as this to the background is background
-PARTIAL_VOLUME = (
-    0.03,
-    0.5,
-)  # of the contrast of tissue: darker than this beside a blurred background is background
-PAD_SHARE = 0.04  # of the border's voxels with one value: a constant pad next to the air
 BAND_MM = 2.0  # thickness of the shells below the surface in which the intensity profile is measured
 SKULL_DIP, DIP_WIDTH = 0.58, 0.06  # ratio of skull to scalp intensity: skull on below, stripped above
 SURE_EVIDENCE = 2.5  # log odds: from here on the first cues decide, and no brain is extracted
@@ -57,25 +52,6 @@ class BrainEstimate:
             "stripped": "the brain is what deepbet stripped",
         }
         return f"{sure}; {origin[self.source]}"
-
-
-def _faces(values: np.ndarray) -> list[np.ndarray]:
-    """The six faces of a volume (X, Y, Z)."""
-    return [np.take(values, end, axis) for axis in range(3) for end in (0, -1)]
-
-
-def border_values(values: np.ndarray) -> np.ndarray:
-    """All voxels on the six faces of a volume (X, Y, Z), as one flat array; edges appear more than once."""
-    return np.concatenate([face.ravel() for face in _faces(values)])
-
-
-def background_value(values: np.ndarray, finite: np.ndarray) -> float:
-    """The commonest finite value on the faces of the volume."""
-    border = border_values(values)[border_values(finite)]
-    if not len(border):
-        return float(values[finite].min())
-    distinct, counts = np.unique(border, return_counts=True)
-    return float(distinct[counts.argmax()])
 
 
 def estimate_brain(
@@ -158,8 +134,8 @@ def _without_constant_planes(values: np.ndarray) -> tuple[slice, ...]:
 
 def _estimate(values: np.ndarray, size: np.ndarray, background: float, skull: str) -> BrainEstimate:
     """The estimate of `estimate_brain` within the box that is not constant."""
-    levels, beside = _background(values, background)
-    head, exact = _not_background(values, levels, beside)
+    backgrounds, foreground = find_backgrounds(values, background)
+    head, exact = find_body(values, backgrounds, foreground)
     if not head.any():
         brain, source = _head_brain(values, size)
         on = skull != "off"
@@ -168,12 +144,12 @@ def _estimate(values: np.ndarray, size: np.ndarray, background: float, skull: st
         )
     if skull == "off":
         return BrainEstimate(head, False, 1.0, "background")
-    air_side, two_sided = _air_side(values, head, levels[0], exact)
-    side, dip = _profile(values, head, size, air_side, levels[0].value if two_sided else None)
+    air_side, two_sided = _air_side(values, head, backgrounds[0], exact)
+    side, dip = _profile(values, head, size, air_side, backgrounds[0].value if two_sided else None)
     evidence = _skull_evidence(head, size, dip, exact, two_sided)
     if skull == "auto" and evidence < -SURE_EVIDENCE:
         return BrainEstimate(head, False, _probability(-evidence), "background")
-    dark = _dark_air(values, head, levels, side)
+    dark = _dark_air(values, head, backgrounds, side)
     brain, source = _head_brain(dark, size)
     if skull == "auto":
         share = float((brain & head).sum() / head.sum()) if source == "extracted" else 1.0
@@ -188,130 +164,13 @@ def _probability(evidence: float) -> float:
     return float(1.0 / (1.0 + np.exp(-evidence)))
 
 
-def intensity_range(values: np.ndarray, constants: np.ndarray) -> float:
-    """From the 0.5th to the 99.5th percentile of what is none of the constants, or all where these are equal."""
-    sample = values[::2, ::2, ::2]
-    sample = sample[~np.isin(sample, constants)] if len(constants) else sample.ravel()
-    if not len(sample):
-        return float(np.ptp(values))
-    low, high = np.percentile(sample, (0.5, 99.5))
-    return float(high - low) or float(np.ptp(values))
-
-
-@dataclass(frozen=True)
-class _Level:
-    """One value of the background, and how near to it is background."""
-
-    value: float
-    tolerance: float
-
-    def near(self, values: np.ndarray) -> np.ndarray:
-        close: np.ndarray = np.abs(values - np.float32(self.value)) <= self.tolerance
-        return close
-
-
-def _background(values: np.ndarray, background: float) -> tuple[list[_Level], np.ndarray]:
-    """The values that the border consists of, air and constant pads; and bool (X, Y, Z), near to none of them."""
-    border = border_values(values)
-    distinct, counts = np.unique(border, return_counts=True)
-    constants = distinct[counts >= PAD_SHARE * len(border)]
-    tolerance = NEAR_BACKGROUND * intensity_range(values, constants)
-    if not np.any(constants == background):  # no exact value stands out: where the border is densest
-        background = _densest(border, tolerance)
-    empty = [
-        face.ravel() for face in _faces(values) if np.mean(np.abs(face - background) <= 3 * tolerance) > 0.6
-    ]
-    air = np.concatenate(empty) if empty else border  # without faces that cut through tissue
-    levels = [_level(background, air, tolerance)]
-    levels += [_level(float(v), air, tolerance) for v in constants if abs(v - background) > tolerance]
-    beside = np.ones(values.shape, bool)
-    for level in levels:
-        beside &= ~level.near(values)
-    for _ in range(2):  # what lies within a pad all round
-        box = bounding_box(beside)
-        if box is None or beside[box].size == values.size:
-            break
-        touching = border_values(beside[box])
-        shell = border_values(values[box])[touching]
-        if len(shell) < 0.5 * len(touching):
-            break
-        inner = _densest(shell, tolerance)
-        if np.mean(np.abs(shell - inner) <= tolerance) < 0.5:
-            break
-        levels.insert(0, _level(inner, shell, tolerance))
-        beside &= ~levels[0].near(values)
-    return levels, beside
-
-
-def _level(value: float, border: np.ndarray, tolerance: float) -> _Level:
-    """A level whose tolerance covers the noise of the border round it."""
-    around = border[np.abs(border - value) <= 10 * tolerance]
-    spread = float(np.percentile(np.abs(around - value), 90)) if len(around) else 0.0
-    return _Level(float(value), float(np.clip(2.5 * spread, tolerance, 10 * tolerance)))
-
-
-def bounding_box(mask: np.ndarray, margin: int = 0) -> tuple[slice, ...] | None:
-    """The smallest box that holds the mask, and a margin of voxels within the grid; None where it is empty."""
-    box = []
-    for axis in range(3):
-        inside = np.flatnonzero(mask.any(axis=tuple({0, 1, 2} - {axis})))
-        if not len(inside):
-            return None
-        box.append(slice(max(int(inside[0]) - margin, 0), int(inside[-1]) + 1 + margin))
-    return tuple(box)
-
-
-def _densest(values: np.ndarray, width: float) -> float:
-    """The median of the values in the fullest window of this width."""
-    low = float(values.min())
-    bins = np.minimum((values.astype(np.float64) - low) / width, 1e6).astype(np.int64)
-    distinct, counts = np.unique(bins, return_counts=True)
-    return float(np.median(values[bins == distinct[counts.argmax()]]))
-
-
-def _not_background(values: np.ndarray, levels: list[_Level], beside: np.ndarray) -> tuple[np.ndarray, bool]:
-    """The largest body that is not background, holes of its slices filled; and whether the background is exact."""
-    head = np.zeros(values.shape, bool)
-    box = bounding_box(beside, margin=3)
-    if box is None:
-        return head, False
-    all_near = beside.size - int(beside.sum())
-    inside, beside = values[box], beside[box].copy()
-    exact = np.ones(inside.shape, bool)
-    for level in levels:
-        exact &= inside != np.float32(level.value)
-    outside = values.size - inside.size  # exact or near: not looked at
-    if 2 * (outside + exact.size - int(exact.sum())) > all_near:
-        main = largest_body(exact)
-        surface = main & ~ndimage.binary_erosion(main, border_value=1)  # a face of the volume is none
-        if surface.any() and beside[surface].mean() > 0.5:
-            head[box] = filled_slices(main)
-            return head, True
-    air = levels[0].value
-    tissue = inside[beside]
-    contrast = float(np.median(tissue)) - air
-    side = np.float32(1.0 if contrast >= 0 else -1.0)
-    if np.mean(side * (tissue - np.float32(air)) < 0) < 0.02:
-        # Partial volume and ringing beside a blurred edge are no tissue
-        signal = side * (inside - np.float32(air))
-        deep = ndimage.binary_erosion(beside, iterations=2, border_value=1)
-        surface = float(np.percentile(signal[deep], 5)) if deep.any() else 0.0
-        beside &= signal > np.clip(0.25 * surface / abs(contrast), *PARTIAL_VOLUME) * abs(contrast)
-    else:
-        beside = ndimage.binary_opening(ndimage.binary_closing(beside))
-    head[box] = largest_body(
-        filled_slices(beside)
-    )  # filled first: a dark skull parts the scalp from the brain
-    return head, False
-
-
 def _skull_evidence(
     head: np.ndarray, spacing: np.ndarray, dip: float | None, exact: bool, two_sided: bool
 ) -> float:
     """Log odds of a skull: by the volume, the dark shell below the surface, and how the background is."""
     ml = float(head.sum()) * float(np.prod(spacing)) / 1000
     evidence = float(np.clip((ml - LARGE_HEAD_ML) / LARGE_WIDTH_ML, -1.0, 4.0))
-    cropped = not exact and float(np.mean([face.mean() for face in _faces(head)[:4]])) > 0.15
+    cropped = not exact and float(np.mean([face.mean() for face in faces(head)[:4]])) > 0.15
     if dip is not None:  # which a cropped surface need not show
         evidence += float(np.clip((SKULL_DIP - dip) / DIP_WIDTH, 0.0 if cropped else -3.0, 6.0))
     if exact or two_sided:  # what a mask leaves
@@ -321,7 +180,9 @@ def _skull_evidence(
     return evidence
 
 
-def _air_side(values: np.ndarray, head: np.ndarray, air: _Level, exact: bool) -> tuple[float | None, bool]:
+def _air_side(
+    values: np.ndarray, head: np.ndarray, air: Background, exact: bool
+) -> tuple[float | None, bool]:
     """Side of tissue, and whether it lies on both sides of air, as only z-scoring leaves it.
 
     The side is 1 where air is darker than tissue, -1 where it is brighter, None where its value may be arbitrary.
@@ -340,9 +201,10 @@ def _profile(
 ) -> tuple[float, float | None]:
     """Sign of the contrast, and the dip of the intensity below the surface.
 
-    The sign is `side`, or where that is None 1 if the surface is darker than the inside. The dip is the lowest intensity 6 to 16 mm below
-    the surface as a share of the highest 2 to 6 mm below it, where intensities count from the darkest of each
-    slice; medians over shells and over slices. None where no slice is wide enough.
+    The sign is `side`, or where that is None 1 if the surface is darker than the inside. The dip is the lowest
+    intensity 6 to 16 mm below the surface as a share of the highest 2 to 6 mm below it, where intensities
+    count from the darkest of each slice; medians over shells and over slices. None where no slice is wide
+    enough.
     """
     area = head.sum(axis=(0, 1))
     slices = np.flatnonzero(area > 0.5 * area.max())
@@ -360,29 +222,29 @@ def _profile(
         if (shells >= 10).sum() < 20:
             continue
         present = [k for k in range(8) if (shells == k).any()]  # thick voxels leave some shells empty
-        levels = np.interp(range(8), present, [np.median(plane[shells == k]) for k in present])
-        found.append((levels, np.median(plane[shells >= 10]), *np.percentile(plane, (1, 99))))
+        medians = np.interp(range(8), present, [np.median(plane[shells == k]) for k in present])
+        found.append((medians, np.median(plane[shells >= 10]), *np.percentile(plane, (1, 99))))
     if not found:
         return side or 1.0, None
     if side is None:
-        side = 1.0 if np.median([inside - levels[0] for levels, inside, _, _ in found]) >= 0 else -1.0
-    if air is not None and side * (np.median([levels[1:3].max() for levels, *_ in found]) - air) <= 0:
+        side = 1.0 if np.median([inside - medians[0] for medians, inside, _, _ in found]) >= 0 else -1.0
+    if air is not None and side * (np.median([medians[1:3].max() for medians, *_ in found]) - air) <= 0:
         return side, None  # no brighter than the background: partial volume, no scalp
     profiles = []
-    for levels, _, low, high in found:
-        profile = levels[1:] - low if side > 0 else high - levels[1:]
+    for medians, _, low, high in found:
+        profile = medians[1:] - low if side > 0 else high - medians[1:]
         profiles.append(profile / max(float(profile.max()), 1e-12))
     middle = np.median(profiles, axis=0)
     rim, gap = middle[:2].max(), middle[2:].min()
     return side, float(gap / rim) if rim > 0 else None
 
 
-def _dark_air(values: np.ndarray, head: np.ndarray, levels: list[_Level], side: float) -> np.ndarray:
+def _dark_air(values: np.ndarray, head: np.ndarray, backgrounds: list[Background], side: float) -> np.ndarray:
     """The volume with a contrast in which air is dark, and pads and air of another value set to the darkest."""
     darkest = np.float32(side * np.percentile(side * values[head], 1))
-    for k, level in enumerate(levels):
-        if k > 0 or side * (level.value - float(darkest)) > level.tolerance:
-            values = np.where(level.near(values) & ~head, darkest, values)
+    for k, background in enumerate(backgrounds):
+        if k > 0 or side * (background.value - float(darkest)) > background.tolerance:
+            values = np.where(background.near(values) & ~head, darkest, values)
     return values if side > 0 else -values
 
 

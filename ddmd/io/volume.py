@@ -12,15 +12,9 @@ import numpy as np
 from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation
 from scipy import ndimage
 
+from ddmd.io.background import background_value, border_values, bounding_box
 from ddmd.io.bias_field import BIAS_CHOICES, correct_bias
-from ddmd.io.brain import (
-    SKULL_CHOICES,
-    BrainEstimate,
-    background_value,
-    border_values,
-    bounding_box,
-    estimate_brain,
-)
+from ddmd.io.brain import SKULL_CHOICES, BrainEstimate, estimate_brain
 from ddmd.io.dicom import DicomSeries
 from ddmd.io.errors import VolumeError
 from ddmd.io.geometry import GRID_TOLERANCE_MM, Geometry, grid_gap
