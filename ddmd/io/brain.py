@@ -16,6 +16,10 @@ BAND_MM = 2.0  # thickness of the shells below the surface in which the intensit
 SKULL_DIP, DIP_WIDTH = 0.58, 0.06  # ratio of skull to scalp intensity: skull on below, stripped above
 SURE_EVIDENCE = 2.5  # log odds: from here on the first cues decide, and no brain is extracted
 STRIPPED_SHARE, SHARE_WIDTH = 0.65, 0.05  # of the head that extraction leaves: skull on below
+CROPPED_FACES = (
+    0.08,
+    0.15,
+)  # share of the four faces round a head that it covers: whole below, cropped above
 LARGE_HEAD_ML, LARGE_WIDTH_ML = 2500.0, 250.0  # stripped brains are smaller, heads are bigger
 PROFILE_SLICES = 5
 
@@ -170,13 +174,14 @@ def _skull_evidence(
     """Log odds of a skull: by the volume, the dark shell below the surface, and how the background is."""
     ml = float(head.sum()) * float(np.prod(spacing)) / 1000
     evidence = float(np.clip((ml - LARGE_HEAD_ML) / LARGE_WIDTH_ML, -1.0, 4.0))
-    cropped = not exact and float(np.mean([face.mean() for face in faces(head)[:4]])) > 0.15
+    touching = float(np.mean([face.mean() for face in faces(head)[:4]]))
+    cropped = 0.0 if exact else float(np.interp(touching, CROPPED_FACES, (0.0, 1.0)))
     if dip is not None:  # which a cropped surface need not show
-        evidence += float(np.clip((SKULL_DIP - dip) / DIP_WIDTH, 0.0 if cropped else -3.0, 6.0))
+        evidence += float(np.clip((SKULL_DIP - dip) / DIP_WIDTH, -3.0 * (1.0 - cropped), 6.0))
     if exact or two_sided:  # what a mask leaves
         evidence -= 1.0
-    elif cropped:  # a stripped brain touches a face of the volume in few places
-        evidence += 2.0 + 2.0 * float(float(border_values(head).mean()) > 0.4)
+    else:  # a stripped brain touches a face of the volume in few places
+        evidence += cropped * (2.0 + 2.0 * float(float(border_values(head).mean()) > 0.4))
     return evidence
 
 
