@@ -303,6 +303,27 @@ def test_every_layout_gives_the_examinations_that_have_a_flair(tmp_path, layout)
     assert all(len(note) < 300 for note in cases.notes)
 
 
+@pytest.mark.parametrize(("file", "name", "file_name"), [
+    ("scan [final]_FLAIR.nii.gz", "p7_scan [final]", "p7_scan-final"), ("scan (2) FLAIR.nii.gz", "scan (2)", "scan-2"),
+    ("[p1] FLAIR.nii.gz", "[p1]", "p1"), ("p1 (FLAIR).nii.gz", "p1", "p1"), ("FLAIR [final].nii.gz", "p7_[final]", "p7_final"),
+    ("p1 {new}_flair.nii.gz", "p1 {new}", "p1-new"),
+])  # fmt: skip
+def test_brackets_of_a_name_stay_whole_and_its_files_have_none(head, tmp_path, file, name, file_name):
+    path = write(tmp_path / "p7" / file, head[0])
+    for given in (path, path.parent, tmp_path):
+        (case,) = find_cases(given, annotations=False)
+        assert case.name == name
+    assert output_stems([name]) == {name: file_name}
+
+
+def test_a_mask_is_found_beside_an_image_whose_name_has_brackets(head, tmp_path):
+    values, lesion = head
+    write(tmp_path / "p1 [final]_FLAIR.nii.gz", values)
+    mask = write(tmp_path / "p1 [final]_mask.nii.gz", lesion)
+    (case,) = find_cases(tmp_path)
+    assert case.masks == (mask,)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_case_has_one_name_by_file_by_folder_and_by_data_set(tmp_path, layout):
     files, _ = LAYOUTS[layout]

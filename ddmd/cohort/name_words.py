@@ -98,6 +98,8 @@ def without_sequence(name: str) -> str:
 
     >>> [without_sequence(n) for n in ("P1_T2_FLAIR", "s1_T1_bet", "BraTS-GLI-00001-000-t2f", "flair")]
     ['P1', 's1_bet', 'BraTS-GLI-00001-000', '']
+    >>> [without_sequence(n) for n in ("p1 [final]_FLAIR", "p1 (FLAIR)", "(FLAIR) p1", "[p1] FLAIR")]
+    ['p1 [final]', 'p1', 'p1', '[p1]']
     """
     spans = [m.span() for m in re.finditer(r"[^-_.,\s+()\[\]]+", name)]
     best: tuple[int, int] | None = None
@@ -111,8 +113,8 @@ def without_sequence(name: str) -> str:
     if best is None:
         return name
     before, after = name[: spans[best[0]][0]], name[spans[best[1] - 1][1] :]
-    separators = "-_.,+ ()[]"
-    before, after = before.rstrip(separators), after.strip(separators)
+    # a bracket goes with what it enclosed, and stays around what is kept
+    before, after = before.rstrip("-_.,+ (["), after.lstrip("-_.,+ )]").rstrip("-_.,+ ([")
     return f"{before}_{after}".strip("_") if before and after else before or after
 
 

@@ -6,6 +6,7 @@ import hashlib
 import re
 import unicodedata
 
+_REPLACED = " "  # stands for a character that no file name should have
 MAX_STEM_BYTES = 180  # leaves room for the longest suffix within the 255 bytes of a file name
 
 
@@ -17,8 +18,8 @@ def name_hash(name: str, length: int = 8) -> str:
 def file_stem(name: str, *, unique: bool = False) -> str:
     """The stem of the files of an examination of this name.
 
-    ASCII letters, digits, "-" and "_" stay, accents are dropped, and other characters become "-". A hash of
-    the name is added where letters or digits are lost, or where more than `MAX_STEM_BYTES` are cut.
+    ASCII letters, digits, "-" and "_" stay, accents are dropped, and other characters become "-", or nothing
+    beside "_". A hash of the name is added where letters or digits are lost, or where more than `MAX_STEM_BYTES` are cut.
 
     Parameters
     ----------
@@ -34,6 +35,8 @@ def file_stem(name: str, *, unique: bool = False) -> str:
     --------
     >>> file_stem("sub-01_ses-1"), file_stem("p 1"), file_stem("Zoë"), file_stem("../../x")
     ('sub-01_ses-1', 'p-1', 'Zoe', 'x')
+    >>> file_stem("scan [final]_2")
+    'scan-final_2'
     >>> len(file_stem("x" * 1000))
     180
     """
@@ -45,8 +48,11 @@ def file_stem(name: str, *, unique: bool = False) -> str:
             kept.append(c)
         else:
             lost |= c.isalnum() or not c.isprintable()
-            kept.append("-")
-    stem = re.sub(r"-{2,}", "-", "".join(kept)).strip("-_") if set(kept) - set("-_") else ""
+            kept.append(_REPLACED)
+    joined = re.sub(
+        rf"[-_]*{_REPLACED}[-_{_REPLACED}]*", lambda match: "_" if "_" in match[0] else "-", "".join(kept)
+    )
+    stem = re.sub(r"-{2,}", "-", joined).strip("-_")
     if stem and not lost and not unique and len(stem) <= MAX_STEM_BYTES:
         return stem
     ending = f"-{name_hash(name)}"
