@@ -194,6 +194,27 @@ def test_labels_choose_and_the_group_level_joins(raw, tiny, tmp_path):
         assert not (tmp_path / "none").exists()
 
 
+def test_each_level_writes_the_page_where_it_is_asked_for(raw, tiny, tmp_path):
+    out = tmp_path / "out"
+    code, text = invoke(raw, out, "participant", "--weights", tiny, *FAST, "--maps", "mask", "--report")
+    assert code == 0, text
+    assert f"report: {out / 'report.html'}" in text.replace("\n", "")
+    (out / "report.html").unlink()
+    assert invoke(raw, out, "group", "-q", "--report") == (0, "")
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert all(case in page for case in CASES)
+    assert validator_errors(out) == []
+
+
+def test_drawn_masks_are_derivatives_the_validator_accepts(raw, tiny, tmp_path):
+    out = tmp_path / "out"
+    options = ("--participant-label", "A3", "--draws", "-q")
+    code, text = invoke(raw, out, "participant", "--weights", tiny, *FAST, *options)
+    assert code == 0, text
+    assert result_paths("sub-A3", out / "sub-A3" / "anat", BIDS_NAMES)["draws"].is_file()
+    assert validator_errors(out) == []
+
+
 def test_wrong_uses_are_refused_before_anything_is_written(raw, tiny, tmp_path):
     files = sorted(raw.rglob("*"))
     code, text = invoke(raw, raw, "participant", "--weights", tiny)

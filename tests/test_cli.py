@@ -1,5 +1,6 @@
 """The shell: exit codes, what is printed, what is written, what is refused before any work."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -10,14 +11,16 @@ from pathlib import Path
 
 import nibabel as nib
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from ddmd.cli import app, console
+from ddmd.cli.cohort_options import CohortSettings
 from ddmd.cli.options import device_name
 from ddmd.inference.detector import Detector
 from ddmd.io.results import read_result
 from ddmd.models import checkpoint
-from tests.volumes import head, tiny_system, write
+from tests.volumes import head, tiny_system, write, write_slices
 
 runner = CliRunner()
 
@@ -167,6 +170,9 @@ def _shell(*args, **kwargs):
     return subprocess.run(command, capture_output=True, env=environment, **kwargs)
 
 
+COMMANDS = ("detect", "bids", "report", "info", "phantom", "train", "evaluate")
+
+
 def test_help_version_and_completion_come_without_torch():
     script = (
         "import sys\n"
@@ -177,12 +183,12 @@ def test_help_version_and_completion_come_without_torch():
         "heavy = [m for m in ('torch', 'nibabel', 'scipy', 'numpy') if m in sys.modules]\n"
         "print(code, heavy)"
     )
-    for args in (["--help"], ["-h"], ["detect", "-h"], ["evaluate", "--help"], ["--version"]):
+    for args in (["--help"], ["-h"], *([name, "-h"] for name in COMMANDS), ["--version"]):
         done = subprocess.run(
             [sys.executable, "-c", script, *args], capture_output=True, text=True, check=True
         )
         assert done.stdout.splitlines()[-1] == "0 []", args
-        assert "<" not in done.stdout, "no Python types"
+        assert not set("<{") & set(done.stdout), "no Python types, and no braces"
     assert "--show-completion" in _run("--help")[1]
 
 
@@ -378,6 +384,78 @@ def test_a_signal_while_saving_leaves_nothing_half_done(tiny, flair, tmp_path, n
     left = {p.name for p in (tmp_path / "out").iterdir()}
     assert not left or read_result("p1", tmp_path / "out") is not None, "all or nothing"
     assert not any(name.startswith(".") for name in left)
+
+
+STOPPED_TRAINING = """
+import os, sys
+number = int(sys.argv.pop(1))
+from ddmd.training import loop
+train_step = loop.train_step
+def stopped(model, optimizer, batch, stage):
+    if stage.step == 1:
+        os.kill(os.getpid(), number)
+    return train_step(model, optimizer, batch, stage)
+loop.train_step = stopped
+sys.argv[0] = "ddmd"
+from ddmd.cli import main
+main()
+"""
+TINY_TRAINING = """
+name = "tiny"
+size = 64
+test = 0.25
+validation = 0.0
+[[data]]
+root = "set"
+[autoencoder]
+members = 2
+width = 4
+code = 2
+[denoiser]
+widths = [8, 8, 8, 8]
+noise_width = 8
+mirrored = true
+[autoencoder_stage]
+steps = 3
+batch = 4
+[denoiser_stage]
+steps = 3
+batch = 2
+rounds = []
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_training_that_a_signal_stops_exits_with_its_number_and_goes_on_later(tmp_path, rng, number):
+    pytest.importorskip("accelerate", reason="the extra ddmd[train] is not installed")
+    pytest.importorskip("tensorboard", reason="the extra ddmd[train] is not installed")
+    write_slices(tmp_path / "set", rng, 4)
+    (tmp_path / "tiny.toml").write_text(TINY_TRAINING)
+    arguments = ["train", "tiny.toml", "-o", "run"]
+    command = [sys.executable, "-c", STOPPED_TRAINING, str(int(number)), *arguments]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 128 + number, done.stderr
+    assert "stopped at step 2 of autoencoders_a" in done.stderr
+    assert not list(tmp_path.glob("run/*.safetensors.partial"))
+    assert _shell(*arguments, cwd=tmp_path).returncode == 0
+    assert (tmp_path / "run" / "tiny.safetensors").is_file()
+
+
+def test_detect_and_bids_share_their_options():
+    group = typer.main.get_command(app)
+    options = {
+        name: {o for p in group.commands[name].params for o in p.opts if o.startswith("--")}
+        for name in ("detect", "bids")
+    }
+    assert options["detect"] - options["bids"] == {
+        "--output",
+        "--input",
+        "--sequence",
+        "--brain",
+        "--dicom-seg",
+    }
+    assert options["bids"] - options["detect"] == {"--participant-label", "--session-label"}
+    assert len(options["detect"] & options["bids"]) == len(dataclasses.fields(CohortSettings))
 
 
 def test_a_command_without_its_extra_names_it(tmp_path, flair):

@@ -15,8 +15,10 @@ class PlainCommand(TyperCommand):
     """A command whose help has no Python types in it."""
 
     def get_help(self, ctx: Any) -> str:
-        """The help text, without "<list[Path]>" and the like."""
-        return re.sub(r" <(list\[)?\w+\]?>", "", super().get_help(ctx))
+        """The help text, without "<list[Path]>" and the like, nor braces around what is required."""
+        usage, line, rest = super().get_help(ctx).partition("\n")
+        typeless = re.sub(r" <(list\[)?\w+\]?>(?=  )", lambda match: " " * len(match[0]), rest)
+        return re.sub(r"\{(\w+)\}", r"\1", usage) + line + re.sub(r" <(list\[)?\w+\]?>", "", typeless)
 
 
 class CommandGroup(TyperGroup):

@@ -9,32 +9,10 @@ from typing import Annotated
 import typer
 
 from ddmd.cli import console
-from ddmd.cli.cohort_run import cohort_options, log_file, run_cohort
+from ddmd.cli.cohort_options import CohortSettings, plan_options, takes_settings
+from ddmd.cli.cohort_run import log_file, run_cohort, write_page
 from ddmd.cli.entry import SOME_FAILED, bad_usage
-from ddmd.cli.options import (
-    Bias,
-    Debug,
-    Devices,
-    Engine,
-    Json,
-    LogFile,
-    Maps,
-    Overwrite,
-    Part,
-    Precision,
-    Quiet,
-    Resample,
-    Sampler,
-    Samples,
-    Seed,
-    SkipExisting,
-    Skull,
-    Steps,
-    Threads,
-    Threshold,
-    Weights,
-    set_threads,
-)
+from ddmd.cli.options import set_threads
 
 LEVELS = ("participant", "group")
 LABEL_OPTIONS = {
@@ -80,10 +58,12 @@ def bids_app_arguments(arguments: Sequence[str], commands: Collection[str]) -> l
     return [*result, option] if option and not labels else result
 
 
+@takes_settings
 def command(
     bids_dir: Annotated[Path, typer.Argument(metavar="BIDS_DIR", help="A BIDS data set.")],
     output: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the derivatives.")],
     level: Annotated[str, typer.Argument(metavar="LEVEL", help="participant, then group.")],
+    settings: CohortSettings,
     participant_label: Annotated[
         list[str] | None,
         typer.Option(
@@ -96,69 +76,43 @@ def command(
             "--session-label", metavar="LABEL...", help="Only these sessions, with or without ses-."
         ),
     ] = None,
-    weights: Weights = "flair-image-labels",
-    samples: Samples = None,
-    steps: Steps = None,
-    sampler: Sampler = None,
-    seed: Seed = 0,
-    threshold: Threshold = None,
-    resample: Resample = False,
-    skull: Skull = "auto",
-    bias: Bias = "auto",
-    maps: Maps = None,
-    device: Devices = "auto",
-    engine: Engine = "threads",
-    precision: Precision = "auto",
-    threads: Threads = None,
-    skip_existing: SkipExisting = False,
-    overwrite: Overwrite = False,
-    part: Part = None,
-    log: LogFile = None,
-    quiet: Quiet = False,
-    json: Json = False,
-    debug: Debug = False,
 ) -> None:
     """Find lesions in a BIDS data set, and write BIDS derivatives.
 
     Also called as ddmd BIDS_DIR OUT LEVEL. The level participant works on images, the level group writes one
     table of all results.
     """
-    set_threads(threads)
+    set_threads(settings.threads)
     if level not in LEVELS:
         raise bad_usage(f"LEVEL is {level!r}; allowed are {', '.join(LEVELS)}")
     if not bids_dir.is_dir():
         raise bad_usage(f"{bids_dir}: no such folder; name a BIDS data set")
-    if level == "group":
-        _group(output, quiet, json)
-        return
-    options = cohort_options(
-        weights=weights, samples=samples, steps=steps, sampler=sampler, seed=seed, threshold=threshold,
-        sequence=None, resample=resample, skull=skull, bias=bias, maps=maps, device=device, engine=engine,
-        precision=precision, skip_existing=skip_existing, overwrite=overwrite, part=part,
-    )  # fmt: skip
+    options = plan_options(settings)
     from ddmd.cohort.bids import plan_bids
 
-    with log_file(log):
-        run_cohort(
-            lambda: plan_bids(
-                bids_dir, output, tuple(participant_label or ()), tuple(session_label or ()), **options
-            ),
-            quiet,
-            json,
-        )
+    participants, sessions = tuple(participant_label or ()), tuple(session_label or ())
+    if level == "group":
+        _group(bids_dir, output, settings)
+        return
+    with log_file(settings.log):
+        run_cohort(lambda: plan_bids(bids_dir, output, participants, sessions, **options), output, settings)
 
 
-def _group(output: Path, quiet: bool, json: bool) -> None:
+def _group(bids_dir: Path, output: Path, settings: CohortSettings) -> None:
     from ddmd.cohort.bids import write_group_tables
+    from ddmd.cohort.discovery import find_cases
     from ddmd.cohort.errors import DatasetError
     from ddmd.io.results import OutputError
 
     try:
         done, failed = write_group_tables(output)
+        cases = find_cases(bids_dir, "bids", annotations=False) if settings.report else ()
     except (DatasetError, OutputError) as error:
         console.error(error)
         raise typer.Exit(SOME_FAILED) from None
-    if json:
+    if settings.json:
         console.json_value({"Done": done, "Failed": failed, "Table": str(output / "cohort.tsv")})
-    elif not quiet:
+    elif not settings.quiet:
         console.say(f"{done} images with a result, {failed} without: {output / 'cohort.tsv'}")
+    if settings.report:
+        write_page(output, cases, settings)

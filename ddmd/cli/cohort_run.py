@@ -1,10 +1,9 @@
-"""What `ddmd detect` and `ddmd bids` share: checking options, running a cohort, and printing what comes of it."""
+"""Running a cohort for `ddmd detect` and `ddmd bids`, and printing what comes of it."""
 
 from __future__ import annotations
 
 import logging
-import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,85 +11,15 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from ddmd.cli import console
-from ddmd.cli.entry import BAD_USAGE, SOME_FAILED, bad_usage, require_extra
-from ddmd.cli.options import device_name
+from ddmd.cli.entry import BAD_USAGE, SOME_FAILED, bad_usage
 
 if TYPE_CHECKING:
+    from ddmd.cli.cohort_options import CohortSettings
+    from ddmd.cohort.cases import Case
     from ddmd.cohort.pipeline import CohortRun
     from ddmd.cohort.work import Outcome, Task
 
 SHOWN_LESIONS = 10
-CHOICES = {
-    "skull": ("auto", "on", "off"),
-    "bias": ("auto", "off", "on", "n4"),
-    "sequence": ("flair", "t1", "t1ce", "t2"),
-    "engine": ("threads", "ray"),
-}
-
-
-def cohort_options(
-    *,
-    sequence: str | None,
-    threshold: float | None,
-    resample: bool,
-    skull: str,
-    bias: str,
-    maps: str | None,
-    part: str | None,
-    device: str,
-    engine: str,
-    strip: bool = False,
-    brain: Path | None = None,
-    **options: Any,
-) -> dict[str, Any]:
-    """The options of `plan_cohort`, of those of the command line; the command ends where one is wrong."""
-    given = {"skull": skull, "bias": bias, "sequence": sequence, "engine": engine}
-    for name, value in given.items():
-        if value is not None and value not in CHOICES[name]:
-            raise bad_usage(f"--{name} is {value!r}; allowed are {', '.join(CHOICES[name])}")
-    if threshold is not None and not 0 < threshold < 1:
-        raise bad_usage(f"--threshold is {threshold}; allowed are values between 0 and 1")
-    if engine == "ray":
-        require_extra("ray", ("ray",))
-    if strip:
-        require_extra("strip", ("deepbet",))
-    if brain is not None and not brain.is_file():
-        raise bad_usage(f"--brain is {str(brain)!r}, which is no file; name a mask on the grid of the image")
-    return {
-        **options,
-        "sequence": sequence,
-        "threshold": threshold,
-        "reading": {
-            "resample": resample or None,
-            "skull": skull,
-            "bias": bias,
-            "strip": strip,
-            "brain": brain,
-        },
-        "maps": _map_names(maps),
-        "part": _part(part),
-        "device": device_name(device),
-        "engine": engine,
-    }
-
-
-def _map_names(text: str | None) -> tuple[str, ...] | None:
-    from ddmd.inference.detection import check_maps
-
-    try:
-        return None if text is None else check_maps([name.strip() for name in text.split(",")])
-    except ValueError as error:
-        raise bad_usage(f"--{error}") from None
-
-
-def _part(text: str | None) -> tuple[int, int]:
-    if text is None:
-        return (1, 1)
-    match = re.fullmatch(r"\s*(\d+)\s*/\s*(\d+)\s*", text, re.ASCII)
-    i, n = (int(match[1]), int(match[2])) if match else (0, 0)
-    if not 1 <= i <= n:
-        raise bad_usage(f"--part is {text!r}; write i/n, counted from 1, as 1/8")
-    return i, n
 
 
 @contextmanager
@@ -122,22 +51,16 @@ def log_file(path: Path | None) -> Iterator[None]:
         handler.close()
 
 
-def run_cohort(
-    plan: Callable[[], CohortRun],
-    quiet: bool,
-    json: bool,
-    before_work: Callable[[], object] | None = None,
-    report: Path | None = None,
-) -> None:
+def run_cohort(plan: Callable[[], CohortRun], output: Path, settings: CohortSettings) -> None:
     """Plan a cohort and do it; print each result; end the command with its exit code.
 
     Parameters
     ----------
     plan : makes the run
-    quiet, json : print nothing but errors; print JSON
-    before_work : called when the plan is made
-    report : folder of the results, whose page `ddmd report` writes at the end; None for no page
+    output : folder of the results
+    settings : what to print, and whether the page of all results is written at the end
     """
+    quiet, json = settings.quiet, settings.json
     from ddmd.cohort.errors import DatasetError
     from ddmd.io.errors import VolumeError
     from ddmd.io.results import OutputError
@@ -150,8 +73,6 @@ def run_cohort(
         raise typer.Exit(SOME_FAILED) from None
     except (OutputError, WeightsError, ValueError) as error:
         raise bad_usage(error) from None
-    if before_work is not None:
-        before_work()
     _print_earlier(run, quiet, json)
     with console.progress(not quiet and not json) as bar:
         several = len(run.tasks) > 1
@@ -165,21 +86,31 @@ def run_cohort(
                 _print_result(task, outcome.summary, run, quiet, json)
             if several:
                 bar.update(count, len(run.tasks))
-    if report is not None:
-        _write_report(run, report, quiet, json)
+    if settings.report and output.is_dir():  # a single image that failed leaves no folder
+        write_page(output, run.cases, settings)
     if run.failures:
         if len(run.cases) > 1:
             console.error(f"{len(run.failures)} of {len(run.cases)} volumes failed")
         raise typer.Exit(SOME_FAILED)
 
 
-def _write_report(run: CohortRun, folder: Path, quiet: bool, json: bool) -> None:
-    from ddmd.report.page import write_report
+def write_page(folder: Path, cases: Sequence[Case], settings: CohortSettings) -> None:
+    """Write the page of all results of a folder, as `ddmd report` does.
 
-    if not folder.is_dir():  # nothing was written: a single image that failed
-        return
-    written = write_report(folder, run.cases)
-    if not quiet and not json:
+    Parameters
+    ----------
+    folder : of the results
+    cases : whose images the page shows
+    settings : what to print
+    """
+    from ddmd.report.page import ReportError, write_report
+
+    try:
+        written = write_report(folder, cases)
+    except ReportError as failure:
+        console.error(failure)
+        raise typer.Exit(SOME_FAILED) from None
+    if not settings.quiet and not settings.json:
         console.say(f"report: {written.page}")
 
 

@@ -16,7 +16,7 @@ import typer
 
 from ddmd.cli import console
 
-SOME_FAILED, BAD_USAGE, INTERRUPTED = 1, 2, 128 + signal.SIGINT
+SOME_FAILED, BAD_USAGE = 1, 2
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -65,9 +65,8 @@ def run(app: Callable[[], Any]) -> NoReturn:
     except Terminated as ended:
         console.error(f"ended by {signal.Signals(ended.number).name}; unfinished files were removed")
         code = 128 + ended.number
-    except KeyboardInterrupt:
-        console.error("interrupted")
-        code = INTERRUPTED
+    except KeyboardInterrupt as stopped:
+        code = _report_interrupt(stopped)
     except BrokenPipeError:
         code = 0
     for stream in (sys.stdout, sys.stderr):
@@ -76,6 +75,12 @@ def run(app: Callable[[], Any]) -> NoReturn:
         except (OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     raise SystemExit(code)
+
+
+def _report_interrupt(stopped: KeyboardInterrupt) -> int:
+    """Say in one line what a signal stopped; the exit code is 128 and the number of the signal."""
+    console.error(str(stopped) or "interrupted")
+    return 128 + int(getattr(stopped, "number", signal.SIGINT))
 
 
 def _show_warning(
@@ -102,9 +107,8 @@ def command(function: Callable[P, R]) -> Callable[P, R]:
             return function(*args, **kwargs)
         except typer.Exit:
             raise
-        except KeyboardInterrupt:
-            console.error("interrupted")
-            raise typer.Exit(INTERRUPTED) from None
+        except KeyboardInterrupt as stopped:
+            raise typer.Exit(_report_interrupt(stopped)) from None
         except Exception as failure:
             console.debug_traceback(failure)
             console.error(console.explain(failure))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -21,77 +20,11 @@ Steps = Annotated[int | None, typer.Option("--steps", metavar="N", help="Denoisi
 Device = Annotated[
     str, typer.Option("--device", metavar="DEVICE", help="auto, cpu, gpu, gpu:N, cuda, cuda:N or N.")
 ]
-Devices = Annotated[
-    str,
-    typer.Option(
-        "--device", metavar="DEVICE", help="auto, cpu, gpu, gpu:N or N; several joined by commas; or all."
-    ),
-]
-Engine = Annotated[
-    str, typer.Option("--engine", metavar="NAME", help="threads, or ray for a cluster (RAY_ADDRESS).")
-]
-Precision = Annotated[str, typer.Option("--precision", metavar="NAME", help="auto, float32 or bfloat16.")]
-Sampler = Annotated[str | None, typer.Option("--sampler", metavar="NAME", help="ddim, ddpm or dpm++2m.")]
-Seed = Annotated[int, typer.Option("--seed", metavar="N", help="The same seed gives the same result.")]
-Threshold = Annotated[
-    float | None,
-    typer.Option("--threshold", metavar="P", help="Probability from which a voxel is lesion."),
-]
-Sequence = Annotated[
-    str | None, typer.Option("--sequence", metavar="NAME", help="What a file is whose name does not say.")
-]
-Resample = Annotated[bool, typer.Option("--resample", help="Bring sequences onto one grid first.")]
-Skull = Annotated[
-    str, typer.Option("--skull", metavar="WHEN", help="Whether the skull is on: auto, on or off.")
-]
-Bias = Annotated[
-    str, typer.Option("--bias", metavar="HOW", help="Correction of the bias field: auto, off, on or n4.")
-]
-Strip = Annotated[bool, typer.Option("--strip", help="Strip the skull where it is on (needs ddmd[strip]).")]
-Brain = Annotated[
-    Path | None,
-    typer.Option("--brain", metavar="FILE", help="Brain mask on the image's grid, made by any program."),
-]
-DicomSeg = Annotated[
-    bool | None,
-    typer.Option(
-        "--dicom-seg/--no-dicom-seg",
-        help="Whether DICOM Segmentations are written, which name the patient; by default for DICOM input.",
-    ),
-]
-Maps = Annotated[
-    str | None,
-    typer.Option("--maps", metavar="NAMES", help="Maps to write, joined by commas; by default all."),
-]
-Report = Annotated[
-    bool, typer.Option("--report", help="Write report.html with a viewer, too; see ddmd report.")
-]
-SkipExisting = Annotated[
-    bool,
-    typer.Option(
-        "--skip-existing", help="Also replace results that are incomplete or of an input that has changed."
-    ),
-]
-Part = Annotated[
-    str | None,
-    typer.Option("--part", metavar="I/N", help="Only the I-th of N parts of the cases, counted from 1."),
-]
-Eta = Annotated[
-    float | None, typer.Option("--eta", metavar="E", help="Noise of DDIM: 0 at the start, 1 at every step.")
-]
-Stop = Annotated[
-    float | None,
-    typer.Option("--stop", metavar="SHARE", help="Of the schedule, where steps end; 0 goes all the way."),
-]
 Quality = Annotated[
     str | None,
     typer.Option("--quality", metavar="NAME", help="fast (posterior mean) or draws (masks, intervals)."),
 ]
-Fast = Annotated[bool, typer.Option("--fast", help="The posterior mean in one step: --quality fast.")]
 Draws = Annotated[bool, typer.Option("--draws", help="Keep the drawn masks, and measure them.")]
-LogFile = Annotated[
-    Path | None, typer.Option("--log", metavar="FILE", help="Write what happens to a file, too.")
-]
 Threads = Annotated[
     int | None,
     typer.Option("--threads", metavar="N", help="CPU threads to compute with; by default all cores."),

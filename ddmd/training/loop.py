@@ -158,7 +158,7 @@ class Stage:
 
         Raises
         ------
-        KeyboardInterrupt
+        TrainingStopped
             After a checkpoint, where SIGINT or SIGTERM asked for an end.
         DivergedError
             If a gradient was not finite.
@@ -182,7 +182,7 @@ class Stage:
                 batch = batches.make(self.step, rank, processes)
                 read.add(*train_step(model, self.optimizer, batch, self), self.step)
                 self.step += 1
-                if self.step % READ_EVERY and self.step < until and not stop.asked:
+                if self.step % READ_EVERY and self.step < until and stop.number is None:
                     continue
                 losses = read.means()
                 if read.first_bad is not None:
@@ -190,11 +190,11 @@ class Stage:
                 on_losses(self.step, losses)
                 shown = " ".join(f"{k} {v:.3f}" for k, v in losses.items())
                 progress.update(task, completed=self.step, losses=shown)
-                if stop.asked or time.monotonic() - saved > 60 * self.plan.checkpoint_minutes:
+                if stop.number is not None or time.monotonic() - saved > 60 * self.plan.checkpoint_minutes:
                     self.save()
                     saved = time.monotonic()
-                if stop.asked:
-                    raise KeyboardInterrupt(f"stopped at step {self.step} of {self.plan.name}")
+                if stop.number is not None:
+                    raise TrainingStopped(f"stopped at step {self.step} of {self.plan.name}", stop.number)
         self.accelerator.free_memory()
         self.save()
 
@@ -209,11 +209,22 @@ class Stage:
         )
 
 
+class TrainingStopped(KeyboardInterrupt):
+    """A signal ended the training; `number` is the signal's.
+
+    It is a KeyboardInterrupt, so that a caller who handles Ctrl-C handles SIGTERM as well.
+    """
+
+    def __init__(self, message: str, number: int) -> None:
+        super().__init__(message)
+        self.number = number
+
+
 class _StopSignals:
     """While entered, SIGINT and SIGTERM ask for an end after the step; a second one ends at once."""
 
     def __init__(self) -> None:
-        self.asked = False
+        self.number: int | None = None
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> _StopSignals:
@@ -223,7 +234,7 @@ class _StopSignals:
         return self
 
     def _ask(self, number: int, frame: Any) -> None:
-        self.asked = True
+        self.number = number
         signal.signal(number, self._before[number])
 
     def __exit__(self, *_: object) -> None:

@@ -32,7 +32,7 @@ from ddmd.training.batch_maker import Stage as BatchStage
 from ddmd.training.config import TrainConfig, read_config, validate
 from ddmd.training.device_slices import DeviceSlices
 from ddmd.training.initial_weights import initial_system
-from ddmd.training.loop import Plan, Stage
+from ddmd.training.loop import Plan, Stage, TrainingStopped
 from ddmd.training.prepared_case import PreparedCase, load_cases, load_pseudo_masks, save_pseudo_masks
 from ddmd.training.pseudo_masks import update_pseudo_masks
 from ddmd.training.stages import AutoencoderLosses, DenoiserLosses
@@ -122,7 +122,7 @@ def _interrupted_by_sigterm() -> Iterator[None]:
         return
 
     def interrupt(number: int, frame: Any) -> None:
-        raise KeyboardInterrupt("stopped by SIGTERM")
+        raise TrainingStopped("stopped by SIGTERM", number)
 
     before = signal.signal(signal.SIGTERM, interrupt)
     try:
