@@ -20,8 +20,18 @@ __all__ = [
 
 
 def why_not() -> str | None:
-    """Why the kernels do not serve CUDA tensors, or None where they do."""
+    """Why the kernels do not serve CUDA tensors, or None where they do.
+
+    Where there is a GPU, this builds what Triton builds at its first launch.
+    """
+    import torch
     import triton
 
     version = tuple(int(part) for part in triton.__version__.split(".")[:2])
-    return None if version >= (3, 6) else f"Triton {triton.__version__} is older than 3.6"
+    if version < (3, 6):
+        return f"Triton {triton.__version__} is older than 3.6"
+    if not torch.cuda.is_available():
+        return None
+    from ddmd.kernels.launch import why_no_launcher
+
+    return why_no_launcher()

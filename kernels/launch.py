@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import shutil
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +17,32 @@ INTERPRETED = triton.knobs.runtime.interpret  # inline PTX has no interpreter
 def on(tensor: torch.Tensor) -> Any:
     """Make the tensor's device the current one; Triton launches on that."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def why_no_launcher() -> str | None:
+    """Why Triton cannot launch on the GPU of this machine, or None where it can.
+
+    Triton compiles a small C module against libcuda and Python's headers when it first launches, and before
+    3.7 one more for each kernel. The former is compiled here, or comes from Triton's cache.
+    """
+    advice = "install a C compiler (gcc or clang, or set CC) and the headers of Python"
+    try:
+        from triton.backends.nvidia import driver
+
+        if hasattr(driver, "make_launcher") and triton.knobs.build.impl is None and not _has_c_compiler():
+            return f"Triton finds no C compiler; {advice}"
+        _ = triton.runtime.driver.active.utils
+    except (
+        Exception
+    ) as failure:  # Triton says it with RuntimeError, AssertionError, OSError, CalledProcessError
+        words = str(failure).splitlines()[0] if str(failure) else type(failure).__name__
+        return f"Triton cannot build its launcher ({words}); {advice}"
+    return None
+
+
+def _has_c_compiler() -> bool:
+    named = os.environ.get("CC")
+    return any(shutil.which(name) for name in ([named] if named else ["gcc", "clang"]))
 
 
 def float32(x: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,9 @@
 """Every registered op: opcheck, gradients, what it refuses and how it says so, and who serves it."""
 
 import os
+import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -183,3 +186,43 @@ def test_a_gpu_that_cannot_run_the_kernels_is_served_by_plain_torch(monkeypatch,
         monkeypatch.undo()
         registry.unsupported_gpu.cache_clear()
         registry._route.cache_clear()
+
+
+LIBCUDA = (
+    "int cuInit(unsigned flags) { return 0; } int cuDeviceGetCount(int *count) { *count = 1; return 0; }"
+)
+WITHOUT_COMPILER = """
+import sys, torch
+torch.cuda.is_available = lambda: True
+sys.argv = ["ddmd", "info"]
+from ddmd.cli import main
+main()
+"""
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="gcc makes the driver library of the test")
+@pytest.mark.parametrize("compiler", ["none", "named wrongly"])
+def test_triton_without_a_compiler_is_found_out_before_the_first_launch(tmp_path, compiler):
+    pytest.importorskip("triton", reason="Triton is not installed")
+    (tmp_path / "cuda.c").write_text(LIBCUDA)
+    library = tmp_path / "libcuda.so.1"
+    subprocess.run(["gcc", "-shared", "-fPIC", tmp_path / "cuda.c", "-o", library], check=True)
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("CC", "TRITON_INTERPRET")
+    }
+    environment |= {
+        "PATH": str(tmp_path), "LD_LIBRARY_PATH": str(tmp_path), "TRITON_LIBCUDA_PATH": str(tmp_path),
+        "TRITON_CACHE_DIR": str(tmp_path / "cache"),
+    }  # fmt: skip
+    if compiler == "named wrongly":
+        environment["CC"] = str(tmp_path / "gcc")
+    command = [sys.executable, "-c", WITHOUT_COMPILER]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("warning: Triton")
+    assert "install a C compiler" in line
+    assert "plain torch serves the ops that have Triton kernels" in line
+    (noise,) = [row for row in done.stdout.splitlines() if row.startswith("noise ")]
+    assert noise.split()[:3] == ["noise", "C++", "reference"]
+    assert "install a C compiler" in noise

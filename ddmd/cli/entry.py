@@ -91,8 +91,9 @@ def _show_warning(
     file: Any = None,
     line: Any = None,
 ) -> None:
-    """A change of names that concerns the user is one line; other warnings are for developers."""
-    if issubclass(category, FutureWarning) or os.environ.get("DDMD_DEBUG"):
+    """A warning of ddmd's own, or of a name that changes, is one line; other warnings are for developers."""
+    own = category.__module__.split(".")[0] == "ddmd"
+    if own or issubclass(category, FutureWarning) or os.environ.get("DDMD_DEBUG"):
         console.warning(message)
 
 

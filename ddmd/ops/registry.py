@@ -103,6 +103,10 @@ def serving(op: str, device: str) -> tuple[str, str | None]:
 OLDEST_GPU = (7, 5)  # compute capability: what the CUDA code is built for, and bfloat16 in Triton
 
 
+class FallbackWarning(RuntimeWarning):
+    """Plain torch serves ops that faster code would serve on this machine, were something else installed."""
+
+
 @functools.cache
 def unsupported_gpu() -> str | None:
     """Why neither the CUDA code nor the Triton kernels can run on the GPUs of this machine, or None.
@@ -121,7 +125,26 @@ def unsupported_gpu() -> str | None:
                     f"ddmd need sm_{OLDEST_GPU[0]}{OLDEST_GPU[1]} or newer"
                 )
     if reason is not None:
-        warnings.warn(f"{reason}: plain torch serves every op", RuntimeWarning, stacklevel=2)
+        warnings.warn(f"{reason}: plain torch serves every op", FallbackWarning, stacklevel=2)
+    return reason
+
+
+@functools.cache
+def no_triton() -> str | None:
+    """Why the Triton kernels cannot run on the GPUs of this machine, or None.
+
+    Asked before the first launch; the reference then serves their ops, with one warning where there is a GPU.
+    """
+    try:
+        from ddmd import kernels
+    except ImportError as error:
+        reason: str | None = f"Triton is missing ({error})"
+    else:
+        reason = kernels.why_not()
+    if reason is not None and torch.cuda.is_available():
+        warnings.warn(
+            f"{reason}: plain torch serves the ops that have Triton kernels", FallbackWarning, stacklevel=2
+        )
     return reason
 
 
@@ -136,12 +159,11 @@ def _route(op: str, device: str) -> tuple[Callable[..., Any], str, str | None]:
         reason = native.why_not(device)
         return (plain, "reference", reason) if reason else (getattr(native, op), "C++", None)
     if device == "cuda" and op in _TRITON:
-        try:
-            from ddmd import kernels
-        except ImportError as error:
-            return plain, "reference", f"Triton is missing ({error})"
-        reason = kernels.why_not()
-        return (plain, "reference", reason) if reason else (getattr(kernels, op), "Triton", None)
+        if reason := no_triton():
+            return plain, "reference", reason
+        from ddmd import kernels
+
+        return getattr(kernels, op), "Triton", None
     return plain, "reference", None
 
 
