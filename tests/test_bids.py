@@ -26,7 +26,7 @@ from ddmd.io.results import BIDS_NAMES, PLAIN_NAMES, result_paths
 from ddmd.models import checkpoint
 from tests.volumes import tiny_system
 
-IMAGES = int(os.environ.get("DDMD_COHORT", "12"))  # of the cohort that is killed; 40 takes about a minute
+IMAGES = int(os.environ.get("DDMD_COHORT", "20"))  # of the cohort that is killed
 FAST = ("--samples", "2", "--steps", "1", "--device", "cpu")
 
 

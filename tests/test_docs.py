@@ -341,20 +341,41 @@ def test_commands_of_the_documentation_exist() -> None:
     assert not wrong, "\n".join(wrong)
 
 
-def test_files_and_keys_of_a_result_are_documented(tmp_path: Path) -> None:
+def test_files_keys_and_columns_of_results_are_documented(tmp_path: Path) -> None:
     import json
 
+    import nibabel as nib
+    from typer.testing import CliRunner
+
+    from ddmd.cli import app
+    from ddmd.cohort.run_tables import COHORT_COLUMNS, FAILURE_COLUMNS
     from ddmd.data.phantom import phantom
-    from ddmd.io.results import SUFFIXES
+    from ddmd.io.results import PLAIN_NAMES, SEG_SUFFIXES, SUFFIXES, result_paths
 
     page = (ROOT / "docs" / "howto" / "results.md").read_text(encoding="utf-8")
     flair = phantom(seed=1, spacing_mm=4.0, sequences=("flair",)).images["flair"]
-    detection = ddmd.detect({"flair": flair}, samples=2, draws=True)
-    paths = detection.save(tmp_path, overlay=True, maps=SUFFIXES)
-    stem = paths["result"].name.removesuffix("_result.json")
-    lacking = [path.name for path in paths.values() if path.name.replace(stem, "NAME", 1) not in page]
+    nib.save(flair, tmp_path / "NAME_flair.nii.gz")
+    arguments = [
+        "detect",
+        tmp_path / "NAME_flair.nii.gz",
+        "-o",
+        tmp_path,
+        "--samples",
+        "2",
+        "--maps",
+        ",".join(SUFFIXES),
+    ]
+    done = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert done.exit_code == 0, done.output
+    paths = result_paths("NAME", tmp_path, PLAIN_NAMES)
+    assert {key for key, path in paths.items() if not path.is_file()} == {
+        f"{kind}_seg" for kind in SEG_SUFFIXES
+    }
+    lacking = [path.name for path in paths.values() if f"`{path.name}`" not in page]
     result = json.loads(paths["result"].read_text())
-    lacking += [key for key in (*result, *result["LesionTable"][0]) if f"`{key}`" not in page]
+    assert "Seconds" not in result, "equal results are equal bytes"
+    names = (*result, *result["LesionTable"][0], *COHORT_COLUMNS, *FAILURE_COLUMNS)
+    lacking += [name for name in names if f"`{name}`" not in page]
     assert not lacking
 
 

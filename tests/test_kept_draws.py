@@ -50,7 +50,7 @@ def test_draws_are_kept_on_request_only(detector, image):
     assert plain.draws is None
     assert plain.volume_interval_ml is None
     assert all(lesion.existence is None for lesion in plain.lesions)
-    assert "VolumeIntervalMl" not in plain.description()
+    assert plain.description()["LesionMlIntervalKind"] == "probability from 0.75 to 0.25"
     assert not any("existence" in row for row in plain.lesion_rows())
     streamed = detector.detect(image, sequences="flair", quality="draws", samples=3, steps=2)
     assert streamed.draws is None
@@ -65,7 +65,11 @@ def test_figures_of_draws_are_in_the_files(detector, image, tmp_path):
         assert 0 <= lesion.existence <= 1
         assert 0 <= low <= high
     low, high = detection.volume_interval_ml
-    assert detection.description()["VolumeIntervalMl"] == pytest.approx([low, high], rel=1e-3)
+    described = detection.description()
+    assert described["LesionMlInterval"] == pytest.approx([low, high], rel=1e-3)
+    assert described["LesionMlIntervalKind"] == "90 % of the drawn masks"
+    assert detection.lesion_ml_interval == (low, high)
+    assert "VolumeIntervalMl" not in described, "one name for the interval"
     paths = detection.save(tmp_path)
     stored = nib.load(paths["draws"])
     assert np.array_equal(np.asarray(stored.dataobj), np.asarray(detection.draws.dataobj))

@@ -201,7 +201,9 @@ class _Search:
             return
         self.aside.add("of DICOM, which only `ddmd detect` takes, in a folder without NIfTI files", dicom)
         self.aside.add(
-            "in formats that are not searched for; name them one by one", self.folders.take_other_formats()
+            "of NRRD, MetaImage or MINC, which are not read; convert them to .nii.gz, with 3D Slicer, SimpleITK or "
+            "mnc2nii",
+            self.folders.take_other_formats(),
         )
         images = [f for f in named if f.kind == IMAGE]
         if bids:

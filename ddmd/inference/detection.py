@@ -29,6 +29,9 @@ from ddmd.io.results import (
 
 __all__ = ["Detection", "OutputError", "check_output"]
 
+# What the ends of `Detection.lesion_ml_interval` are, as the JSON says it
+DRAWS_INTERVAL = "90 % of the drawn masks"
+PROBABILITY_INTERVAL = "probability from 0.75 to 0.25"
 _FROM_DRAWS = ("existence", "volume_interval_ml")  # fields of lesions where draws were kept
 _COLUMNS = (
     "lesion", "x_mm", "y_mm", "z_mm", *(f.name for f in fields(Lesion) if f.name not in ("centre_mm", *_FROM_DRAWS)),
@@ -67,7 +70,8 @@ class Detection:
     draws : uint8 image (X, Y, Z, S), optional
         The drawn masks: probability times 255, so lesion from 128. Where they were asked for.
     volume_interval_ml : (low, high), optional
-        90 % interval of the lesion volume over the draws, where they were measured.
+        90 % interval of the lesion volume over the draws, where they were measured; `lesion_ml_interval` then
+        is this one.
     """
 
     mask: nib.Nifti1Image
@@ -103,11 +107,14 @@ class Detection:
 
     @property
     def lesion_ml_interval(self) -> tuple[float, float]:
-        """Volume in ml of what is surely lesion, and of what is possibly lesion.
+        """Lowest and highest lesion volume in ml that the result leaves possible.
 
-        The lower end counts voxels of the mask with a probability of at least 0.75, the upper end the mask and
-        all voxels with a probability of at least 0.25.
+        Where the drawn masks were measured, their 90 % interval. Elsewhere the lower end counts voxels of the
+        mask with a probability of at least 0.75, the upper end the mask and all voxels with at least 0.25.
+        `LesionMlIntervalKind` in the JSON says which.
         """
+        if self.volume_interval_ml is not None:
+            return self.volume_interval_ml
         possible, sure = UNCERTAIN
         mask = np.asanyarray(self.mask.dataobj) > 0
         probability = np.asanyarray(self.probability.dataobj)
@@ -130,6 +137,9 @@ class Detection:
             "Lesions": len(self.lesions),
             "LesionMl": self.lesion_ml,
             "LesionMlInterval": [float(f"{ml:.4g}") for ml in self.lesion_ml_interval],
+            "LesionMlIntervalKind": PROBABILITY_INTERVAL
+            if self.volume_interval_ml is None
+            else DRAWS_INTERVAL,
             **self._from_draws(),
             **self.provenance,
             "Notes": list(self.notes),
@@ -138,10 +148,7 @@ class Detection:
     def _from_draws(self) -> dict[str, Any]:
         if self.volume_interval_ml is None:
             return {}
-        return {
-            "VolumeIntervalMl": [float(f"{ml:.4g}") for ml in self.volume_interval_ml],
-            "Existence": [lesion.existence for lesion in self.lesions],
-        }
+        return {"Existence": [lesion.existence for lesion in self.lesions]}
 
     def lesion_rows(self) -> list[dict[str, object]]:
         """The table of lesions: one row a lesion, its number, centre in mm and figures."""

@@ -33,6 +33,10 @@ _ZSTD_MODULES = (
 # what a file is that is no NIfTI file: bytes at the beginning, and what to do
 _STRANGERS = (
     (b"NRRD", "an NRRD file, which is not read; convert it to .nii.gz, with 3D Slicer or SimpleITK"),
+    (
+        b"ObjectType",
+        "a MetaImage file, which is not read; convert it to .nii.gz, with 3D Slicer or SimpleITK",
+    ),
     (b"PK\x03\x04", "a ZIP archive; unpack it"),
     (b"\xfd7zXZ", "compressed by xz; unpack it, with xz -d"),
     (b"\x89HDF", "an HDF5 file (MINC 2?); convert it to .nii.gz, with mnc2nii for MINC"),
