@@ -287,8 +287,17 @@ def test_a_stopped_run_goes_on_to_the_same_weights(config, tmp_path, monkeypatch
     )
     assert worst_difference(whole, resumed) == 0
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    with pytest.raises(ValueError, match="another configuration"):
-        train(dataclasses.replace(config, seed=1), tmp_path / "cut")
+    other = dataclasses.replace(config, seed=1, name="other")
+    with pytest.raises(ValueError, match="another configuration; pass --overwrite"):
+        train(other, tmp_path / "cut")
+    (tmp_path / "cut" / "notes.txt").write_text("mine")
+    anew = load_file(train(other, tmp_path / "cut", overwrite=True))
+    assert worst_difference(anew, load_file(train(other, tmp_path / "fresh"))) == 0, (
+        "nothing of the old run is left"
+    )
+    assert {path.name for path in (tmp_path / "cut").iterdir()} == {
+        "notes.txt", *(path.name for path in (tmp_path / "fresh").iterdir())
+    }  # fmt: skip
 
 
 class Batches:

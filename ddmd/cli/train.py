@@ -9,7 +9,7 @@ import typer
 
 from ddmd.cli import console
 from ddmd.cli.entry import bad_usage, require_extra
-from ddmd.cli.options import Debug, Threads, set_threads
+from ddmd.cli.options import Debug, Overwrite, Threads, set_threads
 
 EXTRA = ("accelerate", "tensorboard")
 
@@ -20,9 +20,13 @@ def command(
     ],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="RUN", help="Folder of the run.")],
     threads: Threads = None,
+    overwrite: Overwrite = False,
     debug: Debug = False,
 ) -> None:
-    """Train a system, or go on with a run that was killed."""
+    """Train a system, or go on with a run that was stopped.
+
+    With --overwrite, an earlier run in the folder is removed, and training begins anew.
+    """
     import logging
     import sys
 
@@ -32,6 +36,6 @@ def command(
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
     try:
-        console.say(f"weights: {train(config, output)}")
+        console.say(f"weights: {train(config, output, overwrite=overwrite)}")
     except ValueError as error:
         raise bad_usage(error) from None

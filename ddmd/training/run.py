@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import json
 import logging
+import shutil
 import signal
 import sys
 import threading
@@ -40,6 +41,10 @@ from ddmd.training.stages import AutoencoderLosses, DenoiserLosses
 log = logging.getLogger("ddmd.training")
 LOG_EVERY = 100  # steps between lines of the log where there is no terminal
 LOCK = "lock"  # file in a run's folder that the process which trains there holds
+# what a run writes beside its weights, events and config.json
+RUN_FILES = (
+    "split.json", "*.checkpoint.safetensors", "*.diverged.safetensors", "pseudo_masks_*.npz", "start.safetensors",
+)  # fmt: skip
 SHOWN = 8  # samples of a stage that TensorBoard shows
 
 
@@ -67,7 +72,9 @@ def split_of(config: TrainConfig, cases: list[Case]) -> dict[str, str]:
     return split | {case.patient: "test" for case in cases if case.patient in config.holdout}
 
 
-def train(config: str | Path | TrainConfig, out: str | Path, until: str | None = None) -> Path:
+def train(
+    config: str | Path | TrainConfig, out: str | Path, until: str | None = None, overwrite: bool = False
+) -> Path:
     """Train a system, or go on with a run that was killed.
 
     Parameters
@@ -77,6 +84,9 @@ def train(config: str | Path | TrainConfig, out: str | Path, until: str | None =
         The run's folder: config.json, split.json, checkpoints, TensorBoard events, the weights.
     until : "autoencoders_a", "autoencoders_b" or "denoiser", optional
         Stop after this stage.
+    overwrite : bool
+        Whether an earlier run in the folder is removed, of this configuration or another, and training begins
+        anew.
 
     Returns
     -------
@@ -97,6 +107,10 @@ def train(config: str | Path | TrainConfig, out: str | Path, until: str | None =
     try:
         out.mkdir(parents=True, exist_ok=True)
         with _interrupted_by_sigterm(), _locked(out, accelerator.is_main_process):
+            if overwrite:
+                if accelerator.is_main_process:
+                    _remove_run(out)
+                accelerator.wait_for_everyone()
             return _train(config, out, until, accelerator)
     except (OSError, SafetensorError) as error:
         raise ValueError(
@@ -163,7 +177,27 @@ def _check_folder(config: TrainConfig, out: Path) -> None:
             f"{path}: damaged ({error}); delete it if the run is of this configuration, and start again"
         ) from None
     if not same:
-        raise ValueError(f"{out} holds a run of another configuration; choose another folder")
+        raise ValueError(
+            f"{out} holds a run of another configuration; pass --overwrite (overwrite=True) or another folder"
+        )
+
+
+def _remove_run(out: Path) -> None:
+    """Remove what an earlier run wrote to its folder, and nothing else; config.json last, which tells a run."""
+    path = out / "config.json"
+    if not path.is_file():
+        return
+    try:
+        name = str(json.loads(path.read_text(encoding="utf-8"))["name"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        name = ""
+    shutil.rmtree(out / "events", ignore_errors=True)
+    for pattern in RUN_FILES:
+        for file in out.glob(pattern):
+            file.unlink()
+    if name and Path(name).name == name:
+        (out / f"{name}.safetensors").unlink(missing_ok=True)
+    path.unlink()
 
 
 def _described(config: TrainConfig) -> str:
