@@ -169,8 +169,8 @@ def test_lesions_keep_to_the_ventricles_or_to_the_surface(rng):
     for distance, chosen in ((fluid, {"periventricular": 1.0, "juxtacortical": 0.0}), (depth, {"periventricular": 0.0, "juxtacortical": 1.0})):  # fmt: skip
         batch = maker(case, only(SMALL, symmetric=0.0, small_mm=(1.6, 3.0), **chosen)).samples(0, 16)
         for mask in batch["mask"][:, 0].numpy() > 0:
-            parts, count = ndimage.label(mask)
-            for part in range(1, count + 1):
+            parts, _ = ndimage.label(mask)
+            for part in np.flatnonzero(np.bincount(parts.ravel())[1:] >= 3) + 1:  # not single pixels
                 assert distance[parts == part].min() <= 10
 
 

@@ -72,7 +72,7 @@ class Case:
         """The BIDS run without "run-"."""
         return self.entities.get("run")
 
-    def volume(self, sequences: tuple[str, ...], **options: Any) -> Volume:
+    def volume(self, sequences: tuple[str, ...], optional: tuple[str, ...] = (), **options: Any) -> Volume:
         """Read sequences of the case.
 
         A stack gets 1 mm pixels and a guessed thickness (`HEAD_MM` over the number of slices).
@@ -80,6 +80,7 @@ class Case:
         Parameters
         ----------
         sequences : those to read
+        optional : those to read where they are there
         options : passed to `Volume.read`; without effect on a stack.
 
         Returns
@@ -93,7 +94,7 @@ class Case:
         VolumeError
             If a file cannot be used.
         """
-        unknown = UNKNOWN in self.files and len(sequences) == 1
+        unknown = UNKNOWN in self.files and len(sequences) == 1 and not optional
         if unknown:
             volume = Volume.read(self.files[UNKNOWN][0], require=sequences, **options)
             return replace(volume, name=self.name)
@@ -103,6 +104,12 @@ class Case:
             raise DatasetError(
                 f"{named}: the weights need {', '.join(sequences)} and the input lacks {', '.join(lacking)}; "
                 "add it, or name the sequence if it is there"
+            )
+        sequences = (*sequences, *(s for s in optional if s in self.files and s not in sequences))
+        if not sequences:
+            named = ", ".join(str(paths[0]) for paths in self.files.values())
+            raise DatasetError(
+                f"{named}: the weights take {', '.join(optional)} and the input has none of them"
             )
         if self.stack:
             images = {s: read_stack(self.files[s]) for s in sequences}

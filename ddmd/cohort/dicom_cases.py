@@ -28,7 +28,12 @@ class DicomCases:
 
 
 def dicom_cases(
-    root: Path, source: str, require: Sequence[str], sequence: str | None, files: Sequence[Path] | None = None
+    root: Path,
+    source: str,
+    require: Sequence[str],
+    sequence: str | None,
+    files: Sequence[Path] | None = None,
+    optional: Sequence[str] = (),
 ) -> DicomCases:
     """One case for each series of the first sequence that is required, with others of the same study.
 
@@ -41,6 +46,8 @@ def dicom_cases(
     require : sequences without which a study is left aside; FLAIR where there is none
     sequence : what series are whose tags do not say it, and the only series of a folder
     files : the DICOM files in it that are looked at, by default all
+    optional : sequences that a study may have; where none is required, the first of them that is there stands for
+        FLAIR
 
     Raises
     ------
@@ -48,22 +55,24 @@ def dicom_cases(
         If a package is missing, or no file holds an image.
     """
     search = find_series(root, files)
-    needed = tuple(require) or ("flair",)
     by_sequence: dict[str, list[DicomSeries]] = {}
     for one in search.series:
         said = sequence if sequence and (one.sequence is None or len(search.series) == 1) else one.sequence
         by_sequence.setdefault(said or "", []).append(one)
     usable = {name: originals(series) for name, series in by_sequence.items()}
+    anchor_of_optional = next((name for name in optional if usable.get(name)), "flair")
+    needed = tuple(require) or (anchor_of_optional,)
+    wished = [*needed[1:], *(name for name in optional if name not in needed)]
     patients = {one.patient for one in search.series}
     cases: list[tuple[Case, Path]] = []
     used: set[DicomSeries] = set()
     for anchor in usable.get(needed[0], []):
         chosen = {needed[0]: anchor}
-        for other in needed[1:]:
+        for other in wished:
             beside = [one for one in usable.get(other, []) if one.study == anchor.study]
             if beside:
                 chosen[other] = max(beside, key=lambda one: (one.shape == anchor.shape, len(one.positions)))
-        if len(chosen) < len(needed):
+        if any(name not in chosen for name in needed):
             continue
         used |= set(chosen.values())
         files_of = {name: one.files for name, one in chosen.items()}

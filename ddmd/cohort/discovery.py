@@ -81,6 +81,7 @@ def find_cases(
     name: str | None = None,
     *,
     require: Sequence[str] = (),
+    optional: Sequence[str] = (),
     sequence: str | None = None,
     annotations: bool = True,
 ) -> Discovery:
@@ -99,6 +100,7 @@ def find_cases(
     name : str, optional
         What to call the source; the folder's name by default.
     require : sequences without which an examination is left aside
+    optional : sequences of which an examination needs one, where none is required
     sequence : str, optional
         What images are whose names do not say it.
     annotations : bool
@@ -119,7 +121,7 @@ def find_cases(
         raise DatasetError(
             f"{', '.join(map(str, roots))}: layout {layout!r} not known; allowed are auto, {', '.join(LAYOUTS)}"
         )
-    search = _Search(require, sequence, annotations)
+    search = _Search(require, sequence, annotations, optional)
     files: list[Path] = []
     for root in roots:
         if not os.path.lexists(root):
@@ -172,8 +174,15 @@ def _base_name(root: Path) -> str:
 class _Search:
     """Collects cases from folders and files."""
 
-    def __init__(self, require: Sequence[str], sequence: str | None, annotations: bool) -> None:
+    def __init__(
+        self,
+        require: Sequence[str],
+        sequence: str | None,
+        annotations: bool,
+        optional: Sequence[str] = (),
+    ) -> None:
         self.require, self.sequence, self.annotations = tuple(require), sequence, annotations
+        self.optional = tuple(optional)
         self.aside = _LeftAside()
         self.notes: list[str] = []
         self.cases: list[tuple[Case, Path]] = []  # with the absolute path of the first image
@@ -183,7 +192,7 @@ class _Search:
     def add_cases(self, cases: Iterable[Case]) -> None:
         """Take cases that a table names."""
         for case in cases:
-            if all(s in case.files for s in self.require):
+            if self._is_enough(case.files):
                 first = Path(os.path.abspath(next(iter(case.files.values()))[0]))
                 self.cases.append((case, first))
             else:
@@ -229,7 +238,7 @@ class _Search:
 
     def add_dicom(self, root: Path, source: str, files: Sequence[Path] | None = None) -> None:
         """Take the cases of a folder of DICOM files."""
-        found = dicom_cases(root, source, self.require, self.sequence, files)
+        found = dicom_cases(root, source, self.require, self.sequence, files, self.optional)
         self.cases += found.cases
         self.notes += found.notes
         if found.lacking is not None:
@@ -279,7 +288,7 @@ class _Search:
         added = 0
         for group in groups:
             files = {s: (f.path,) for s, f in group.files.items()}
-            if not all(s in files for s in self.require):
+            if not self._is_enough(files):
                 lacking += [f.path for f in group.files.values()]
                 continue
             taken |= {f.path for f in group.files.values()}
@@ -320,8 +329,14 @@ class _Search:
                 if file.kind == MASK:
                     yield _located(file, root)
 
+    def _is_enough(self, files: Mapping[str, object]) -> bool:
+        """Whether an examination has what is required, and one of what is optional."""
+        one = not self.optional or any(s in files for s in (*self.require, *self.optional))
+        return one and all(s in files for s in self.require)
+
     def _lacking(self, paths: Iterable[Path]) -> None:
-        self.aside.add(f"of examinations without {' and '.join(self.require)}", paths)
+        needs = " and ".join(self.require) or " or ".join(self.optional)
+        self.aside.add(f"of examinations without {needs}", paths)
 
     def result(self) -> Discovery:
         """The cases, each once and with a unique name, and the notes."""

@@ -341,8 +341,14 @@ def _cases(
     given = [case for case in listed if isinstance(case, Case)]
     paths = [path for path in listed if not isinstance(path, Case)]
     if paths:
-        needed = detector.description.sequences
-        found = find_cases(paths, layout, require=needed, sequence=sequence, annotations=False)
+        found = find_cases(
+            paths,
+            layout,
+            require=detector.description.required_sequences,
+            optional=detector.description.optional_sequences,
+            sequence=sequence,
+            annotations=False,
+        )
         if not given:
             return found
         given += found

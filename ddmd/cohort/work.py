@@ -206,7 +206,11 @@ class CaseWorker:
         reading = dict(self.options.reading)
         if self.options.check_all:
             reading["check_all"] = True
-        volume = task.case.volume(self.detector.description.sequences, **reading)
+        volume = task.case.volume(
+            self.detector.description.required_sequences,
+            self.detector.description.optional_sequences,
+            **reading,
+        )
         return self.detector.prepare(volume), checksum
 
     def compute(self, task: Task, prepared: Prepared) -> Detection:

@@ -13,8 +13,10 @@ SMOOTHING_MM = 1.5
 def smoothed_intensity(volume: Volume, sequence: str = "flair") -> np.ndarray:
     """Robust z-score smoothed by a Gaussian of SMOOTHING_MM inside the brain; (X, Y, Z) float32.
 
-    One threshold on this is the obvious way to find what is bright on FLAIR.
+    One threshold on this is the obvious way to find what is bright on FLAIR. A volume without the sequence gives
+    its first one.
     """
+    sequence = sequence if sequence in volume.images else next(iter(volume.images))
     region = volume.search_region
     z = np.where(region, volume.normalised(sequence), 0.0).astype(np.float32)
     sigma = [SMOOTHING_MM / s for s in volume.spacing]

@@ -89,7 +89,8 @@ def evaluate(
     if out is not None:
         check_report_folder(out, overwrite)
     detector = Detector.load(weights, device)
-    cohort = find_cases(data, layout, require=detector.description.sequences)
+    needs = detector.description.required_sequences, detector.description.optional_sequences
+    cohort = find_cases(data, layout, require=needs[0], optional=needs[1])
     cases = [c for c in cohort if c.masks is not None or c.has_lesion is False]
     validation: list[Case] = []
     if split is not None:
@@ -132,7 +133,7 @@ def evaluate_case(
     draws: bool = False,
 ) -> CaseMetrics:
     """Detect in one case and compare with its mask; a case known to hold no lesion has an empty one."""
-    prepared = detector.prepare(case.volume(detector.description.sequences))
+    prepared = detector.prepare(_volume(detector, case))
     truth = _truth(case, prepared.volume)
     config = sampling or detector.sampling_config()
     criteria = detector.lesion_criteria(threshold)
@@ -151,6 +152,11 @@ def evaluate_case(
         criteria,
         measures,
     )
+
+
+def _volume(detector: Detector, case: Case) -> Volume:
+    """What the weights take of a case."""
+    return case.volume(detector.description.required_sequences, detector.description.optional_sequences)
 
 
 def _draw_metrics(
@@ -214,7 +220,7 @@ def _baseline_bin(detector: Detector, cases: Sequence[Case]) -> int | None:
     histograms = []
     for case in cases:
         try:
-            volume = case.volume(detector.description.sequences)
+            volume = _volume(detector, case)
             truth = _truth(case, volume)
         except Exception:  # a validation case that cannot be read has no say
             continue

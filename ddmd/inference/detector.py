@@ -254,7 +254,8 @@ class Detector:
                 volume,
                 affine=affine,
                 sequences=sequences,
-                require=self.description.sequences,
+                require=self.description.required_sequences,
+                optional=self.description.optional_sequences,
                 resample=resample,
                 skull=skull,
                 brain=brain,
@@ -262,6 +263,10 @@ class Detector:
                 strip=strip,
             )
         slices = extract(volume, self.description.sequences, self.description.slice_grid)
+        absent = [s for s in self.description.sequences if s not in volume.images]
+        if absent:
+            note = f"{volume.name}: without {', '.join(absent)}, which the weights take where they are there"
+            volume = replace(volume, notes=(*volume.notes, note))
         return Prepared(volume, slices)
 
     def lesion_criteria(self, threshold: float | None = None) -> LesionCriteria:
@@ -505,7 +510,7 @@ class Detector:
             uncertainty=volume.to_native(maps.uncertainty),
             inter_discrepancy=volume.to_native(maps.inter),
             intra_discrepancy=volume.to_native(maps.intra),
-            image=volume.to_native(volume.images[self.description.sequences[0]]),
+            image=volume.to_native(_shown_image(self.description, volume)),
             score=lesion_score(maps.probability, float(np.prod(volume.spacing)) / 1000, bool(found.lesions)),
             lesions=lesions,
             notes=tuple(without_folders(note, volume.sources) for note in volume.notes),
@@ -526,6 +531,11 @@ class Detector:
             draws=image,
             volume_interval_ml=interval,
         )
+
+
+def _shown_image(description: checkpoint.Description, volume: Volume) -> NDArray[np.float32]:
+    """The first of the weights' sequences that is there."""
+    return next(volume.images[s] for s in description.sequences if s in volume.images)
 
 
 @lru_cache(maxsize=2)

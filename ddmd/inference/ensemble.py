@@ -16,6 +16,7 @@ from ddmd.diffusion.noise import Coordinates, pure_noise
 from ddmd.diffusion.samplers import SamplingConfig, rater_shifts
 from ddmd.models.checkpoint import System
 from ddmd.models.denoiser import Condition, Modulation, from_patches, predicted_sample, to_patches
+from ddmd.models.discrepancy import discrepancies, reconstruct
 
 Progress = Callable[[int, int], None]
 
@@ -84,27 +85,33 @@ class SamplingTable:
         )
 
 
-def discrepancies(system: System, b: Tensor) -> tuple[Tensor, Tensor]:
-    """X and Y (Z, 1, H, W) of slices b (Z, C, H, W): all members of an ensemble in one call."""
-    b = b.to(system.dtype).contiguous(memory_format=torch.channels_last)
-    return ops.discrepancy_maps(system.autoencoders_a(b).contiguous(), system.autoencoders_b(b).contiguous())
-
-
 def middle_slice(system: System, planes: Tensor) -> Tensor:
     """Of slices with neighbours (Z, P C, H, W), the slices b themselves (Z, C, H, W)."""
+    return planes[:, system.condition.config.middle_planes]
+
+
+def present_sequences(system: System, planes: Tensor) -> Tensor | None:
+    """Of slices with neighbours (Z, P C, H, W), 1 for each sequence that is there, else 0: (Z, C).
+
+    None where the system needs all of its sequences.
+    """
     config = system.condition.config
-    first = config.context * config.sequences
-    return planes[:, first : first + config.sequences]
+    return planes[:, config.presence_planes, 0, 0] if config.presence else None
 
 
-def reconstruction_error(system: System, b: Tensor) -> Tensor:
+def reconstruction_error(system: System, b: Tensor, present: Tensor | None = None) -> Tensor:
     """1 - exp(-|b - recon|), |.| averaged over the K of A and over C: (Z, 1, H, W) in [0, 1).
 
     Unsupervised anomaly detection in its plainest form; the exponential brings it to [0, 1) and keeps
-    its order.
+    its order. Of the sequences, those that are there count.
     """
-    b = b.to(system.dtype).contiguous(memory_format=torch.channels_last)
-    error = (system.autoencoders_a(b).float() - b.float()).abs().mean((0, 2))[:, None]
+    b = b.to(system.dtype)
+    difference = (reconstruct(system.autoencoders_a, b).float() - b.float()).abs()
+    if present is None:
+        error = difference.mean((0, 2))[:, None]
+    else:
+        each = difference.mean(0) * present[:, :, None, None]
+        error = each.sum(1, keepdim=True) / present.sum(1).clamp(min=1.0)[:, None, None, None]
     return -torch.expm1(-error)
 
 
@@ -112,7 +119,8 @@ def condition_on(system: System, planes: Tensor) -> tuple[Condition, Tensor, Ten
     """Everything that depends on b, X and Y alone, once for slices with neighbours (Z, P C, H, W)."""
     description = system.description
     if description.use_inter or description.use_intra:
-        inter, intra = discrepancies(system, middle_slice(system, planes))
+        b, present = middle_slice(system, planes).to(system.dtype), present_sequences(system, planes)
+        inter, intra = discrepancies(system.autoencoders_a, system.autoencoders_b, b, present)
     else:
         inter, intra = torch.zeros_like(planes[:, :1]), torch.zeros_like(planes[:, :1])
     scale = description.discrepancy_scale
@@ -200,7 +208,8 @@ def compute_batch(
     """
     kind = system.description.system
     if kind == "anomaly":
-        probability = reconstruction_error(system, middle_slice(system, planes))
+        present = present_sequences(system, planes)
+        probability = reconstruction_error(system, middle_slice(system, planes), present)
         if draws is not None:
             draws.copy_(quantised(probability).expand_as(draws))
         return Maps(probability, *(torch.zeros_like(probability) for _ in range(3)))

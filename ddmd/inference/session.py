@@ -247,10 +247,11 @@ class Session:
     ) -> Maps:
         """The maps of `size` slices (or a few more) from number `first`; draws on the session's device."""
         network = self.system.condition.config
+        present = self._upload(slices.present) if network.presence else None
         steps = config.steps * config.samples
         if self._capture is None or steps > MAX_GRAPH_STEPS:
             rows = torch.arange(first, first + size, dtype=torch.int64, device=self.device)
-            planes = planes_at(image, rows, slices.offset, network.context, network.mirrored)
+            planes = planes_at(image, rows, slices.offset, network.context, network.mirrored, present)
             rows_at_once = 1 if self.device.type == "cpu" else CUDA_ROWS
             draws = self._draws_of(planes, config) if keep_draws else None
             maps = compute_batch(self.system, config, table, planes, index[rows], seed, rows_at_once, draws)
@@ -258,7 +259,7 @@ class Session:
         z = min(bucket(size), max(most, size))
         rows = torch.arange(first, first + z, dtype=torch.int64, device=self.device)
         rows = rows.clamp(max=first + size - 1)
-        planes = planes_at(image, rows, slices.offset, network.context, network.mirrored)
+        planes = planes_at(image, rows, slices.offset, network.context, network.mirrored, present)
         held = self._static(planes, index[rows], seed, config, table, keep_draws)
         held.planes.copy_(planes)
         held.index.copy_(index[rows])

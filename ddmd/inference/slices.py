@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ddmd.io.volume import Volume
+from ddmd.io.volume import Volume, VolumeError
 from ddmd.models.description import SliceGrid
 
 __all__ = ["SliceGrid", "Slices", "extract", "planes_at", "to_grid"]
@@ -24,7 +24,8 @@ INTENSITY_SCALE = 0.5  # robust z-scores times this are what the networks see
 class Slices:
     """The non-empty axial slices of one volume.
 
-    image : (Z, C, H, W) float32, rows run from posterior to anterior, columns from left to right.
+    image : (Z, C, H, W) float32, rows run from posterior to anterior, columns from left to right; a sequence that
+        is absent is air.
     brain : (Z, 1, H, W) bool, the region where lesions are looked for.
     index : (Z,) int64, the canonical slice each is.
     offset : int, canonical slices between a slice and its neighbour.
@@ -38,17 +39,16 @@ class Slices:
     shape: tuple[int, int, int]  # canonical (X, Y, Z)
     box: tuple[slice, slice]  # the part of (X, Y) that was kept
     scaled: tuple[int, int]  # H, W of that part on the grid, before padding
+    present: Tensor  # (C,) float32: 1 for the sequences that are there, else 0
 
     def __len__(self) -> int:
         return int(self.image.shape[0])
 
-    def planes(self, context: int, mirrored: bool = False) -> Tensor:
-        """(Z, C (2 context + 1 + mirrored), H, W): each slice after its neighbours below, before those above.
-
-        Its left-right mirror image comes last where it is asked for.
-        """
+    def planes(self, context: int, mirrored: bool = False, presence: bool = False) -> Tensor:
+        """(Z, C (2 context + 1 + mirrored + presence), H, W), as `planes_at` gives them, of every slice."""
         rows = torch.arange(len(self), dtype=torch.int64, device=self.image.device)
-        return planes_at(self.image, rows, self.offset, context, mirrored)
+        present = self.present.to(self.image.device) if presence else None
+        return planes_at(self.image, rows, self.offset, context, mirrored, present)
 
     def to_canonical(self, maps: Tensor) -> Tensor:
         """Maps (Z, M, H, W) on the slices' grid -> float32 (M, x, y, Z) on the part of the canonical grid kept.
@@ -78,8 +78,17 @@ class Slices:
         return values[self.box][:, :, _as_slice(self.index.cpu().numpy())]
 
 
-def planes_at(image: Tensor, rows: Tensor, offset: int, context: int, mirrored: bool) -> Tensor:
-    """Slices with their neighbours: (R, C (2 context + 1 + mirrored), H, W), on the image's device.
+def planes_at(
+    image: Tensor,
+    rows: Tensor,
+    offset: int,
+    context: int,
+    mirrored: bool,
+    present: Tensor | None = None,
+) -> Tensor:
+    """Slices with their neighbours: (R, C (2 context + 1 + mirrored + presence), H, W), on the image's device.
+
+    Each slice lies after its neighbours below and before those above, `DenoiserConfig.middle_planes`.
 
     Parameters
     ----------
@@ -91,11 +100,17 @@ def planes_at(image: Tensor, rows: Tensor, offset: int, context: int, mirrored: 
     context : int
         Neighbours on either side.
     mirrored : bool
-        Whether the left-right mirror image of the slice comes last.
+        Whether the left-right mirror image of the slice comes next.
+    present : (C,) float32, optional
+        1 for the sequences that are there, else 0: a plane of each comes last.
     """
     last = max(len(image) - 1, 0)
     planes = [image[(rows + i * offset).clamp(0, last)] for i in range(-context, context + 1)]
-    return torch.cat([*planes, image[rows].flip(-1)] if mirrored else planes, 1)
+    if mirrored:
+        planes.append(image[rows].flip(-1))
+    if present is not None:
+        planes.append(present[None, :, None, None].expand(len(rows), -1, *image.shape[2:]))
+    return torch.cat(planes, 1)
 
 
 def _as_slice(index: np.ndarray) -> slice | np.ndarray:
@@ -127,13 +142,23 @@ def extract(volume: Volume, sequences: tuple[str, ...], grid: SliceGrid) -> Slic
     ----------
     volume : Volume
     sequences : tuple of str
-        The C sequences, in the order the networks take them.
+        The C sequences, in the order the networks take them. Those that the volume lacks are absent.
     grid : SliceGrid
 
     Returns
     -------
     Slices
+
+    Raises
+    ------
+    VolumeError
+        If the volume has none of the sequences.
     """
+    there = [sequence in volume.images for sequence in sequences]
+    if not any(there):
+        raise VolumeError(
+            f"{volume.name}: the weights take {', '.join(sequences)} and the volume has {', '.join(volume.images)}"
+        )
     spacing = volume.spacing
     region = volume.search_region
     xs, ys = _box(region, spacing)
@@ -147,8 +172,11 @@ def extract(volume: Volume, sequences: tuple[str, ...], grid: SliceGrid) -> Slic
     def cut(values: np.ndarray, background: float) -> Tensor:
         return _cut(values, (xs, ys), index, (height, width), full, background)
 
-    image = torch.cat([cut(volume.normalised(s), BACKGROUND) for s in sequences], 1)
     brain = cut(region.astype(np.float32), 0.0) > 0.5
+    air = torch.full(brain.shape, BACKGROUND, dtype=torch.float32, device="cpu")
+    image = torch.cat(
+        [cut(volume.normalised(s), BACKGROUND) if s in volume.images else air for s in sequences], 1
+    )
     return Slices(
         image=image * INTENSITY_SCALE,
         brain=brain,
@@ -158,6 +186,7 @@ def extract(volume: Volume, sequences: tuple[str, ...], grid: SliceGrid) -> Slic
         shape=region.shape,
         box=(xs, ys),
         scaled=(height, width),
+        present=torch.tensor(there, dtype=torch.float32, device="cpu"),
     )
 
 

@@ -59,7 +59,11 @@ class InputImage:
 
 
 def input_images(
-    source: Any, affine: Any = None, require: Sequence[str] = (), named: bool = False
+    source: Any,
+    affine: Any = None,
+    require: Sequence[str] = (),
+    named: bool = False,
+    optional: Sequence[str] = (),
 ) -> list[InputImage]:
     """The images that `Volume.read` was given.
 
@@ -70,6 +74,7 @@ def input_images(
     affine : (4, 4), optional
         Of the arrays: voxels to mm.
     require : sequences that are looked for in a DICOM folder, by default FLAIR
+    optional : sequences that are taken from a DICOM folder where they are there
     named : whether the caller says that a DICOM folder's only series is of the sequence
 
     Raises
@@ -85,7 +90,7 @@ def input_images(
     elif isinstance(source, list | tuple):
         images = [_image(part, affine) for part in source]
     elif _is_dicom_folder(source):
-        images = _folder_images(source, require or ("flair",), named)
+        images = _folder_images(source, require if optional else require or ("flair",), named, optional)
     else:
         images = [_image(source, affine)]
     if not images:
@@ -107,9 +112,13 @@ def _is_dicom_folder(value: Any) -> bool:
     return os.path.isdir(value) and bool(dicom_files(Path(value)))
 
 
-def _folder_images(folder: Any, sequences: Sequence[str], named: bool) -> list[InputImage]:
+def _folder_images(
+    folder: Any, sequences: Sequence[str], named: bool, optional: Sequence[str] = ()
+) -> list[InputImage]:
     """The series of these sequences in a DICOM folder; its only one where the caller has `named` that."""
     search = find_series(folder)
+    there = {one.sequence for one in search.series}
+    sequences = [*sequences, *(s for s in optional if s in there and s not in sequences)] or optional[:1]
     only = search.series[0] if named and len(search.series) == 1 else None
     chosen = [only or choose_series(search, sequence, folder) for sequence in sequences]
     first, *others = [_dicom_image(one, s, named) for one, s in zip(chosen, sequences, strict=True)]

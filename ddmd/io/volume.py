@@ -77,6 +77,7 @@ class Volume:
         affine: np.ndarray | None = None,
         sequences: str | Sequence[str] | None = None,
         require: Sequence[str] = (),
+        optional: Sequence[str] = (),
         resample: str | bool | None = None,
         check_all: bool = False,
         skull: str = "auto",
@@ -95,6 +96,7 @@ class Volume:
         sequences : str or list of str, optional
             Names ("t1", "t1ce", "t2", "flair") where file names do not tell.
         require : sequences the weights need
+        optional : sequences the weights take where they are there; where none is required, at least one is
         resample : None, True or a sequence
             Bring sequences of different grids onto that of the first required one, or of the one
             named. This does not register them.
@@ -123,11 +125,12 @@ class Volume:
         _check_choices(skull, bias)
         notes: list[str] = []
         names = _listed(sequences)
-        images = input_images(source, affine, names or require, named=bool(names))
+        images = input_images(
+            source, affine, names or require, named=bool(names), optional=() if names else optional
+        )
         chosen = _by_sequence(images, names, require, notes)
-        if require:
-            others = [s for s in chosen if s not in require] if check_all and not resample else []
-            chosen = {s: chosen[s] for s in (*require, *others)}
+        if require or optional:
+            chosen = _taken(chosen, require, optional, check_all and not resample)
         return cls._assemble(chosen, resample, notes, skull=skull, brain=brain, bias=bias, strip=strip)
 
     @classmethod
@@ -354,6 +357,20 @@ def _by_sequence(
             f"the input lacks {', '.join(missing)}; add it, or name the sequence if it is there"
         )
     return chosen
+
+
+def _taken(
+    chosen: dict[str, InputImage], require: Sequence[str], optional: Sequence[str], others_too: bool
+) -> dict[str, InputImage]:
+    """The images that weights take, in the order in which they take them; the others after them if asked for."""
+    taken = [s for s in dict.fromkeys((*require, *optional)) if s in chosen]
+    if not taken:
+        raise VolumeError(
+            f"{', '.join(image.label for image in chosen.values())}: the weights take {', '.join(optional)} and the "
+            f"input has {', '.join(chosen)}; add one of them"
+        )
+    others = [s for s in chosen if s not in taken] if others_too else []
+    return {s: chosen[s] for s in (*taken, *others)}
 
 
 def _intensities(image: InputImage, notes: list[str]) -> np.ndarray:

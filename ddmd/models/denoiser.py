@@ -40,6 +40,8 @@ class DenoiserConfig:
         Channels of the denoiser at 1/4 of the grid; twice as many at 1/8.
     mirrored : bool
         Whether the slice's left-right mirror image is an input, too, so that asymmetry is seen directly.
+    presence : bool
+        Whether any of the sequences may be absent: a plane a sequence then says whether it is there.
 
     Raises
     ------
@@ -52,6 +54,7 @@ class DenoiserConfig:
     widths: tuple[int, ...] = (32, 64, 96, 128)
     noise_width: int = 32
     mirrored: bool = False
+    presence: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.widths, tuple | list) or len(self.widths) != 4:
@@ -62,6 +65,7 @@ class DenoiserConfig:
             "widths": tuple(validation.integer("widths", width, 1, 4096) for width in self.widths),
             "noise_width": validation.integer("noise_width", self.noise_width, 1, 1024),
             "mirrored": validation.flag("mirrored", self.mirrored),
+            "presence": validation.flag("presence", self.presence),
         }
         normed = [("widths", width) for width in checked["widths"]]
         for name, width in (*normed, *(("noise_width", i * checked["noise_width"]) for i in (1, 2))):
@@ -74,8 +78,28 @@ class DenoiserConfig:
 
     @property
     def inputs(self) -> int:
-        """Planes of the condition: every sequence of every slice seen, its mirror image, X and Y."""
-        return self.sequences * (2 * self.context + 1 + self.mirrored) + 2
+        """Planes of the condition: every sequence of every slice seen, its mirror image, presence, X and Y."""
+        return self.sequences * (2 * self.context + 1 + self.mirrored + self.presence) + 2
+
+    @property
+    def middle_planes(self) -> slice:
+        """Which of the planes are the slice itself, between its neighbours."""
+        return self._planes(self.context)
+
+    @property
+    def mirror_planes(self) -> slice:
+        """Which of the planes are the slice's mirror image; none without `mirrored`."""
+        return self._planes(2 * self.context + 1, self.mirrored)
+
+    @property
+    def presence_planes(self) -> slice:
+        """Which of the planes say what sequences are there; none without `presence`."""
+        return self._planes(2 * self.context + 1 + self.mirrored, self.presence)
+
+    def _planes(self, group: int, there: bool = True) -> slice:
+        """The planes of one group of C, or none."""
+        first = group * self.sequences
+        return slice(first, first + self.sequences * there)
 
 
 def _groups(channels: int) -> int:

@@ -76,6 +76,26 @@ def _known(name: str, values: Mapping[str, Any], fields: set[str]) -> None:
         raise ValueError(f"{name} has unknown keys: {validation.shown(', '.join(unknown[:5]))}")
 
 
+def check_channels(
+    sequences: tuple[str, ...], autoencoder: AutoencoderConfig, denoiser: DenoiserConfig
+) -> None:
+    """Refuse networks that do not take these sequences.
+
+    Auto-encoders take all sequences at once; where some may be absent, one sequence at a time.
+
+    Raises
+    ------
+    ValueError
+        Naming the section, what it takes and what is allowed.
+    """
+    count = len(sequences)
+    if denoiser.sequences != count:
+        raise ValueError(f"denoiser.sequences is {denoiser.sequences}; allowed is {count}, as sequences says")
+    wanted, why = (1, "with denoiser.presence") if denoiser.presence else (count, "as sequences says")
+    if autoencoder.sequences != wanted:
+        raise ValueError(f"autoencoder.sequences is {autoencoder.sequences}; allowed is {wanted}, {why}")
+
+
 @dataclass(frozen=True)
 class Description:
     """What a weights file says of itself.
@@ -85,7 +105,7 @@ class Description:
     name : str
         Of letters, digits and ._+-
     sequences : tuple of str
-        The C sequences, in the order the networks take them.
+        The C sequences, in the order the networks take them. With `denoiser.presence` an input may lack some.
     grid : {"mm": millimetres a pixel, "multiple": of H and W}
     schedule, autoencoder, denoiser : fields of `Schedule`, `AutoencoderConfig`, `DenoiserConfig`
     discrepancy_scale : float
@@ -154,14 +174,7 @@ class Description:
             raise ValueError(f"training is {validation.shown(self.training)}; allowed is a section")
         _ = self.slice_grid
         schedule = self.schedule_config
-        for name, config in (
-            ("autoencoder", self.autoencoder_config),
-            ("denoiser", self.denoiser_config),
-        ):
-            if config.sequences != len(self.sequences):
-                raise ValueError(
-                    f"{name}.sequences is {config.sequences}; allowed is {len(self.sequences)}, as sequences says"
-                )
+        check_channels(self.sequences, self.autoencoder_config, self.denoiser_config)
         sampling = self.sampling_config
         try:
             schedule.timesteps(sampling.steps, sampling.stop)
@@ -180,6 +193,16 @@ class Description:
                 f"sequences is {validation.shown(names)}; allowed are 1 to {MAX_SEQUENCES} different names"
             )
         return tuple(names)
+
+    @property
+    def optional_sequences(self) -> tuple[str, ...]:
+        """The sequences of which an input may lack some, but not all; none where all are needed."""
+        return self.sequences if self.denoiser_config.presence else ()
+
+    @property
+    def required_sequences(self) -> tuple[str, ...]:
+        """The sequences that every input has."""
+        return () if self.denoiser_config.presence else self.sequences
 
     @property
     def slice_grid(self) -> SliceGrid:

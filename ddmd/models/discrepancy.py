@@ -6,9 +6,53 @@ import torch
 from torch import Tensor
 
 from ddmd import ops
+from ddmd.models.autoencoder import AutoencoderEnsemble
 from ddmd.ops import discrepancy_maps
 
-__all__ = ["discrepancy_maps", "heterogeneous_loss", "homogeneous_loss"]
+__all__ = ["discrepancies", "discrepancy_maps", "heterogeneous_loss", "homogeneous_loss", "reconstruct"]
+
+
+def reconstruct(ensemble: AutoencoderEnsemble, b: Tensor) -> Tensor:
+    """Reconstructions (K, Z, C, H, W) of slices b (Z, C, H, W), by members of all sequences or of one at a time.
+
+    Auto-encoders of one sequence that are given several reconstruct each by itself.
+    """
+    slices, sequences = b.shape[:2]
+    if ensemble.config.sequences == sequences:
+        whole: Tensor = ensemble(b.contiguous(memory_format=torch.channels_last))
+        return whole
+    single = b.flatten(0, 1)[:, None].contiguous(memory_format=torch.channels_last)
+    each: Tensor = ensemble(single)
+    separate: Tensor = each.squeeze(2).unflatten(1, (slices, sequences))
+    return separate
+
+
+def discrepancies(
+    normal: AutoencoderEnsemble, mixed: AutoencoderEnsemble, b: Tensor, present: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """X and Y of slices: the means over C are over the sequences that are there.
+
+    Parameters
+    ----------
+    normal, mixed : the ensembles of A and of B
+    b : (Z, C, H, W)
+    present : (Z, C), optional
+        1 for the sequences that are there, else 0; without it all are.
+
+    Returns
+    -------
+    X, Y : (Z, 1, H, W) float32
+    """
+    if present is not None and b.device.type == "cpu":  # a GPU would have to be waited for
+        used = present.any(0)
+        b, present = b[:, used], present[:, used]
+    reconstructions = reconstruct(normal, b), reconstruct(mixed, b)
+    if present is None:
+        return discrepancy_maps(*(r.contiguous() for r in reconstructions))
+    mask = present.to(b.dtype)[None, :, :, None, None]
+    inter, intra = discrepancy_maps(*((r * mask).contiguous() for r in reconstructions))
+    share = present.float().mean(1).clamp(min=1.0 / b.shape[1])[:, None, None, None]
+    return inter / share, intra / share.sqrt()
 
 
 def homogeneous_loss(z: Tensor, label: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -10,13 +11,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ddmd.training import augmentation, geometry, lesion_painter, lesion_parameters
+from ddmd.training import augmentation, geometry, lesion_painter, lesion_parameters, lesion_shapes
 from ddmd.training.augmentation import Augmentation
 from ddmd.training.config import TrainConfig
 from ddmd.training.device_slices import DeviceSlices
 from ddmd.training.geometry import Geometry
 from ddmd.training.intensity_scale import LOW
 from ddmd.training.lesion_parameters import PainterConfig
+from ddmd.training.lesion_shapes import Surroundings
 from ddmd.training.sample_random import NoiseFields, SampleRandom, pick, to_device
 
 Stage = Literal["normal", "mixed", "lesions"]
@@ -32,6 +34,24 @@ BESIDE_PX = 6  # pixels around a painted lesion that are likely to be normal
 STRIPPED = 0.25
 WIDE_GAP = 0.3  # chance that the neighbouring slices are farther away
 WIDE_GAP_MM = (5.0, 9.0)
+THICK = 0.5  # chance that slices far apart are thick, too: the mean of what lies within their thickness
+THICKNESS = (0.6, 1.0)  # of thick slices, as a share of the distance between them
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """Slices around those of N samples: rows of `DeviceSlices`.
+
+    rows : (N, P) each slice between its neighbours.
+    below, above : (N, P) slices that each is averaged with, where it is thick; else the same.
+    gap_mm, thickness_mm : (N,) between slices, and of a slice.
+    """
+
+    rows: np.ndarray
+    below: np.ndarray
+    above: np.ndarray
+    gap_mm: np.ndarray
+    thickness_mm: np.ndarray
 
 
 class BatchMaker:
@@ -152,7 +172,7 @@ class BatchMaker:
         -------
         dict of tensors on the device
             planes (N, P C [+ C of the mirror image], S, S) float32, half robust z-scores; label (N,) int64;
-            index (N,) int64; of the denoiser's stage also mask and weight (N, 1, S, S) float32, t (N,) int64,
+            index (N,) int64; where a sample is one of several sequences also sequence (N,) int64, which; of the denoiser's stage also mask and weight (N, 1, S, S) float32, t (N,) int64,
             and, with image-level labels, bag (N,) float32.
         """
         local = self.batch // processes
@@ -179,11 +199,20 @@ class BatchMaker:
         drawn = augmentation.draw_intensities(random, self.augmentation)
         arrays = {f"geometry {k}": v for k, v in moved.items()}
         arrays |= {f"intensity {k}": v for k, v in drawn.items()} | {"row": row, "label": self._label[row]}
+        single = self.config.denoiser.presence
+        if single:
+            there = np.cumsum(self.slices.present[self._case[row]], axis=1)
+            wanted = np.floor(random.unit() * there[:, -1]) + 1
+            arrays["sequence"] = (there < wanted[:, None]).sum(axis=1)
         values = to_device(arrays, self.slices.device)
         canvas = self._geometry(_part(values, "geometry"), fields).canvas()
-        planes = geometry.sample_canvas(self.slices.image[values["row"]].float(), canvas)
+        image = self.slices.image[values["row"]]
+        if single:
+            image = image[torch.arange(len(image), device=image.device), values["sequence"]][:, None]
+        planes = geometry.sample_canvas(image.float(), canvas)
         planes = augmentation.change_intensities(planes, _part(values, "intensity"), drawn, fields)
-        return {"planes": planes + LOW, "label": values["label"]}
+        batch = {"planes": planes + LOW, "label": values["label"]}
+        return batch | ({"sequence": values["sequence"]} if single else {})
 
     def _draw_geometry(self, random: SampleRandom, row: np.ndarray) -> dict[str, np.ndarray]:
         return geometry.draw_geometry(
@@ -194,14 +223,21 @@ class BatchMaker:
         elastic = geometry.elastic_displacement(values["elastic"], self.config.size, fields)
         return Geometry(values["matrix"], values["shift"], elastic)
 
-    def _neighbours(self, random: SampleRandom, row: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Rows (N, P) of each slice between its neighbours, and the millimetres between them (N,)."""
+    def _neighbours(self, random: SampleRandom, row: np.ndarray) -> Neighbours:
+        """What lies around each slice."""
         case = self._case[row]
-        wide = np.maximum(1, np.round(random.uniform(*WIDE_GAP_MM) / self._slice_mm[case])).astype(np.int64)
-        offset = np.where(random.chance(WIDE_GAP), wide, self._offset[case])
+        slice_mm = self._slice_mm[case]
+        wide = np.maximum(1, np.round(random.uniform(*WIDE_GAP_MM) / slice_mm)).astype(np.int64)
+        far = random.chance(WIDE_GAP)
+        offset = np.where(far, wide, self._offset[case])
+        gap_mm = offset * slice_mm
+        thick = far & random.chance(THICK)
+        thickness_mm = np.where(thick, gap_mm * random.uniform(*THICKNESS), slice_mm)
+        apart = np.where(thick, np.round(thickness_mm / 3 / slice_mm), 0).astype(np.int64)
         around = row[:, None] + offset[:, None] * np.arange(-self.context, self.context + 1)
         low, high = self.slices.first[case][:, None], self.slices.first[case + 1][:, None] - 1
-        return np.clip(around, low, high), offset * self._slice_mm[case]
+        below, above = (np.clip(around + way * apart[:, None], low, high) for way in (-1, 1))
+        return Neighbours(np.clip(around, low, high), below, above, gap_mm, thickness_mm)
 
     def _lesions(self, random: SampleRandom, fields: NoiseFields) -> dict[str, Tensor]:
         """What the denoiser learns from."""
@@ -215,8 +251,8 @@ class BatchMaker:
                 row = np.where(kind == number, pick(table, unit), row)
         masked_table = self._tables["masked"]
         donor = row if masked_table is None else pick(masked_table, donor_unit)
-        around, gap_mm = self._neighbours(random, row)
-        donor_around, _ = self._neighbours(random, donor)
+        near = self._neighbours(random, row)
+        donor_around = self._neighbours(random, donor).rows
         moved = self._draw_geometry(random, row)
         mirror = geometry.draw_mirror(
             random,
@@ -224,18 +260,25 @@ class BatchMaker:
             moved["shift"],
             stage.share_symmetric if config.denoiser.mirrored else 0.0,
         )
-        drawn = augmentation.draw_intensities(random, self.augmentation)
+        drawn = [
+            augmentation.draw_intensities(random, self.augmentation) for _ in range(len(config.sequences))
+        ]
         hard = random.index >= stage.hard_from * stage.steps * stage.batch
-        lesions = lesion_parameters.draw_lesions(random, self.painter, hard)
+        lesions = lesion_parameters.draw_lesions(random, self.painter, hard, config.sequences)
         painted = np.flatnonzero((kind == PAINTED) | (kind == PAINTED_BESIDE))
         transplanted = np.flatnonzero(kind == TRANSPLANTED)
         lesions = {k: v[painted] for k, v in lesions.items()}
         lists = lesion_parameters.lesion_lists(lesions, config.mm)
         own_mask = np.isin(kind, (PAINTED_BESIDE, MASKED))
+        thick = np.flatnonzero((near.below != near.above).any(axis=1))
         arrays: dict[str, np.ndarray] = {
-            "around": around,
+            "around": near.rows,
+            "thick": thick,
+            "below": near.below[thick],
+            "above": near.above[thick],
             "label": self._label[row],
-            "gap": gap_mm / config.mm,
+            "gap": near.gap_mm / config.mm,
+            "thickness_mm": near.thickness_mm,
             "painted": painted,
             "transplanted": transplanted,
             "donor": donor_around[transplanted],
@@ -251,26 +294,33 @@ class BatchMaker:
         }
         arrays |= {f"geometry {k}": v for k, v in moved.items()}
         arrays |= {f"mirror {k}": v for k, v in mirror.items()}
-        arrays |= {f"intensity {k}": v for k, v in drawn.items()}
+        for number, own in enumerate(drawn):
+            arrays |= {f"intensity{number} {k}": v for k, v in own.items()}
+        if config.denoiser.presence:
+            arrays |= self._draw_sequences(random, row, donor, kind == TRANSPLANTED)
         arrays |= {f"lesion {k}": v for k, v in lesions.items()}
         arrays |= {f"list {k}": v for k, v in lists.items()}
         turns = _turns(lists["large_row"])
         arrays |= {f"turn {i}": turn for i, turn in enumerate(turns)}
         values = to_device(arrays, self.slices.device)
         values["turns"] = [values[f"turn {i}"] for i in range(len(turns))]  # type: ignore[assignment]
-        planes, mask, weight = self._compose(values, len(painted), len(transplanted), fields)
-        flat = augmentation.change_intensities(
-            planes.flatten(1, 2), _part(values, "intensity"), drawn, fields
-        )
+        planes, mask, weight = self._compose(values, len(thick), len(painted), len(transplanted), fields)
+        changed = [
+            augmentation.change_intensities(planes[:, :, c], _part(values, f"intensity{c}"), own, fields)
+            for c, own in enumerate(drawn)
+        ]
+        groups = [torch.stack(changed, 2).flatten(1, 2)]
         if config.denoiser.mirrored:
-            channels = planes.shape[2]
-            middle = flat[:, self.context * channels : (self.context + 1) * channels]
-            reflected = geometry.reflect(
-                middle, values["mirror reflection"], values["mirror reflection_offset"]
+            middle = groups[0][:, config.denoiser.middle_planes]
+            groups.append(
+                geometry.reflect(middle, values["mirror reflection"], values["mirror reflection_offset"])
             )
-            flat = torch.cat((flat, reflected), 1)
+        groups = [group + LOW for group in groups]
+        if config.denoiser.presence:
+            there = values["present"].float()[:, :, None, None]
+            groups.append(there.expand(-1, -1, *planes.shape[3:]))
         batch = {
-            "planes": flat + LOW,
+            "planes": torch.cat(groups, 1),
             "mask": mask[:, None],
             "weight": weight[:, None],
             "label": values["label"],
@@ -281,7 +331,12 @@ class BatchMaker:
         return batch
 
     def _compose(
-        self, values: dict[str, Tensor], painted_count: int, transplanted_count: int, fields: NoiseFields
+        self,
+        values: dict[str, Tensor],
+        thick_count: int,
+        painted_count: int,
+        transplanted_count: int,
+        fields: NoiseFields,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Planes (N, P, C, S, S), mask and weight (N, S, S) before intensities are changed."""
         slices, config = self.slices, self.config
@@ -295,19 +350,24 @@ class BatchMaker:
         rows = values["painted"]
         own_fields = fields.rows(rows)
         if painted_count:
-            lists = _part(values, "list")
+            surroundings = self._surroundings(values, source, depth, fluid)
+            turns: list[Tensor] = values["turns"]  # type: ignore[assignment]
             lesions = lesion_painter.paint(
-                _part(values, "lesion"), lists, values["turns"], depth[rows], fluid[rows],  # type: ignore[arg-type]
-                values["mirror true_reflection"][rows], values["mirror true_offset"][rows],
-                values["gap"][rows], around.shape[1], config.mm, own_fields,
-            )  # fmt: skip
+                _part(values, "lesion"), _part(values, "list"), turns, surroundings, own_fields
+            )
             displacement = source.displacement.index_add(0, rows, lesions.push)
             source = Geometry(source.matrix, source.shift, displacement)
         canvas = source.canvas()
         channels = slices.image.shape[1]
         image = slices.image[around].flatten(1, 2).float()
+        known = self._known(middle)
+        if thick_count:
+            thick, beside = values["thick"], (values["below"], values["above"])
+            images = [slices.image[rows].flatten(1, 2).float() for rows in beside]
+            image = image.index_copy(0, thick, (image[thick] + images[0] + images[1]) / 3)
+            others = [self._known(rows[:, self.context]) for rows in beside]
+            known = known.index_copy(0, thick, (known[thick] + others[0] + others[1]) / 3)
         planes = geometry.sample_canvas(image, canvas).unflatten(1, (-1, channels))
-        known = torch.stack((slices.mask[middle].float(), slices.weight[middle].float() - 1.0), 1)
         known = geometry.sample_canvas(known, canvas)
         own = values["own_mask"][:, None, None]
         mask = ((known[:, 0] > 0.5) & own).float()
@@ -325,7 +385,53 @@ class BatchMaker:
         rim = values["stripped_at"][:, None, None] * config.mm
         kept = (depth > rim) | (mask > 0) | ~values["stripped"][:, None, None]
         planes = planes * kept[:, None, None]
+        if config.denoiser.presence:
+            planes = planes * values["present"][:, None, :, None, None]
         return planes, mask, weight
+
+    def _known(self, rows: Tensor) -> Tensor:
+        """Masks, and weights less 1, (N, 2, H, W) of slices, on the canvas."""
+        return torch.stack((self.slices.mask[rows].float(), self.slices.weight[rows].float() - 1.0), 1)
+
+    def _draw_sequences(
+        self, random: SampleRandom, row: np.ndarray, donor: np.ndarray, transplanted: np.ndarray
+    ) -> dict[str, np.ndarray]:
+        """Which sequences each sample shows: what there is, the first alone, or some of it.
+
+        A transplanted lesion shows on the sequences that both patients have; without one, none is transplanted.
+        """
+        stage = self.config.denoiser_stage
+        own, others = (self.slices.present[self._case[rows]] for rows in (row, donor))
+        shared = own & others & transplanted[:, None]
+        there = np.where(shared.any(axis=1)[:, None], shared, own)
+        how = random.choice(
+            (
+                stage.share_complete,
+                stage.share_first_alone,
+                1 - stage.share_complete - stage.share_first_alone,
+            )
+        )
+        first = there & (np.cumsum(there, axis=1) == 1)
+        first = np.where(there[:, :1], np.arange(there.shape[1]) == 0, first)
+        some = there & random.chance(0.5, there.shape[1])
+        order = np.where(there, random.unit(there.shape[1]), 2.0)
+        one = order == order.min(axis=1, keepdims=True)
+        some = np.where(some.any(axis=1)[:, None], some, one)
+        return {"present": np.choose(how[:, None], (there, first, some)).astype(bool), "both": own & others}
+
+    def _surroundings(
+        self, values: dict[str, Tensor], source: Geometry, depth: Tensor, fluid: Tensor
+    ) -> Surroundings:
+        """Where the pixels of the samples that are painted on lie in the brain."""
+        rows, mm = values["painted"], self.config.mm
+        horns = self.slices.horns[values["around"][rows, self.context]]
+        away = (source.canvas()[rows][:, None] - horns[:, :, None, None]).norm(dim=-1) * mm
+        thickness_mm = values["thickness_mm"][rows]
+        levels = lesion_shapes.plane_levels(values["gap"][rows], thickness_mm / mm, values["around"].shape[1])
+        return Surroundings(
+            depth[rows], fluid[rows], away[:, :2].amin(1), away[:, 2:].amin(1),
+            values["mirror true_reflection"][rows], values["mirror true_offset"][rows], levels, thickness_mm, mm,
+        )  # fmt: skip
 
     def _transplant(
         self,
@@ -343,7 +449,12 @@ class BatchMaker:
         masks = geometry.sample_canvas(slices.mask[donor].float(), at)
         trust = geometry.sample_canvas(slices.weight[donor[:, self.context]].float()[:, None] - 1.0, at)
         given, share = lesion_painter.transplant(
-            planes[rows], depth[rows], image.unflatten(1, (-1, planes.shape[2])), masks, values["rim"]
+            planes[rows],
+            depth[rows],
+            image.unflatten(1, (-1, planes.shape[2])),
+            masks,
+            values["rim"],
+            values["both"][rows] if self.config.denoiser.presence else None,
         )
         there = share > 0
         new_mask = ((masks[:, self.context] > 0.5) & there).float()

@@ -14,6 +14,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from ddmd.diffusion.samplers import SamplingConfig
 from ddmd.models.autoencoder import AutoencoderConfig
 from ddmd.models.denoiser import MULTIPLE, DenoiserConfig
+from ddmd.models.description import check_channels
 
 Share = Annotated[float, Field(allow_inf_nan=False, ge=0, le=1)]
 NotNegative = Annotated[float, Field(allow_inf_nan=False, ge=0, le=1e6)]
@@ -84,6 +85,9 @@ class DenoiserStage:
     hard_from : float
         Share of the steps from which lesions are also painted that are no brighter than their
         surroundings.
+    share_complete, share_first_alone : float
+        With `denoiser.presence`, shares of the samples that have every sequence there is of the patient, and the
+        first one alone. Of the others each sequence is taken away with a chance of one half; one stays.
     use_inter, use_intra : bool
         Whether X and Y reach the network, for the ablations. Without both, no auto-encoder is trained.
     """
@@ -102,6 +106,8 @@ class DenoiserStage:
     teacher_uncertainty: bool = True
     hard_from: Share = 0.48
     share_symmetric: Share = 0.4
+    share_complete: Share = 0.4
+    share_first_alone: Share = 0.3
     use_inter: bool = True
     use_intra: bool = True
 
@@ -114,6 +120,11 @@ class DenoiserStage:
         )  # fmt: skip
         if not any(shares):
             raise ValueError("all shares of a batch are 0; give at least one of [denoiser_stage] share_*")
+        if self.share_complete + self.share_first_alone > 1:
+            raise ValueError(
+                f"share_complete and share_first_alone are {self.share_complete} and {self.share_first_alone}; "
+                "allowed are shares whose sum is at most 1"
+            )
         if list(self.rounds) != sorted(self.rounds):
             raise ValueError(f"rounds is {list(self.rounds)}; allowed are shares of the steps that rise")
 
@@ -133,8 +144,12 @@ class TrainConfig:
 
     precision is "float32", "bfloat16" (convolutions only), or what is faster on the device.
 
+    sequences are the channels of the networks. With [denoiser] presence = true any subset of them will do, in
+    training and later, and the auto-encoders take one sequence at a time.
+
     start is a weights file, or the name of a shipped system, from which every network begins that it has; a
-    stage of 0 steps then leaves its networks as they are. The sizes must be that system's. Patients
+    stage of 0 steps then leaves its networks as they are. The sizes must be that system's; only `sequences` may
+    have more with presence, and what is new then has no effect before it is trained. Patients
     that the earlier training saw must be in this one's training part: it is the same where data,
     seed and shares are.
 
@@ -176,11 +191,7 @@ class TrainConfig:
                 raise ValueError(
                     f"steps is {stage.steps} in {type(stage).__name__}; allowed is at least 1, and 0 with `start`"
                 )
-        for part in (self.autoencoder, self.denoiser):
-            if part.sequences != len(self.sequences):
-                raise ValueError(
-                    f"sequences is {self.sequences}; allowed are {part.sequences}, as in {type(part).__name__}"
-                )
+        check_channels(self.sequences, self.autoencoder, self.denoiser)
         if self.validation + self.test >= 1:
             raise ValueError(
                 f"validation and test are {self.validation} and {self.test}; allowed are shares that leave "

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from ddmd.io.atomic import atomic_path
-from ddmd.models.checkpoint import PARTS, System, find, load
+from ddmd.models.checkpoint import PARTS, System, WeightsError, build, find, load
+from ddmd.models.denoiser import IMAGE_PATCH, DenoiserConfig
 from ddmd.training.config import TrainConfig
 from ddmd.training.stages import DISCREPANCY_SCALE
 
@@ -28,6 +33,8 @@ def initial_system(config: TrainConfig, out: Path, keep: bool = True) -> System 
     kept = out / "start.safetensors"
     path = kept if kept.exists() else find(config.start)
     system = load(path, precision="float32")
+    if config.denoiser.presence and not system.condition.config.presence:
+        system = with_presence(system, config.sequences)
     description = system.description
     required = {
         "sequences": (description.sequences, config.sequences),
@@ -49,3 +56,56 @@ def initial_system(config: TrainConfig, out: Path, keep: bool = True) -> System 
         with atomic_path(kept) as temporary:
             shutil.copyfile(path, temporary)
     return system
+
+
+@torch.no_grad()
+def with_presence(system: System, sequences: Sequence[str]) -> System:
+    """A system of one sequence as one that takes any of several: with its own sequence alone it does what it did.
+
+    The auto-encoders are the same, and take each sequence by itself. Weights of new sequences, and of the planes
+    that say what is there, are 0.
+
+    Parameters
+    ----------
+    system : of one sequence, float32
+    sequences : the C sequences of the new one, its own among them
+
+    Raises
+    ------
+    WeightsError
+        If the system takes another sequence, or several.
+    """
+    own = system.description.sequences
+    if len(own) > 1 or own[0] not in sequences:
+        raise WeightsError(
+            f"{system.description.name} takes {', '.join(own)}; allowed is one of {', '.join(sequences)} alone"
+        )
+    before = system.condition.config
+    after = dataclasses.replace(before, sequences=len(sequences), presence=True)
+    description = dataclasses.replace(
+        system.description, sequences=tuple(sequences), denoiser=dataclasses.asdict(after)
+    )
+    made = build(description)
+    for part, module in system.parts().items():
+        state = module.state_dict()
+        if part == "condition":
+            state["stem.weight"] = _spread(state["stem.weight"], before, after, sequences.index(own[0]))
+        made.parts()[part].load_state_dict(state)
+    return made
+
+
+def _spread(
+    weight: torch.Tensor, before: DenoiserConfig, after: DenoiserConfig, sequence: int
+) -> torch.Tensor:
+    """The stem's weights where one sequence's planes are among those of several; 0 for all that is new."""
+    area = IMAGE_PATCH**2  # of a plane's channels: the stem works on patches
+    spread = weight.new_zeros(len(weight), after.inputs * area, *weight.shape[2:])
+    count = before.inputs - 2  # planes of the slices and of their mirror image; X and Y come last in both
+    planes = [
+        *(group * after.sequences + sequence for group in range(count)),
+        after.inputs - 2,
+        after.inputs - 1,
+    ]
+    for old, new in enumerate(planes):
+        spread[:, new * area : (new + 1) * area] = weight[:, old * area : (old + 1) * area]
+    return spread

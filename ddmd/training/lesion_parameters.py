@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,10 +11,11 @@ from ddmd.training.sample_random import SampleRandom
 
 MAX_LESIONS = 40
 SMALL_PX = 5.5  # lesions of a smaller radius are computed in a window
-KINDS = ("large", "middling", "small", "many", "bands")
-LARGE, MIDDLING, SMALL, MANY, BANDS = range(5)
+KINDS = ("large", "middling", "small", "many", "bands", "caps")
+LARGE, MIDDLING, SMALL, MANY, BANDS, CAPS = range(6)
 PLACES = ("anywhere", "periventricular", "juxtacortical")
 ANYWHERE, PERIVENTRICULAR, JUXTACORTICAL = range(3)
+BOTH, FRONTAL, OCCIPITAL = range(3)  # horns of the ventricles that caps are on
 
 
 @dataclass(frozen=True)
@@ -22,11 +24,25 @@ class PainterConfig:
 
     Parameters
     ----------
-    kinds : tuple of 5 float
+    kinds : tuple of 6 float
         Shares of slices with one large lesion (glioma), a few of middling size, small ones (multiple sclerosis),
-        many small ones, and confluent bands and caps around the ventricles (white matter hyperintensities).
+        many small ones, confluent bands along the ventricles and caps on their horns (white matter
+        hyperintensities).
+    band_mm, cap_mm : (low, high)
+        Depth of bands and of caps, from the ventricles' wall.
+    cap_reach_mm : (low, high)
+        How far a cap follows the wall from the tip of a horn.
+    bands_with_caps : float
+        Chance that bands have caps, too.
     contrast, faint_contrast : (low, high)
-        How much brighter lesions are; the second in a share `faint` of slices.
+        How much brighter lesions are on FLAIR; the second in a share `faint` of slices.
+    t2_contrast, t1_contrast : (low, high)
+        Contrast on T2 and on T1, as a share of that on FLAIR: brighter on T2, darker on T1 and T1ce.
+    enhancing : tuple of 3 float
+        Chances that a large, a middling and a small lesion enhances on T1ce: as a broken ring around the core, and
+        as a whole where it is small.
+    enhancement : (low, high)
+        How much brighter what enhances is on T1ce.
     replaced : (low, high)
         Share of the tissue's own signal that the lesion's level replaces.
     dark : float
@@ -48,14 +64,21 @@ class PainterConfig:
         Chance that the rim of such a lesion is there on a part of its surface only.
     """
 
-    kinds: tuple[float, ...] = (0.35, 0.2, 0.2, 0.07, 0.18)
+    kinds: tuple[float, ...] = (0.35, 0.2, 0.2, 0.07, 0.1, 0.08)
     large_mm: tuple[float, float] = (10.0, 34.0)
     middling_mm: tuple[float, float] = (4.5, 11.0)
     small_mm: tuple[float, float] = (1.6, 5.0)
     band_mm: tuple[float, float] = (1.5, 14.0)
+    cap_mm: tuple[float, float] = (3.0, 12.0)
+    cap_reach_mm: tuple[float, float] = (4.0, 14.0)
+    bands_with_caps: float = 0.5
     contrast: tuple[float, float] = (0.3, 2.4)
     faint: float = 0.15
     faint_contrast: tuple[float, float] = (0.15, 0.4)
+    t2_contrast: tuple[float, float] = (0.5, 1.3)
+    t1_contrast: tuple[float, float] = (0.1, 0.7)
+    enhancing: tuple[float, float, float] = (0.7, 0.3, 0.1)
+    enhancement: tuple[float, float] = (0.5, 2.5)
     replaced: tuple[float, float] = (0.2, 1.0)
     texture: float = 0.25
     dark: float = 0.05
@@ -70,7 +93,9 @@ class PainterConfig:
     broken_rim: float = 0.6
 
 
-def draw_lesions(random: SampleRandom, config: PainterConfig, hard: np.ndarray) -> dict[str, np.ndarray]:
+def draw_lesions(
+    random: SampleRandom, config: PainterConfig, hard: np.ndarray, sequences: Sequence[str] = ("flair",)
+) -> dict[str, np.ndarray]:
     """What is painted on each sample, lengths in mm.
 
     Parameters
@@ -79,10 +104,13 @@ def draw_lesions(random: SampleRandom, config: PainterConfig, hard: np.ndarray) 
     config : PainterConfig
     hard : (N,) bool
         Whether lesions that are no brighter than their surroundings are among them.
+    sequences : tuple of str
+        The C sequences that they are painted in.
 
     Returns
     -------
-    dict of arrays whose first axis is N; those of single lesions have MAX_LESIONS as the second.
+    dict of arrays whose first axis is N; those of single lesions have MAX_LESIONS as the second, and level,
+    by_sequence, core, rim and ring have C.
     """
     n, most = len(random), MAX_LESIONS
     kind = random.choice(config.kinds)
@@ -95,10 +123,11 @@ def draw_lesions(random: SampleRandom, config: PainterConfig, hard: np.ndarray) 
             random.integers(1, 16),
             random.integers(15, most + 1),
             random.integers(0, 5),
+            random.integers(0, 3),
         ),
     )
     count = np.where(symmetric, np.minimum(2 * count, most), count)
-    sizes = (config.large_mm, config.middling_mm, config.small_mm, config.small_mm, config.small_mm)
+    sizes = (config.large_mm, config.middling_mm, *(4 * [config.small_mm]))
     low, high = (np.log([size[i] for size in sizes])[kind] for i in (0, 1))
     contrast = np.where(
         random.chance(config.faint),
@@ -116,6 +145,8 @@ def draw_lesions(random: SampleRandom, config: PainterConfig, hard: np.ndarray) 
             )
         ),
     )
+    capped = (kind == CAPS) | ((kind == BANDS) & random.chance(config.bands_with_caps))
+    horns = random.choice((0.5, 0.35, 0.15))  # both, frontal, occipital
     values = {
         "kind": kind,
         "place": place,
@@ -135,10 +166,15 @@ def draw_lesions(random: SampleRandom, config: PainterConfig, hard: np.ndarray) 
         "edge": random.log_uniform(*config.edge, most),
         "band": random.log_uniform(*config.band_mm) * (kind == BANDS),
         "band_cell": random.log_uniform(6.0, 40.0),
+        "cap": random.log_uniform(*config.cap_mm) * capped,
+        "cap_reach": random.uniform(*config.cap_reach_mm),
+        "cap_frontal": (horns != OCCIPITAL).astype(float),
+        "cap_occipital": (horns != FRONTAL).astype(float),
         "reach": random.uniform(0.2, 1.0, 2),  # of bands in the neighbouring planes
         "push": random.uniform(0.0, config.displacement) * (kind == LARGE) * random.chance(0.4),
     }
-    return values | _draw_look(random, config, hard & (kind <= MIDDLING), values)
+    values |= _draw_look(random, config, hard & (kind <= MIDDLING), values)
+    return values | _by_sequence(_draw_sequences(random, config, values), values, sequences)
 
 
 def _draw_look(
@@ -173,6 +209,53 @@ def _draw_look(
         "rim_mm": np.where(chosen & (looks == 0), random.uniform(1.5, 5.0), rim_mm),
         "broken": chosen & random.chance(config.broken_rim),
         "push": np.where(chosen, pushed, values["push"]),
+        "ring_mm": random.uniform(1.0, 3.0),
+    }
+
+
+def _draw_sequences(
+    random: SampleRandom, config: PainterConfig, values: dict[str, np.ndarray]
+) -> dict[str, dict[str, np.ndarray]]:
+    """Of each sequence, what the amplitudes on FLAIR are multiplied by, and the amplitude (N,) of a ring.
+
+    Lesions hold water: they are bright on T2 and dark on T1, whether they are brighter than their surroundings on
+    FLAIR or, as what is fluid, darker. A core is fluid, too. Gliomas take up contrast in a ring around the core.
+    """
+    kind, zero = values["kind"], np.zeros(len(random))
+    watery = np.where(values["level"] < 0, -1.0, 1.0)
+    t2, t1 = random.uniform(*config.t2_contrast), random.uniform(*config.t1_contrast)
+    chances = np.asarray(config.enhancing)[np.minimum(kind, SMALL)]
+    enhances = random.chance(chances)
+    amount = random.uniform(*config.enhancement)
+    ringed = enhances & (kind <= MIDDLING)
+    nodular = enhances & (kind == SMALL) & (np.abs(values["level"]) > 0)
+    whole = watery * amount / np.maximum(np.abs(values["level"]), 0.1)  # the level on T1ce is then `amount`
+    like_flair = {
+        "level": zero + 1.0,
+        "texture": zero + 1.0,
+        "core": zero + 1.0,
+        "rim": zero + 1.0,
+        "ring": zero,
+    }
+    bright = {"level": t2 * watery, "texture": t2, "core": -random.uniform(0.0, 0.5)}
+    dark = {"level": -t1 * watery, "texture": -t1, "core": random.uniform(0.2, 0.8), "rim": -0.3 * t1}
+    enhanced = {"level": np.where(nodular, whole, dark["level"]), "ring": amount * ringed}
+    looks = {"flair": {}, "t2": bright, "t1": dark, "t1ce": dark | enhanced}
+    return {sequence: like_flair | look for sequence, look in looks.items()}
+
+
+def _by_sequence(
+    looks: dict[str, dict[str, np.ndarray]], values: dict[str, np.ndarray], sequences: Sequence[str]
+) -> dict[str, np.ndarray]:
+    """Amplitudes (N, C) of level, texture, core, rim and ring; a sequence of no known name looks like FLAIR."""
+    looked = [looks.get(sequence, looks["flair"]) for sequence in sequences]
+    amplitudes = {
+        "level": values["level"], "texture": values["texture"], "core": -values["core"], "rim": values["rim"],
+        "ring": np.ones_like(values["level"]),
+    }  # fmt: skip
+    return {
+        name: np.stack([amplitude * look[name] for look in looked], 1)
+        for name, amplitude in amplitudes.items()
     }
 
 

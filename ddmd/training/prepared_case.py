@@ -16,6 +16,8 @@ from ddmd.io.atomic import atomic_path
 from ddmd.io.brain_extraction import brain_within
 from ddmd.training.config import TrainConfig
 
+BRIGHT_FLUID = "t2"  # the sequence on which cerebrospinal fluid is bright; it is dark on the others
+
 
 @dataclass
 class PreparedCase:
@@ -30,6 +32,13 @@ class PreparedCase:
     offset_mm: float
     mask: np.ndarray | None = None  # (Z, H, W) float16: annotator's (pixel track) or pseudo (image)
     weight: np.ndarray | None = None  # (Z, H, W) float16: how far the mask is trusted
+    present: np.ndarray | None = None  # (C,) bool: the sequences that are there; None: all
+    fluid_dark: tuple[int, ...] = (0,)  # the sequences on which the ventricles are dark
+
+    @property
+    def there(self) -> np.ndarray:
+        """(C,) bool: the sequences that are there."""
+        return np.ones(self.image.shape[1], bool) if self.present is None else self.present
 
     @property
     def key(self) -> str:
@@ -42,22 +51,32 @@ class PreparedCase:
         return [min(max(z + i * self.offset, 0), last) for i in range(-context, context + 1)]
 
 
+def sequences_of(config: TrainConfig) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The sequences that every case has, and those that it may have."""
+    return ((), config.sequences) if config.denoiser.presence else (config.sequences, ())
+
+
 def load_cases(cases: Sequence[Case], config: TrainConfig, read_masks: bool) -> list[PreparedCase]:
     """Read the volumes once. Masks are opened only where `read_masks` says so; they then give the labels."""
     prepared = []
     grid = slices.SliceGrid(mm=config.mm)
     for case in cases:
-        volume = case.volume(config.sequences)
+        volume = case.volume(*sequences_of(config))
         cut = slices.extract(volume, config.sequences, grid)
         image, head = cut.image.numpy(), cut.brain[:, 0].numpy()
+        present = cut.present.numpy() > 0
+        there = [int(i) for i in np.flatnonzero(present)]
+        dark = tuple(i for i in there if config.sequences[i] != BRIGHT_FLUID)
         item = PreparedCase(
             case=case,
             image=image.astype(np.float16),
-            brain=brain_within(image[:, 0], head, grid.mm),
+            brain=brain_within(image[:, (dark or there)[0]], head, grid.mm),
             head=head,
             label=case.labels()[cut.index.numpy()],
             offset=cut.offset,
             offset_mm=cut.offset * volume.spacing[2],
+            present=present,
+            fluid_dark=dark,
         )
         if read_masks and case.masks is not None:
             item.mask = slices.to_grid(case.lesion(), cut)[:, 0].numpy().astype(np.float16)

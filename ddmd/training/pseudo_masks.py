@@ -162,11 +162,9 @@ def _teacher_draws(
     training, so that lesions that are the same on both sides are found, too.
     """
     config, symmetric = losses.condition.config, losses.stage.share_symmetric > 0
-    image = slices.planes(case, zs, config.context, config.mirrored)
+    image = slices.planes(case, zs, config.context, config.mirrored, config.presence)
     flipped = image.flip(-1)
     if config.mirrored and symmetric:
-        channels = config.sequences
-        middle = flipped[:, config.context * channels : (config.context + 1) * channels]
-        flipped = torch.cat((flipped[:, :-channels], middle), 1)
+        flipped[:, config.mirror_planes] = flipped[:, config.middle_planes]
     draws = torch.cat((losses.draw(image, seed), losses.draw(flipped, seed).flip(-1)))
     return draws[:, :, 0].cpu().numpy()

@@ -34,7 +34,13 @@ from ddmd.training.config import TrainConfig, read_config, validate
 from ddmd.training.device_slices import DeviceSlices
 from ddmd.training.initial_weights import initial_system
 from ddmd.training.loop import Plan, Stage, TrainingStopped
-from ddmd.training.prepared_case import PreparedCase, load_cases, load_pseudo_masks, save_pseudo_masks
+from ddmd.training.prepared_case import (
+    PreparedCase,
+    load_cases,
+    load_pseudo_masks,
+    save_pseudo_masks,
+    sequences_of,
+)
 from ddmd.training.pseudo_masks import update_pseudo_masks
 from ddmd.training.stages import AutoencoderLosses, DenoiserLosses
 
@@ -49,12 +55,14 @@ SHOWN = 8  # samples of a stage that TensorBoard shows
 
 
 def cases_of(config: TrainConfig) -> list[Case]:
-    """Every case of the configured data sets."""
+    """Every case of the configured data sets that has the sequences."""
+    required, _ = sequences_of(config)
     return [
         dataclasses.replace(case, source=entry.name or Path(entry.root).name)
         for entry in config.data
         for case in find_cases(entry.root, entry.layout, entry.name)
-        if all(sequence in case.files for sequence in config.sequences)
+        if all(sequence in case.files for sequence in required)
+        and any(sequence in case.files for sequence in config.sequences)
     ]
 
 
@@ -327,7 +335,8 @@ class _Run:
 
     def _autoencoders(self, which: str) -> None:
         plan = self.config.autoencoder_stage
-        losses = AutoencoderLosses(self.autoencoders[which], plan, mixed=which == "b")
+        sequences = len(self.config.sequences)
+        losses = AutoencoderLosses(self.autoencoders[which], plan, which == "b", sequences)
         name = f"autoencoders_{which}"
         stage = self._stage(name, losses, plan.steps, plan.batch, plan.learning_rate, ema=0.0)
         if not stage.finished:

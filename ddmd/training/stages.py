@@ -11,7 +11,7 @@ from ddmd.diffusion.noise import Coordinates, pure_noise
 from ddmd.diffusion.schedule import Schedule
 from ddmd.models.autoencoder import AutoencoderEnsemble
 from ddmd.models.denoiser import Condition, ConditionNet, Denoiser, predicted_sample
-from ddmd.models.discrepancy import discrepancy_maps, heterogeneous_loss, homogeneous_loss
+from ddmd.models.discrepancy import discrepancies, heterogeneous_loss, homogeneous_loss
 from ddmd.training.config import AutoencoderStage, DenoiserStage
 
 DISCREPANCY_SCALE = 4.0  # X and Y times this are of the size of the image's own planes
@@ -23,9 +23,11 @@ TEACHER_DRAWS = 2  # draws of x_T, each with and without left-right flip, that v
 class AutoencoderLosses(nn.Module):
     """Reconstruction of the whole crop, L_homo and L_hetero of every member's codes."""
 
-    def __init__(self, ensemble: AutoencoderEnsemble, stage: AutoencoderStage, mixed: bool) -> None:
+    def __init__(
+        self, ensemble: AutoencoderEnsemble, stage: AutoencoderStage, mixed: bool, sequences: int = 1
+    ) -> None:
         super().__init__()
-        self.ensemble, self.stage, self.mixed = ensemble, stage, mixed
+        self.ensemble, self.stage, self.mixed, self.sequences = ensemble, stage, mixed, sequences
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         b, k = batch["planes"], self.ensemble.config.members
@@ -33,11 +35,19 @@ class AutoencoderLosses(nn.Module):
         recon = self.ensemble.decode(codes).float()
         losses = {"reconstruction": functional.smooth_l1_loss(recon, b.expand_as(recon), beta=0.2)}
         label, z = gather_processes(batch["label"]), gather_processes(codes.float().mean((3, 4)))
+        labels = [label]
+        if "sequence" in batch:  # only slices of one sequence are compared
+            sequence = gather_processes(batch["sequence"])
+            labels = [torch.where(sequence == number, label, -1) for number in range(self.sequences)]
         if self.stage.homogeneous:
-            each = [homogeneous_loss(z[:, member], label) for member in range(k)]
+            each = [homogeneous_loss(z[:, member], own) for member in range(k) for own in labels]
             losses["homogeneous"] = torch.stack(each).mean() * self.stage.homogeneous
         if self.mixed and self.stage.heterogeneous:
-            each = [heterogeneous_loss(z[:, member], label, self.stage.bound) for member in range(k)]
+            each = [
+                heterogeneous_loss(z[:, member], own, self.stage.bound)
+                for member in range(k)
+                for own in labels
+            ]
             losses["heterogeneous"] = torch.stack(each).mean() * self.stage.heterogeneous
         return losses
 
@@ -94,12 +104,11 @@ class DenoiserLosses(nn.Module):
 
     def planes(self, image: Tensor) -> Tensor:
         """Image planes (N, P C, H, W) followed by X and Y of the middle slice."""
-        channels = self.condition.config.sequences
-        middle = self.condition.config.context * channels
+        config = self.condition.config
         if self.stage.use_inter or self.stage.use_intra:
             with torch.no_grad():
-                b = image[:, middle : middle + channels].contiguous(memory_format=torch.channels_last)
-                inter, intra = discrepancy_maps(*(ensemble(b).contiguous() for ensemble in self.frozen))
+                present = image[:, config.presence_planes, 0, 0] if config.presence else None
+                inter, intra = discrepancies(*self.frozen, image[:, config.middle_planes], present)
             inter = inter * (DISCREPANCY_SCALE * self.stage.use_inter)
             intra = intra * (DISCREPANCY_SCALE * self.stage.use_intra)
         else:
