@@ -115,10 +115,10 @@ def fill(
     core_from = values["core_from"][per_row]
     core = ((lesions.inside / deepest - core_from) * 4).clamp(0, 1)
     rim = ((lesions.inside > 0) & (lesions.inside < values["rim_mm"][per_row] / mm)).float()
-    gaps = (smooth_noise(fields, grid, 1.5 * lesions.inside.amax((1, 2)).clamp(min=4.0)) + 0.3).clamp(0, 1)
-    rim = torch.where(values["broken"][per_row], rim * gaps, rim)
+    gaps = smooth_noise(fields, grid, 1.5 * lesions.inside.amax((1, 2)).clamp(min=4.0))
+    rim = torch.where(values["broken"][per_row], rim * (gaps + 0.3).clamp(0, 1), rim)
     ring = (lesions.inside - core_from * deepest) / (values["ring_mm"][per_row] / mm)
-    ring = torch.exp(-ring.square()) * (lesions.inside > 0) * gaps
+    ring = torch.exp(-ring.square()) * (lesions.inside > 0) * (gaps + 0.8).clamp(0, 1)
     middle = lesions.alpha[:, lesions.alpha.shape[1] // 2]
     solid = (middle >= 0.5).float()
     own = planes[:, planes.shape[1] // 2]
