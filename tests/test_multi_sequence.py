@@ -247,13 +247,13 @@ def test_lesions_are_bright_on_flair_and_t2_and_dark_on_t1(rng, kind):
 
 def test_gliomas_enhance_in_a_ring_on_t1ce_alone(rng):
     config = config_of(share_complete=1.0, share_first_alone=0.0)
-    rings = {}
+    rings, case = {}, prepared(rng)
     for enhancing in (0.0, 1.0):
         painter = only(
             LARGE, core=0.0, enhancing=(enhancing,) * 3, enhancement=(1.5, 2.0), contrast=(0.8, 1.0),
             large_mm=(20.0, 25.0),
         )  # fmt: skip
-        rings[enhancing] = maker([prepared(rng)], config, painter=painter).samples(0, 12)
+        rings[enhancing] = maker([case], config, painter=painter).samples(0, 12)
     middle = config.denoiser.middle_planes
     without, with_ring = (rings[share]["planes"][:, middle] for share in (0.0, 1.0))
     mask = rings[1.0]["mask"][:, 0] > 0
