@@ -192,6 +192,26 @@ def test_help_version_and_completion_come_without_torch():
     assert "--show-completion" in _run("--help")[1]
 
 
+@pytest.mark.parametrize(("line", "words"), [
+    ("ddmd de", {"detect"}), ("ddmd detect --sk", {"--skull", "--skip-existing"}), ("ddmd bids --participant", {"--participant-label"}),
+])  # fmt: skip
+def test_the_shell_completes_commands_and_options(line, words):
+    variables = {
+        "_DDMD_COMPLETE": "complete_bash",
+        "COMP_WORDS": line,
+        "COMP_CWORD": str(len(line.split()) - 1),
+    }
+    script = "import sys\nsys.argv = ['ddmd']\nfrom ddmd.cli import main\nmain()"
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        env=os.environ | variables,
+        check=False,
+    )
+    assert set(done.stdout.split()) == words, done.stderr
+
+
 def test_devices_have_the_names_people_use():
     names = {
         "gpu": "cuda",
