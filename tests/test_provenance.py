@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 import ddmd
+from ddmd.data.phantom import phantom
 from ddmd.inference.detector import Detector
+from ddmd.inference.image_noise import noise_share
 from ddmd.io.results import sidecar_path
 from ddmd.models import checkpoint
 from tests.volumes import head, tiny_system, write
@@ -51,6 +53,35 @@ def test_few_slices_and_the_skull_are_flagged(rng):
     assert "few slices" in quality["Flags"]
     assert "small field of view" not in quality["Flags"]
     assert quality["Skull"] is False
+
+
+@pytest.mark.parametrize("share", [0.05, 0.2, 0.5, 1.0])
+def test_the_noise_of_an_image_is_measured(rng, share):
+    """On tissue of known spread; the noise adds to the spread that it is a share of."""
+    x, y, z = np.mgrid[:90, :100, :20]
+    brain = (x - 45) ** 2 / 40**2 + (y - 50) ** 2 / 45**2 < 1
+    tissue = 100 + 20 * np.sin(x / 9) + 20 * np.cos(y / 11) + 0.5 * z
+    spread = np.subtract(*np.percentile(tissue[brain], (75, 25))) / 1.349
+    noisy = tissue + rng.normal(0, share * spread, tissue.shape)
+    expected = share * spread / (np.subtract(*np.percentile(noisy[brain], (75, 25))) / 1.349)
+    outside = np.where(brain, noisy, rng.uniform(0, 1000, noisy.shape))
+    assert noise_share(noisy, brain) == pytest.approx(expected, rel=0.05)
+    assert noise_share(outside * 7 - 3, brain) == pytest.approx(expected, rel=0.05), (
+        "of the brain, in any unit"
+    )
+    assert noise_share(noisy, np.zeros_like(brain)) == noise_share(np.ones_like(noisy), brain) == 0
+
+
+def test_a_noisy_image_is_flagged(rng):
+    made = phantom(seed=3, spacing_mm=3.0, sequences=("flair",)).images["flair"]
+    values = np.asarray(made.dataobj, np.float32)
+    brain = values > 0
+    noise = rng.normal(0, 1.2 * values[brain].std(), values.shape) * brain
+    detector = Detector(tiny_system())
+    for added, flagged in ((0.0, False), (noise, True)):
+        image = np.maximum(values + added, 0.01 * brain).astype(np.float32)
+        quality = detector.detect({"flair": image}, affine=made.affine).provenance["Quality"]
+        assert ("noise" in quality["Flags"]) is flagged, quality
 
 
 def test_labels_are_the_rows_of_the_table(rng, tmp_path):
