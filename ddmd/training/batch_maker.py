@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -19,39 +18,17 @@ from ddmd.training.geometry import Geometry
 from ddmd.training.intensity_scale import LOW
 from ddmd.training.lesion_parameters import PainterConfig
 from ddmd.training.lesion_shapes import Surroundings
-from ddmd.training.sample_random import NoiseFields, SampleRandom, pick, to_device
+from ddmd.training.sample_random import NoiseFields, SampleRandom, to_device
+from ddmd.training.slice_choice import MASKED, PAINTED, PAINTED_BESIDE, TRANSPLANTED, SliceChoice
 
 Stage = Literal["normal", "mixed", "lesions"]
 STAGES: dict[Stage, int] = {"normal": 1, "mixed": 2, "lesions": 3}  # A, B, and what the denoiser learns from
-SAMPLE_KINDS = ("normal", "painted", "transplanted", "painted_beside", "masked")
-NORMAL, PAINTED, TRANSPLANTED, PAINTED_BESIDE, MASKED = range(len(SAMPLE_KINDS))
-NEAR_MM = 25.0  # normal slices this far from a positive one are half as likely to be painted on
 NEGATIVE_WEIGHT = (
     0.03  # trust in "no lesion here" on a positive slice of which no more than its label is known
 )
 BESIDE_WEIGHT = 0.3  # least trust in "no lesion here" around a painted lesion
 BESIDE_PX = 6  # pixels around a painted lesion that are likely to be normal
 STRIPPED = 0.25
-WIDE_GAP = 0.3  # chance that the neighbouring slices are farther away
-WIDE_GAP_MM = (5.0, 9.0)
-THICK = 0.5  # chance that slices far apart are thick, too: the mean of what lies within their thickness
-THICKNESS = (0.6, 1.0)  # of thick slices, as a share of the distance between them
-
-
-@dataclass(frozen=True)
-class Neighbours:
-    """Slices around those of N samples: rows of `DeviceSlices`.
-
-    rows : (N, P) each slice between its neighbours.
-    below, above : (N, P) slices that each is averaged with, where it is thick; else the same.
-    gap_mm, thickness_mm : (N,) between slices, and of a slice.
-    """
-
-    rows: np.ndarray
-    below: np.ndarray
-    above: np.ndarray
-    gap_mm: np.ndarray
-    thickness_mm: np.ndarray
 
 
 class BatchMaker:
@@ -86,84 +63,12 @@ class BatchMaker:
         stripped: float = STRIPPED,
     ) -> None:
         self.slices, self.config, self.stage, self.timesteps = slices, config, stage, timesteps
-        self.weights, self.stripped = dict(weights), stripped
+        self.stripped = stripped
         self.augmentation = augmentation_config or Augmentation()
         self.painter = painter_config or PainterConfig()
         self.context = config.denoiser.context if stage == "lesions" else 0
         self.batch = (config.denoiser_stage if stage == "lesions" else config.autoencoder_stage).batch
-        self._label = np.concatenate([case.label for case in slices.cases])
-        self._case = np.repeat(np.arange(len(slices.cases)), np.diff(slices.first))
-        self._slice_mm = np.array([case.offset_mm / case.offset for case in slices.cases])
-        self._offset = np.array([case.offset for case in slices.cases])
-        self._nearness = np.concatenate([case_nearness(case.brain, case.label, mm) for case, mm in zip(slices.cases, self._slice_mm, strict=True)])  # fmt: skip
-        self.update_masks()
-
-    # ------------------------------------------------------------------ what is drawn from
-
-    def update_masks(self) -> None:
-        """Take note of which slices have a mask, after `DeviceSlices.update_masks`."""
-        masked = [
-            np.zeros(len(case.image), bool) if case.mask is None else case.mask.any(axis=(1, 2))
-            for case in self.slices.cases
-        ]
-        self._masked = np.concatenate(masked)
-        everything = np.ones(len(self._label), bool)
-        # as bags, positive slices without a mask are drawn, too
-        bags = self.config.labels == "image" and self.config.denoiser_stage.bag_weight > 0
-        positive = self._label == 1
-        self._tables = {
-            "all": self._table(everything),
-            "normal": self._table(self._label == 0),
-            "paintable": self._table(self._label == 0, self._nearness),
-            "positive": self._table(positive),
-            "masked": self._table(self._masked),
-            "bags": self._table(positive if bags else self._masked),
-        }
-        self._kind_tables = ("normal", "paintable", "paintable", "positive", "bags")
-
-    def _table(self, usable: np.ndarray, chance: np.ndarray | None = None) -> np.ndarray | None:
-        """Cumulative chance of each slice: by source, then by case, then by `chance`; None without any."""
-        if not usable.any():
-            return None
-        own = np.where(usable, 1.0 if chance is None else chance, 0.0)
-        per_case = np.bincount(self._case, own, len(self.slices.cases))
-        there = per_case > 0
-        sources = [case.case.source for case in self.slices.cases]
-        counts: dict[str, int] = {}
-        for source, used in zip(sources, there, strict=True):
-            counts[source] = counts.get(source, 0) + int(used)
-        share = np.array(
-            [self.weights[s] / counts[s] if used else 0.0 for s, used in zip(sources, there, strict=True)]
-        )
-        chances = own * (share / np.where(there, per_case, 1.0))[self._case]
-        return np.cumsum(chances) if chances.any() else None
-
-    def shares(self) -> np.ndarray:
-        """(5,) shares of `SAMPLE_KINDS` among the samples, 0 of those that no slice is there for.
-
-        Raises
-        ------
-        ValueError
-            If all are 0.
-        """
-        stage = self.config.denoiser_stage
-        shares = np.array(
-            [
-                stage.share_normal, stage.share_painted, stage.share_transplanted,
-                stage.share_painted_beside, stage.share_masked,
-            ]
-        )  # fmt: skip
-        there = np.array([self._tables[name] is not None for name in self._kind_tables])
-        there[[TRANSPLANTED, MASKED]] &= self._tables["masked"] is not None
-        shares = np.where(there, shares, 0.0)
-        if not shares.any():
-            raise ValueError(
-                "no slice is there for any share of a batch above 0; check the image-level labels and the shares: "
-                "before the first round of pseudo-masks there are no masked and no transplanted slices"
-            )
-        return shares
-
-    # ------------------------------------------------------------------ one batch
+        self.choice = SliceChoice(slices, config, weights, self.context)
 
     def make(self, step: int, rank: int = 0, processes: int = 1) -> dict[str, Tensor]:
         """The samples of one process at a step.
@@ -171,9 +76,10 @@ class BatchMaker:
         Returns
         -------
         dict of tensors on the device
-            planes (N, P C [+ C of the mirror image], S, S) float32, half robust z-scores; label (N,) int64;
-            index (N,) int64; where a sample is one of several sequences also sequence (N,) int64, which; of the denoiser's stage also mask and weight (N, 1, S, S) float32, t (N,) int64,
-            and, with image-level labels, bag (N,) float32.
+            planes (N, P C [+ C of the mirror image] [+ C of presence], S, S) float32, half robust z-scores;
+            label (N,) int64; index (N,) int64. Of the denoiser's stage also mask and weight (N, 1, S, S) float32,
+            t (N,) int64 and, with image-level labels, bag (N,) float32. Of the auto-encoders' stages, where they
+            take one of several sequences, sequence (N,) int64.
         """
         local = self.batch // processes
         return self.samples(step * self.batch + rank * local, local)
@@ -190,20 +96,17 @@ class BatchMaker:
 
     def _plain(self, random: SampleRandom, fields: NoiseFields) -> dict[str, Tensor]:
         """Slices alone, for the auto-encoders."""
-        name = "normal" if self.stage == "normal" else "all"
-        table = self._tables[name]
-        if table is None:
-            raise ValueError("the training data has no normal slice; check its image-level labels")
-        row = pick(table, random.unit())
+        row = self.choice.rows(random, normal=self.stage == "normal")
         moved = self._draw_geometry(random, row)
         drawn = augmentation.draw_intensities(random, self.augmentation)
         arrays = {f"geometry {k}": v for k, v in moved.items()}
-        arrays |= {f"intensity {k}": v for k, v in drawn.items()} | {"row": row, "label": self._label[row]}
+        arrays |= {f"intensity {k}": v for k, v in drawn.items()} | {
+            "row": row,
+            "label": self.choice.label[row],
+        }
         single = self.config.denoiser.presence
         if single:
-            there = np.cumsum(self.slices.present[self._case[row]], axis=1)
-            wanted = np.floor(random.unit() * there[:, -1]) + 1
-            arrays["sequence"] = (there < wanted[:, None]).sum(axis=1)
+            arrays["sequence"] = self.choice.one_sequence(random, row)
         values = to_device(arrays, self.slices.device)
         canvas = self._geometry(_part(values, "geometry"), fields).canvas()
         image = self.slices.image[values["row"]]
@@ -223,36 +126,13 @@ class BatchMaker:
         elastic = geometry.elastic_displacement(values["elastic"], self.config.size, fields)
         return Geometry(values["matrix"], values["shift"], elastic)
 
-    def _neighbours(self, random: SampleRandom, row: np.ndarray) -> Neighbours:
-        """What lies around each slice."""
-        case = self._case[row]
-        slice_mm = self._slice_mm[case]
-        wide = np.maximum(1, np.round(random.uniform(*WIDE_GAP_MM) / slice_mm)).astype(np.int64)
-        far = random.chance(WIDE_GAP)
-        offset = np.where(far, wide, self._offset[case])
-        gap_mm = offset * slice_mm
-        thick = far & random.chance(THICK)
-        thickness_mm = np.where(thick, gap_mm * random.uniform(*THICKNESS), slice_mm)
-        apart = np.where(thick, np.round(thickness_mm / 3 / slice_mm), 0).astype(np.int64)
-        around = row[:, None] + offset[:, None] * np.arange(-self.context, self.context + 1)
-        low, high = self.slices.first[case][:, None], self.slices.first[case + 1][:, None] - 1
-        below, above = (np.clip(around + way * apart[:, None], low, high) for way in (-1, 1))
-        return Neighbours(np.clip(around, low, high), below, above, gap_mm, thickness_mm)
-
     def _lesions(self, random: SampleRandom, fields: NoiseFields) -> dict[str, Tensor]:
         """What the denoiser learns from."""
         config, stage = self.config, self.config.denoiser_stage
-        kind = random.choice(self.shares())
-        unit, donor_unit = random.unit(), random.unit()
-        row = np.zeros(len(random), np.int64)
-        for number, name in enumerate(self._kind_tables):
-            table = self._tables[name]
-            if table is not None:
-                row = np.where(kind == number, pick(table, unit), row)
-        masked_table = self._tables["masked"]
-        donor = row if masked_table is None else pick(masked_table, donor_unit)
-        near = self._neighbours(random, row)
-        donor_around = self._neighbours(random, donor).rows
+        choice = self.choice
+        kind, row, donor = choice.samples(random)
+        near = choice.neighbours(random, row)
+        donor_around = choice.neighbours(random, donor).rows
         moved = self._draw_geometry(random, row)
         mirror = geometry.draw_mirror(
             random,
@@ -276,7 +156,7 @@ class BatchMaker:
             "thick": thick,
             "below": near.below[thick],
             "above": near.above[thick],
-            "label": self._label[row],
+            "label": choice.label[row],
             "gap": near.gap_mm / config.mm,
             "thickness_mm": near.thickness_mm,
             "painted": painted,
@@ -284,8 +164,8 @@ class BatchMaker:
             "donor": donor_around[transplanted],
             "donor_shift": (self.slices.middle[donor] - self.slices.middle[row])[transplanted, ::-1],
             "rim": random.uniform(*lesion_painter.TRANSPLANT_RIM)[transplanted],
-            "own_mask": own_mask & self._masked[row],
-            "unknown": own_mask & ~self._masked[row],
+            "own_mask": own_mask & choice.masked[row],
+            "unknown": own_mask & ~choice.masked[row],
             "beside": (kind == PAINTED_BESIDE)[painted],
             "bag": kind == MASKED,
             "t": random.integers(0, self.timesteps),
@@ -297,7 +177,7 @@ class BatchMaker:
         for number, own in enumerate(drawn):
             arrays |= {f"intensity{number} {k}": v for k, v in own.items()}
         if config.denoiser.presence:
-            arrays |= self._draw_sequences(random, row, donor, kind == TRANSPLANTED)
+            arrays |= choice.sequences(random, row, donor, kind == TRANSPLANTED)
         arrays |= {f"lesion {k}": v for k, v in lesions.items()}
         arrays |= {f"list {k}": v for k, v in lists.items()}
         turns = _turns(lists["large_row"])
@@ -393,32 +273,6 @@ class BatchMaker:
         """Masks, and weights less 1, (N, 2, H, W) of slices, on the canvas."""
         return torch.stack((self.slices.mask[rows].float(), self.slices.weight[rows].float() - 1.0), 1)
 
-    def _draw_sequences(
-        self, random: SampleRandom, row: np.ndarray, donor: np.ndarray, transplanted: np.ndarray
-    ) -> dict[str, np.ndarray]:
-        """Which sequences each sample shows: what there is, the first alone, or some of it.
-
-        A transplanted lesion shows on the sequences that both patients have; without one, none is transplanted.
-        """
-        stage = self.config.denoiser_stage
-        own, others = (self.slices.present[self._case[rows]] for rows in (row, donor))
-        shared = own & others & transplanted[:, None]
-        there = np.where(shared.any(axis=1)[:, None], shared, own)
-        how = random.choice(
-            (
-                stage.share_complete,
-                stage.share_first_alone,
-                1 - stage.share_complete - stage.share_first_alone,
-            )
-        )
-        first = there & (np.cumsum(there, axis=1) == 1)
-        first = np.where(there[:, :1], np.arange(there.shape[1]) == 0, first)
-        some = there & random.chance(0.5, there.shape[1])
-        order = np.where(there, random.unit(there.shape[1]), 2.0)
-        one = order == order.min(axis=1, keepdims=True)
-        some = np.where(some.any(axis=1)[:, None], some, one)
-        return {"present": np.choose(how[:, None], (there, first, some)).astype(bool), "both": own & others}
-
     def _surroundings(
         self, values: dict[str, Tensor], source: Geometry, depth: Tensor, fluid: Tensor
     ) -> Surroundings:
@@ -492,16 +346,3 @@ def _turns(row: np.ndarray) -> list[np.ndarray]:
 
 def _part(values: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {k[len(prefix) + 1 :]: v for k, v in values.items() if k.startswith(f"{prefix} ")}
-
-
-def case_nearness(brain: np.ndarray, label: np.ndarray, slice_mm: float) -> np.ndarray:
-    """(Z,) how much anatomy a slice shares with those that have lesions: brain area, and closeness.
-
-    Lesion-free slices of patients lie mostly at the ends of the head, lesions do not.
-    """
-    area: np.ndarray = brain.sum(axis=(1, 2)).astype(np.float64) + 1.0
-    positive = np.flatnonzero(label == 1)
-    if not len(positive):
-        return area
-    apart = np.abs(np.arange(len(label))[:, None] - positive).min(axis=1)
-    return np.asarray(area / (1.0 + (apart * slice_mm / NEAR_MM) ** 2))
