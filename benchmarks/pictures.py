@@ -9,6 +9,7 @@ import json
 import re
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from ddmd.cohort.cases import Case
 from ddmd.data.phantom import phantom
 from ddmd.inference.slices import SliceGrid, extract
 from ddmd.io.volume import Volume
+from ddmd.models.denoiser import DenoiserConfig
 from ddmd.training.augmentation import Augmentation
 from ddmd.training.batch_maker import BatchMaker
 from ddmd.training.config import DataEntry, DenoiserStage, TrainConfig
@@ -92,35 +94,86 @@ def scaling(results: dict[str, Any]) -> Figure:
     return figure
 
 
-def painter(count: int = 6, seed: int = 0) -> Figure:
-    """Lesions of every kind painted on slices of a healthy phantom, a kind a row; their masks outlined."""
-    volume = Volume.read(phantom(seed=seed, lesions=0, sequences=("flair",)).images, require=("flair",))
-    cut = extract(volume, ("flair",), SliceGrid())
+ALL = ("flair", "t1", "t1ce", "t2")
+STILL = Augmentation(**{field.name: 0.0 for field in fields(Augmentation) if field.type == "float"})
+# what each kind of lesion that the painter knows is for; `docs/training.md` explains them
+TITLES = {
+    "large": "large: one lesion with core, rim and mass effect (glioma)",
+    "middling": "middling: a few lesions",
+    "small": "small: up to 15, some in pairs (multiple sclerosis)",
+    "many": "many: 15 to 40 small ones",
+    "bands": "bands: confluent along the ventricles (white matter hyperintensities)",
+    "caps": "caps: on the frontal and occipital horns, on both sides",
+}
+
+
+def painted(
+    kind: int, count: int, seed: int, sequences: tuple[str, ...] = ("flair",), slice_mm: float = 2.0
+) -> dict[str, torch.Tensor]:
+    """A batch of one kind of lesion, painted on slices of a healthy phantom; half of them hard ones."""
+    made = phantom(seed=seed, lesions=0, sequences=sequences, spacing_mm=(1.0, 1.0, slice_mm))
+    volume = Volume.read(made.images, require=sequences)
+    cut = extract(volume, sequences, SliceGrid())
     image, head = cut.image.numpy(), cut.brain[:, 0].numpy()
-    rows = slice(len(cut) * 2 // 5, len(cut) * 4 // 5)
+    rows = slice(len(cut) * 45 // 100, len(cut) * 65 // 100)  # slices that show the lateral ventricles
     offset_mm = cut.offset * volume.spacing[2]
+    dark = tuple(i for i, sequence in enumerate(sequences) if sequence != "t2")
     case = PreparedCase(
         Case("phantom", "phantom", "phantom", {}), image[rows].astype(np.float16), head[rows], head[rows],
-        np.zeros(len(head[rows]), np.int8), cut.offset, offset_mm,
+        np.zeros(len(head[rows]), np.int8), cut.offset, offset_mm, fluid_dark=dark,
     )  # fmt: skip
-    still = Augmentation(flip=0, affine=0, elastic=0, contrast=0, bias=0, strong_bias=0, blur=0, coarse=0, ringing=0, noise=0, saturation=0)  # fmt: skip
     stage = DenoiserStage(
-        share_normal=0, share_painted=1, share_painted_beside=0, share_masked=0, hard_from=0.5
-    )
-    config = TrainConfig(data=(DataEntry("phantom"),), size=160, seed=seed, denoiser_stage=stage)
+        share_normal=0, share_painted=1, share_painted_beside=0, share_masked=0, hard_from=0.5,
+        share_complete=1, share_first_alone=0,
+    )  # fmt: skip
+    several = len(sequences) > 1
+    config = TrainConfig(
+        data=(DataEntry("phantom"),), sequences=sequences, size=176, seed=seed, denoiser_stage=stage,
+        denoiser=DenoiserConfig(len(sequences), presence=several),
+    )  # fmt: skip
     slices = DeviceSlices([case], torch.device("cpu"), cut.grid.mm)
-    figure = Figure(figsize=(1.8 * count, 1.9 * len(KINDS)))
-    for kind, axes in enumerate(figure.subplots(len(KINDS), count)):
-        painted = PainterConfig(kinds=tuple(float(i == kind) for i in range(len(KINDS))))
-        batches = BatchMaker(slices, config, "lesions", {"phantom": 1.0}, augmentation_config=still, painter_config=painted, stripped=0)  # fmt: skip
-        batch = batches.samples(100 * kind, count)
-        for ax, planes, mask in zip(axes, batch["planes"], batch["mask"], strict=True):
+    shares = tuple(float(i == kind) for i in range(len(KINDS)))
+    painter_config = PainterConfig(kinds=shares, enhancing=(1.0, 1.0, 0.3) if several else (0.7, 0.3, 0.1))
+    batches = BatchMaker(
+        slices, config, "lesions", {"phantom": 1.0},
+        augmentation_config=STILL, painter_config=painter_config, stripped=0,
+    )  # fmt: skip
+    batch = batches.samples(100 * kind, 8 * count)
+    large = batch["mask"].flatten(1).sum(1) > 20  # a slice without ventricles has no caps
+    chosen = torch.cat((torch.nonzero(large), torch.nonzero(~large)))[:count, 0]
+    return {"planes": batch["planes"][chosen], "mask": batch["mask"][chosen]}
+
+
+def painter(count: int = 6, seed: int = 0) -> Figure:
+    """Lesions painted on a healthy phantom, their masks outlined: a kind a row, thick slices, four sequences."""
+    rows = [
+        (
+            TITLES[name],
+            [(planes[1], mask) for planes, mask in zip(batch["planes"], batch["mask"], strict=True)],
+        )
+        for name, batch in ((name, painted(kind, count, seed)) for kind, name in enumerate(KINDS))
+    ]
+    thick = painted(KINDS.index("bands"), count, seed, slice_mm=7.0)
+    rows.append(
+        (
+            "bands in slices of 7 mm: edges are the mean through the slice",
+            [(planes[1], mask) for planes, mask in zip(thick["planes"], thick["mask"], strict=True)],
+        )
+    )
+    for name in ("large", "small"):
+        batch = painted(KINDS.index(name), 1, seed, ALL)
+        planes = batch["planes"][0, len(ALL) : 2 * len(ALL)]
+        rows.append((f"{name} on {', '.join(ALL)}", [(plane, batch["mask"][0]) for plane in planes]))
+    figure = Figure(figsize=(1.8 * count, 2.05 * len(rows)))
+    for (title, shown), axes in zip(rows, figure.subplots(len(rows), count), strict=True):
+        for ax in axes:
             ax.axis("off")
-            ax.imshow(planes[1].numpy(), cmap="gray", vmin=-2, vmax=2.5, origin="lower")
+        axes[0].set_title(title, loc="left", fontsize=9)
+        for ax, (plane, mask) in zip(axes, shown, strict=False):
+            ax.imshow(plane.numpy(), cmap="gray", vmin=-2, vmax=2.5, origin="lower")
             if mask.any():
-                ax.contour(mask[0].numpy(), [0.5], colors="red", linewidths=0.7)
-        axes[0].set_title(KINDS[kind], loc="left", fontsize=9)
-    figure.tight_layout(pad=0.3)
+                ax.contour(mask[0].numpy(), [0.5], colors="red", linewidths=0.5)
+    figure.subplots_adjust(left=0.005, right=0.995, bottom=0.005, top=0.98, wspace=0.03, hspace=0.16)
     return figure
 
 

@@ -1,0 +1,115 @@
+"""What becomes of trained weights: thresholds, means of two systems, and weights of an unfinished run."""
+
+import dataclasses
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ddmd.evaluation.case_metrics import THRESHOLDS
+from ddmd.models import checkpoint
+from ddmd.models.checkpoint import WeightsError
+from ddmd.training import train
+from ddmd.training.config import DataEntry, TrainConfig
+from ddmd.training.export import export_checkpoints
+from ddmd.training.threshold import TOLERANCE, choose, dice_by_kind, lowest
+from ddmd.training.weight_average import average
+from tests.training_setup import tiny_config, worst_difference
+from tests.volumes import write_slices
+
+pytest.importorskip("accelerate", reason="the extra ddmd[train] is not installed")
+
+
+@pytest.fixture
+def config(tmp_path, rng) -> TrainConfig:
+    return tiny_config(tmp_path, rng)
+
+
+def test_choosing_a_threshold_changes_nothing_else(config, tmp_path):
+    data = (DataEntry(str(write_slices(tmp_path / "masked", np.random.default_rng(1), 4))),)
+    config = dataclasses.replace(config, data=data, validation=0.25, test=0.25)
+    path = train(config, tmp_path / "run")
+    before = load_file(path)
+    threshold = choose(tmp_path / "run", path)
+    after, description = load_file(path), checkpoint.describe(path)
+    assert all(torch.equal(before[k], after[k]) for k in before | after)
+    assert description.threshold == threshold
+    assert description.threshold_chosen.endswith("on 1 validation patients")
+    assert description.sampling.items() <= dataclasses.asdict(config.sampling).items()
+    choose(tmp_path / "run", path, steps=2)
+    assert checkpoint.describe(path).sampling == description.sampling | {"steps": 2}
+    choose(tmp_path / "run", path, peak=0.9)
+    assert checkpoint.describe(path).min_peak == 0.9 != description.min_peak
+    with pytest.raises(ValueError, match="split.json: cannot be read"):
+        choose(tmp_path / "nowhere", path)
+
+
+def test_of_thresholds_with_nearly_equal_dice_the_lowest_is_taken():
+    curve = np.where(THRESHOLDS < 0.6, 0.3, 0.5)
+    curve[9] += 0.2
+    assert lowest(curve) == pytest.approx(THRESHOLDS[9])
+    for short, expected in ((0.9 * TOLERANCE, 4), (1.1 * TOLERANCE, 9)):
+        curve[4] = curve[9] - short
+        assert lowest(curve) == pytest.approx(THRESHOLDS[expected])
+
+
+def test_every_kind_counts_alike_in_the_choice_of_a_threshold(rng):
+    """Nine patients of one kind do not outvote one of another; within a kind, pooled and mean Dice count alike."""
+    counts = [rng.integers(0, 1000, (len(THRESHOLDS), 4)) for _ in range(10)]
+    curves = dice_by_kind(counts, ["glioma"] * 9 + ["ms"])
+
+    def dice(count):
+        return 2 * count[:, 0] / (2 * count[:, 0] + count[:, 1] + count[:, 2])
+
+    assert list(curves) == ["glioma", "ms"]
+    assert curves["ms"] == pytest.approx(dice(counts[9]))
+    pooled, mean = dice(np.sum(counts[:9], axis=0)), np.mean([dice(c) for c in counts[:9]], axis=0)
+    assert curves["glioma"] == pytest.approx((pooled + mean) / 2)
+
+
+def test_the_mean_of_two_systems_lies_between_them(tmp_path):
+    first, second = (checkpoint.load("flair-image-labels", precision="float32") for _ in range(2))
+    for value in second.condition.state_dict().values():
+        value.add_(1.0)
+    paths = [tmp_path / name for name in ("first", "second", "mean")]
+    for system, path in zip((first, second), paths, strict=False):
+        checkpoint.save(system, path, torch.float32)
+    command = [
+        sys.executable,
+        "-m",
+        "ddmd.training.weight_average",
+        *paths[:2],
+        "--share",
+        "0.25",
+        "-o",
+        paths[2],
+    ]
+    subprocess.run(command, check=True)
+    mean = checkpoint.load(paths[2], precision="float32")
+    for part, added in (("condition", 0.25), ("autoencoders_b", 0.0)):
+        held = mean.parts()[part].state_dict()
+        for key, value in first.parts()[part].state_dict().items():
+            torch.testing.assert_close(held[key], value + added, rtol=1e-3, atol=1e-3)
+    assert (mean.description.threshold, mean.description.threshold_chosen) == (0.5, "one half")
+    assert mean.description.training["share"] == 0.25
+    with pytest.raises(ValueError, match="share is 1.5; allowed are 0 to 1"):
+        average(first, second, 1.5)
+    other = dataclasses.replace(first.description, discrepancy_scale=1.0)
+    with pytest.raises(WeightsError, match="discrepancy_scale is 4.0 in the first and 1.0 in the second"):
+        average(first, dataclasses.replace(second, description=other), 0.5)
+    other = dataclasses.replace(first.description, training={"labels": "pixel"})
+    with pytest.raises(WeightsError, match="labels is image in the first and pixel in the second"):
+        average(first, dataclasses.replace(second, description=other), 0.5)
+
+
+def test_weights_of_an_unfinished_run_are_the_averages_of_its_checkpoints(config, tmp_path):
+    out = tmp_path / "run"
+    finished = load_file(train(config, out))
+    assert export_checkpoints(out, tmp_path / "again.safetensors") == 4
+    assert worst_difference(finished, load_file(tmp_path / "again.safetensors")) == 0
+    (out / "denoiser.checkpoint.safetensors").unlink()
+    with pytest.raises(ValueError, match="no checkpoint of condition, denoiser yet"):
+        export_checkpoints(out, tmp_path / "again.safetensors")
