@@ -110,7 +110,7 @@ TITLES = {
 def painted(
     kind: int, count: int, seed: int, sequences: tuple[str, ...] = ("flair",), slice_mm: float = 2.0
 ) -> dict[str, torch.Tensor]:
-    """A batch of one kind of lesion, painted on slices of a healthy phantom; half of them hard ones."""
+    """Samples with one kind of lesion, painted on slices of a healthy phantom."""
     made = phantom(seed=seed, lesions=0, sequences=sequences, spacing_mm=(1.0, 1.0, slice_mm))
     volume = Volume.read(made.images, require=sequences)
     cut = extract(volume, sequences, SliceGrid())
@@ -123,7 +123,7 @@ def painted(
         np.zeros(len(head[rows]), np.int8), cut.offset, offset_mm, fluid_dark=dark,
     )  # fmt: skip
     stage = DenoiserStage(
-        share_normal=0, share_painted=1, share_painted_beside=0, share_masked=0, hard_from=0.5,
+        share_normal=0, share_painted=1, share_painted_beside=0, share_masked=0, hard_from=1,
         share_complete=1, share_first_alone=0,
     )  # fmt: skip
     several = len(sequences) > 1
