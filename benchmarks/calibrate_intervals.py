@@ -32,7 +32,9 @@ def main() -> None:
     for case in cases:
         if parts[case.patient] != "validation":
             continue
-        prepared = detector.prepare(case.volume(detector.description.sequences))
+        prepared = detector.prepare(
+            case.volume(detector.description.required_sequences, detector.description.optional_sequences)
+        )
         draws = detector.draws(prepared, detector.maps(prepared, config, keep_draws=True))
         assert draws is not None
         voxel_ml = float(np.prod(prepared.volume.spacing)) / 1000

@@ -43,7 +43,9 @@ def examples(weights: str, data: Path, seed: int) -> list[Example]:
     for case in cases:
         if parts[case.patient] != "validation":
             continue
-        prepared = detector.prepare(case.volume(detector.description.sequences))
+        prepared = detector.prepare(
+            case.volume(detector.description.required_sequences, detector.description.optional_sequences)
+        )
         maps = detector.to_volume(prepared, detector.maps(prepared, config))
         voxel_ml = float(np.prod(prepared.volume.spacing)) / 1000
         marked = case.lesion().any((0, 1))

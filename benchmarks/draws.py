@@ -41,7 +41,11 @@ def main() -> None:
     print(config)
     print("case", *COLUMNS, sep="\t")
     rows = []
-    for case in find_cases(options.data, require=detector.description.sequences):
+    for case in find_cases(
+        options.data,
+        require=detector.description.required_sequences,
+        optional=detector.description.optional_sequences,
+    ):
         if len(case.rater_masks) < 2 or (options.cases and case.name not in options.cases):
             continue
         row = evaluate_case(detector, case, None, config, draws=True).row

@@ -31,7 +31,9 @@ def without_mask(data: Path, name: str, split: dict[str, str]) -> list[dict[str,
     detector, rows = Detector.load(name), []
     for case in find_cases(data):
         if case.masks is None and split.get(case.patient, "test") == "test":
-            detection = detector.detect(case.volume(detector.description.sequences))
+            detection = detector.detect(
+                case.volume(detector.description.required_sequences, detector.description.optional_sequences)
+            )
             ml = sum(lesion.volume_ml for lesion in detection.lesions)
             rows.append({"patient": case.name, "detected_ml": ml, "score": detection.score})
     return rows

@@ -64,8 +64,9 @@ def settings(default: SamplingConfig) -> list[tuple[str, SamplingConfig]]:
 
 def measure(detector: Detector, cases: list[Case]) -> Iterator[dict[str, Any]]:
     """Figures of every setting over the same cases, at the threshold of the weights, one after the other."""
-    sequences, criteria = detector.description.sequences, detector.lesion_criteria()
-    prepared = [(case, detector.prepare(case.volume(sequences)), case.lesion()) for case in cases]
+    description, criteria = detector.description, detector.lesion_criteria()
+    needs = description.required_sequences, description.optional_sequences
+    prepared = [(case, detector.prepare(case.volume(*needs)), case.lesion()) for case in cases]
     for sweep, config in settings(detector.sampling_config()):
         seconds, metrics = 0.0, []
         for case, p, truth in prepared:
