@@ -113,6 +113,8 @@ def _group(bids_dir: Path, output: Path, settings: CohortSettings) -> None:
     if settings.json:
         console.json_value({"Done": done, "Failed": failed, "Table": str(output / "cohort.tsv")})
     elif not settings.quiet:
-        console.say(f"{done} images with a result, {failed} without: {output / 'cohort.tsv'}")
+        console.say(
+            f"{done} image{'' if done == 1 else 's'} with a result, {failed} without: {output / 'cohort.tsv'}"
+        )
     if settings.report:
         write_page(output, cases, settings)

@@ -75,7 +75,8 @@ def command(
     if json:
         console.json_value({"pooled": report.pooled, "intervals": report.intervals, "output": output})
     elif not quiet:
-        console.say(f"{len(report.patients)} patients")
+        count = len(report.patients)
+        console.say(f"{count} patient{'' if count == 1 else 's'}")
         rows = []
         for name in dict.fromkeys((*report.pooled, *report.intervals)):
             pooled = f"{report.pooled[name]:.3f}" if name in report.pooled else ""

@@ -56,5 +56,5 @@ def command(
     elif not quiet:
         for note in report.notes:
             console.note(note)
-        console.say(f"{report.cases} cases, {report.failures} failed")
+        console.say(f"{report.cases} case{'' if report.cases == 1 else 's'}, {report.failures} failed")
         console.say(f"report: {report.page}")
