@@ -4,6 +4,8 @@
 validation patients, evaluates on test patients and writes benchmarks/results/ablation-DATE.json of all that are
 finished in RUNS. A run that was killed goes on. Variants that differ in the denoiser alone share the
 auto-encoders of the whole.
+
+`python -m benchmarks.shipped_ablation` takes shipped weights apart instead, without training.
 """
 
 from __future__ import annotations

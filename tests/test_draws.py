@@ -9,7 +9,7 @@ from ddmd.evaluation.draws import (
     energy_distance,
     intersections,
     iou_distances,
-    random_thresholds,
+    threshold_energy_distance,
 )
 from ddmd.inference.draws import lesion_existence, volume_interval
 
@@ -49,6 +49,7 @@ def test_energy_distance_is_its_formula(rng):
     theirs = np.mean([jaccard_distance(r, q) for r in raters for q in raters])
     result = energy_distance(draws, raters)
     assert result.distance == pytest.approx(2 * across - own - theirs)
+    assert result.rater_distance == pytest.approx(across)
     assert result.diversity == pytest.approx(own)
     assert result.rater_diversity == pytest.approx(theirs)
     assert result.best_match_dice == pytest.approx(np.mean([max(dice(s, r) for s in draws) for r in raters]))
@@ -62,12 +63,30 @@ def test_draws_that_are_the_raters_are_at_distance_zero(rng):
     assert one.distance == pytest.approx(2)
 
 
-def test_random_thresholds_mark_each_voxel_as_often_as_it_is_probable(rng):
-    probability = np.array([0.0, 0.1, 0.5, 0.9, 1.0], np.float32)
-    masks = random_thresholds(probability, 4000, rng)
-    assert masks.mean(0) == pytest.approx(probability, abs=0.035)  # four standard errors
-    order = masks.sum(1)
-    assert all((masks[order == n] == masks[order == n][:1]).all() for n in range(1, 5)), "masks are nested"
+def test_random_thresholds_are_what_many_sets_of_them_reach_on_average(rng):
+    """Against masks that are made one by one, over many sets of random thresholds."""
+    raters = np.zeros((2, 8, 8, 4), bool)
+    raters[0, 2:6, 2:6, 1:3] = True
+    raters[1, 3:7, 2:6, 1:3] = True
+    probability = np.clip(raters.mean(0) * 0.8 + rng.normal(0.1, 0.08, raters.shape[1:]), 0, 1)
+    probability = probability.astype(np.float32)
+    sets = [
+        energy_distance(probability > rng.uniform(size=(6, 1, 1, 1)).astype(np.float32), raters)
+        for _ in range(3000)
+    ]
+    result = threshold_energy_distance(probability, raters, 6)
+    for name in ("distance", "rater_distance", "diversity", "rater_diversity", "best_match_dice"):
+        values = np.array([getattr(one, name) for one in sets])
+        error = values.std() / len(values) ** 0.5
+        assert getattr(result, name) == pytest.approx(values.mean(), abs=5 * error + 2e-3), name
+
+
+def test_random_thresholds_of_no_probability_are_empty_masks():
+    raters = np.zeros((2, 3, 3, 3), bool)
+    raters[:, 1, 1, 1] = True
+    result = threshold_energy_distance(np.zeros((3, 3, 3), np.float32), raters, 4)
+    assert result.rater_distance == pytest.approx(1.0, abs=2e-3)
+    assert result.best_match_dice == pytest.approx(0.0, abs=2e-2)
 
 
 def test_the_spread_is_split_into_between_and_inside(rng):

@@ -123,6 +123,19 @@ def test_shifts_are_standard_normal_quantiles_in_few_samples():
     cdf = torch.special.ndtr(shifts).sort().values
     assert float((cdf - torch.linspace(0, 1, 512)).abs().max()) < 0.01
     assert torch.equal(rater_shifts(512, 2.0)[:16], rater_shifts(16, 2.0))
+    assert torch.allclose(rater_shifts(16, 2.0, -1.5), rater_shifts(16, 2.0) - 1.5)
+
+
+def test_a_mean_shift_alone_moves_every_sample(rng):
+    values, affine = head(rng, (40, 48, 8))
+    slices = extract(Volume.from_array({"flair": values}, affine), ("flair",), SliceGrid(4.0, 16))
+    config = SamplingConfig(samples=3, steps=1)
+    session = Session(tiny_system())
+    plain = session.run(slices, config, keep_draws=True).draws.float()
+    less = session.run(slices, replace(config, rater_mean=-1.0), keep_draws=True).draws.float()
+    inside = (plain > 25) & (plain < 230)
+    logits = [torch.logit(draws[inside] / 255) for draws in (plain, less)]
+    assert float((logits[1] - logits[0]).median()) == pytest.approx(-1.0, abs=0.1)
 
 
 def test_named_sampling_gives_way_to_single_options(detector):

@@ -58,6 +58,8 @@ class SamplingConfig:
         each slice alone stays standard normal.
     rater_sd : float in [0, 4]
         Standard deviation of a shift of all logits of a sample, see `rater_shifts`.
+    rater_mean : float in [-8, 8]
+        Mean of that shift.
 
     Raises
     ------
@@ -80,6 +82,7 @@ class SamplingConfig:
     mirror: bool = False
     shared_noise: bool = False
     rater_sd: float = 0.0
+    rater_mean: float = 0.0
 
     def __post_init__(self) -> None:
         batch = None if self.batch is None else validation.integer("batch", self.batch, 1, 2**31 - 1)
@@ -97,22 +100,26 @@ class SamplingConfig:
             "mirror": validation.flag("mirror", self.mirror),
             "shared_noise": validation.flag("shared_noise", self.shared_noise),
             "rater_sd": validation.real("rater_sd", self.rater_sd, 0.0, 4.0),
+            "rater_mean": validation.real("rater_mean", self.rater_mean, -8.0, 8.0),
         }
         for name, value in checked.items():  # as Python's own numbers: they are written to JSON
             object.__setattr__(self, name, value)
 
 
-def rater_shifts(samples: int, sd: float) -> Tensor:
+def rater_shifts(samples: int, sd: float, mean: float = 0.0) -> Tensor:
     """Shifts of the logits of S samples: raters differ in how much of the same image they mark.
 
     A random effect on the intercept of a logistic model, one value for all voxels of a sample. Its normal
     quantiles are taken along an additive recurrence (golden ratio), so that few samples are spread evenly,
-    the first is not shifted, and more samples leave those before as they are.
+    the first is shifted by the mean, and more samples leave those before as they are.
 
     Parameters
     ----------
     samples : int
     sd : float
+        Standard deviation of the shifts.
+    mean : float
+        Draws of many steps mark more than the posterior mean does; a negative mean takes that back.
 
     Returns
     -------
@@ -125,7 +132,7 @@ def rater_shifts(samples: int, sd: float) -> Tensor:
     """
     place = torch.arange(samples, dtype=torch.float64, device="cpu") * ((math.sqrt(5.0) - 1.0) / 2.0) + 0.5
     quantiles: Tensor = torch.special.ndtri(place % 1.0)
-    return (sd * quantiles).float()
+    return (mean + sd * quantiles).float()
 
 
 def ddim_coefficients(now: Tensor, then: Tensor, eta: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -11,6 +11,7 @@ from ddmd.evaluation.metrics import Floats, Mask, calibration_bins
 from ddmd.inference.draws import INTERVAL_SCALE, calibrated_interval, lesion_existence
 
 Draws = Floats | NDArray[np.uint8]
+THRESHOLD_LEVELS = 1000  # of a probability, over which random thresholds are averaged
 CHUNK_VOXELS = 1 << 20  # voxels of a matrix product at once: counts in it stay exact in float32
 
 
@@ -21,12 +22,14 @@ class EnergyDistance:
     Parameters
     ----------
     distance : generalized energy distance, 2 E d(draw, rater) - E d(draw, draw') - E d(rater, rater')
+    rater_distance : E d(draw, rater)
     diversity : E d(draw, draw')
     rater_diversity : E d(rater, rater')
     best_match_dice : mean over raters of the highest Dice of any draw
     """
 
     distance: float
+    rater_distance: float
     diversity: float
     rater_diversity: float
     best_match_dice: float
@@ -85,23 +88,65 @@ def energy_distance(draws: Mask, raters: Mask) -> EnergyDistance:
     """
     across = iou_distances(draws, raters)
     diversity, rater_diversity = (float(iou_distances(m, m).mean()) for m in (draws, raters))
-    # IoU = D / (2 - D), so the best Dice is that of the least distance
-    best_iou = 1 - across.min(axis=0)
+    # Dice rises with IoU, so the best Dice is that of the least distance
     return EnergyDistance(
         distance=2 * float(across.mean()) - diversity - rater_diversity,
+        rater_distance=float(across.mean()),
         diversity=diversity,
         rater_diversity=rater_diversity,
-        best_match_dice=float((2 * best_iou / (1 + best_iou)).mean()),
+        best_match_dice=float(_dice(across.min(axis=0)).mean()),
     )
 
 
-def random_thresholds(probability: Floats, count: int, rng: np.random.Generator) -> Mask:
-    """The baseline for draws: (count, ...) masks of a mean probability, each at a uniformly random threshold."""
-    levels = rng.uniform(size=count).astype(np.float32)
-    masks = np.empty((count, *probability.shape), bool)
-    for mask, level in zip(masks, levels, strict=True):
-        np.greater(probability, level, out=mask)
-    return masks
+def _dice(distance: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Dice of masks whose 1 - IoU is known."""
+    return 2 * (1 - distance) / (2 - distance)
+
+
+def threshold_energy_distance(probability: Floats, raters: Mask, count: int) -> EnergyDistance:
+    """What masks of a probability at `count` uniformly random thresholds reach on average.
+
+    The expectation over the thresholds, so that the baseline does not depend on luck: the distance of a few random
+    thresholds scatters by 0.05. Masks of one map are nested, so |a and b| = min(|a|, |b|), and counting the voxels
+    above each level gives all distances.
+
+    Parameters
+    ----------
+    probability : (X, Y, Z) float32 in [0, 1]
+    raters : (R, X, Y, Z) bool
+    count : masks in a set, S
+
+    Returns
+    -------
+    EnergyDistance
+        Expectations over sets of S masks; the highest Dice is that of the best of the S.
+    """
+    bins = np.clip((probability * THRESHOLD_LEVELS).astype(np.int64), 0, THRESHOLD_LEVELS - 1).ravel()
+
+    def above(own: NDArray[np.int64]) -> NDArray[np.float64]:
+        """How many of the voxels a mask at the middle of each bin marks; it marks half of that bin."""
+        voxels = np.bincount(own, minlength=THRESHOLD_LEVELS).astype(np.float64)
+        return np.cumsum(voxels[::-1])[::-1] - voxels / 2
+
+    sizes = above(bins)
+    rater_sizes = raters.reshape(len(raters), -1).sum(1, dtype=np.int64).astype(np.float64)
+    shared = np.stack([above(bins[rater.ravel()]) for rater in raters], 1)
+    union = sizes[:, None] + rater_sizes - shared
+    across = np.where(union > 0, 1 - shared / np.maximum(union, 1), 0.0)
+    largest = np.maximum(sizes[:, None], sizes)
+    among = np.where(largest > 0, 1 - np.minimum(sizes[:, None], sizes) / np.maximum(largest, 1), 0.0)
+    diversity = (1 - 1 / count) * float(among.mean())  # a mask with itself among the pairs
+    rater_diversity = float(iou_distances(raters, raters).mean())
+    # P(best of S is at most the i-th of n) = (i / n)^S
+    share = (np.arange(THRESHOLD_LEVELS + 1) / THRESHOLD_LEVELS) ** count
+    best = np.sort(_dice(across), axis=0).T @ np.diff(share)
+    return EnergyDistance(
+        distance=2 * float(across.mean()) - diversity - rater_diversity,
+        rater_distance=float(across.mean()),
+        diversity=diversity,
+        rater_diversity=rater_diversity,
+        best_match_dice=float(best.mean()),
+    )
 
 
 def _unit(draws: Draws) -> int:
@@ -141,13 +186,12 @@ def draw_metrics(
     raters: Mask | None = None,
     one_step: Draws | None = None,
     threshold: float = 0.5,
-    seed: int = 0,
     scale: float = INTERVAL_SCALE,
 ) -> DrawMetrics:
     """Everything that draws say of one case, beside two baselines.
 
-    The baselines are draws of one step, and their mean probability at random thresholds; without draws of one step,
-    the mean of the draws.
+    The baselines are draws of one step, and their mean probability at as many random thresholds
+    (`threshold_energy_distance`); without draws of one step, the mean of the draws.
 
     Parameters
     ----------
@@ -158,7 +202,6 @@ def draw_metrics(
     raters : (R, X, Y, Z) bool, masks of two annotators or more; energy distances need them
     one_step : draws of one denoising step, as `draws`
     threshold : from which a voxel of a draw is lesion
-    seed : of the random thresholds
     scale : of the volume interval, see `calibrated_interval`
     """
     masks = draws >= threshold * _unit(draws)
@@ -176,11 +219,13 @@ def draw_metrics(
     }
     if raters is not None and len(raters) > 1:
         mean = _mean(draws if one_step is None else one_step)
-        baseline = random_thresholds(mean, len(draws), np.random.default_rng(seed))
-        sets = {"draws": masks, "random_thresholds": baseline}
+        distances = {
+            "draws": energy_distance(masks, raters),
+            "random_thresholds": threshold_energy_distance(mean, raters, len(draws)),
+        }
         if one_step is not None:
-            sets["one_step_draws"] = one_step >= threshold * _unit(one_step)
-        for name, chosen in sets.items():
-            row |= {f"{name}_{key}": value for key, value in asdict(energy_distance(chosen, raters)).items()}
+            distances["one_step_draws"] = energy_distance(one_step >= threshold * _unit(one_step), raters)
+        for name, result in distances.items():
+            row |= {f"{name}_{key}": value for key, value in asdict(result).items()}
     existence = calibration_bins(lesion_existence(labels, masks), exists)
     return DrawMetrics(row, existence, low <= true_ml <= high)

@@ -51,12 +51,17 @@ FIGURES = {
     "existence_calibration_error": "calibration error of the probability that a lesion exists",
     "draws_between_share": "share of the spread that lies between draws",
     "draws_distance": "generalized energy distance of the draws to raters",
+    "draws_rater_distance": "mean distance of a draw to a rater",
     "draws_diversity": "diversity of the draws",
     "draws_rater_diversity": "diversity of the raters",
     "draws_best_match_dice": "Dice of the best draw, mean over raters",
-    "random_thresholds_distance": "generalized energy distance, p at random thresholds",
+    "random_thresholds_distance": "generalized energy distance, p at random thresholds (expected)",
+    "random_thresholds_rater_distance": "mean distance of p at a random threshold to a rater",
+    "random_thresholds_diversity": "diversity of p at random thresholds",
     "random_thresholds_best_match_dice": "Dice of the best random threshold, mean over raters",
     "one_step_draws_distance": "generalized energy distance, one-step draws",
+    "one_step_draws_rater_distance": "mean distance of a one-step draw to a rater",
+    "one_step_draws_diversity": "diversity of one-step draws",
     "one_step_draws_best_match_dice": "Dice of the best one-step draw, mean over raters",
 }  # name of a figure -> what it is called in reports
 POOLED_ONLY = {"accuracy", "accuracy_of_empty_mask", "auprc"}  # not averaged over patients

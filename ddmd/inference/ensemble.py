@@ -81,7 +81,7 @@ class SamplingTable:
             times=schedule.timesteps(config.steps, config.stop).to(device),
             steps=torch.arange(config.steps, dtype=torch.int64, device=device),
             samples=torch.arange(config.samples, dtype=torch.int64, device=device),
-            shifts=rater_shifts(config.samples, config.rater_sd).to(device),
+            shifts=rater_shifts(config.samples, config.rater_sd, config.rater_mean).to(device),
         )
 
 
@@ -164,7 +164,7 @@ def draw_samples(
     evidence = to_patches(condition.evidence)
     shape = (s * z, *evidence.shape[1:])
     x = pure_noise(torch.empty(shape, dtype=torch.float32, device=evidence.device), rows)
-    if config.rater_sd:
+    if config.rater_sd or config.rater_mean:
         evidence = evidence + table.shifts[samples].view(s, 1, 1, 1, 1)
     x0 = torch.zeros_like(x) if config.sampler == "dpm++2m" else None
     for i in range(config.steps):

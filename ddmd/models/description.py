@@ -33,6 +33,7 @@ STORED_SAMPLING = (
     "mirror",
     "shared_noise",
     "rater_sd",
+    "rater_mean",
 )  # not the seed, nor the batch
 
 
