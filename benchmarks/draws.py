@@ -49,8 +49,11 @@ OTHERS = {
     "volume_high_ml": "90 % interval: high (ml)",
     "covered": "covered by the interval",
     "existence_error": "calibration error of existence",
-    "uncertainty_auroc": "AUROC of the variance against error",
-    "bernoulli_auroc": "AUROC of p(1 - p) against error",
+    "draws_contradiction_auroc": "AUROC of draws that contradict the mask of the posterior mean",
+    "draws_variance_auroc": "AUROC of the variance of draws, same mask",
+    "posterior_mean_bernoulli_auroc": "AUROC of p(1 - p) of the posterior mean, same mask",
+    "uncertainty_auroc": "AUROC of the variance of draws, mask of the draws' mean",
+    "bernoulli_auroc": "AUROC of p(1 - p), mask of the draws' mean",
 }
 
 

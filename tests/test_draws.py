@@ -7,6 +7,7 @@ from ddmd.evaluation.draws import (
     between_share,
     draw_metrics,
     energy_distance,
+    error_aurocs,
     intersections,
     iou_distances,
     threshold_energy_distance,
@@ -116,6 +117,26 @@ def test_the_interval_holds_nine_of_ten_volumes(rng):
     volumes = rng.standard_normal(20000)
     low, high = volume_interval(volumes)
     assert (low, high) == pytest.approx((-1.645, 1.645), abs=0.06)
+
+
+def test_three_maps_rank_the_errors_of_one_mask(rng):
+    from sklearn.metrics import roc_auc_score
+
+    probability = rng.random(4000).astype(np.float32)
+    mask = probability >= 0.5
+    truth = rng.random(4000) < probability**3  # the probability is too high
+    draws = (rng.random((12, 4000)) < probability**3).astype(np.uint8) * 255
+    result = error_aurocs(draws, probability, mask, truth)
+    share = (draws > 0).mean(0)
+    wrong = mask != truth
+    wanted = {
+        "draws_contradiction_auroc": ((draws > 0) != mask).mean(0),
+        "draws_variance_auroc": share * (1 - share),
+        "posterior_mean_bernoulli_auroc": probability * (1 - probability),
+    }
+    for name, score in wanted.items():
+        assert result[name] == pytest.approx(roc_auc_score(wrong, score), abs=5e-3), name
+    assert result["draws_contradiction_auroc"] > result["posterior_mean_bernoulli_auroc"] + 0.1
 
 
 def test_everything_of_one_case(rng):

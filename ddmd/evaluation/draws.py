@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ddmd.evaluation.metrics import Floats, Mask, calibration_bins
+from ddmd.evaluation.metrics import Floats, Histogram, Mask, calibration_bins
 from ddmd.inference.draws import INTERVAL_SCALE, calibrated_interval, lesion_existence
 
 Draws = Floats | NDArray[np.uint8]
 THRESHOLD_LEVELS = 1000  # of a probability, over which random thresholds are averaged
+LOG_SCORE_RANGE = (-8.0, 0.0)  # decimal logarithm of an uncertainty
 CHUNK_VOXELS = 1 << 20  # voxels of a matrix product at once: counts in it stay exact in float32
 
 
@@ -49,6 +50,10 @@ class DrawMetrics:
     row: dict[str, float]
     existence: NDArray[np.float64]
     covered: bool
+
+    def beside(self, row: dict[str, float]) -> DrawMetrics:
+        """The same with further figures in the row."""
+        return replace(self, row=self.row | row)
 
 
 def intersections(a: Mask, b: Mask) -> NDArray[np.float64]:
@@ -171,6 +176,36 @@ def between_share(draws: Draws) -> float:
         inside += float((plane * (1 - plane)).mean(axis=0).sum())
     total = between + inside
     return between / total if total else float("nan")
+
+
+def error_aurocs(draws: Draws, probability: Floats, mask: Mask, truth: Mask) -> dict[str, float]:
+    """How well three maps rank the errors of one mask: draws that contradict it, their variance, and p (1 - p).
+
+    All three are of the same mask, that of the posterior mean, so that they differ in the ranking alone.
+
+    Parameters
+    ----------
+    draws : (S, n) float32 in [0, 1], or uint8, 255 for 1
+    probability : (n,) float32, the posterior mean p
+    mask : (n,) bool, the mask made of it
+    truth : (n,) bool
+
+    Returns
+    -------
+    name -> AUROC, for the table of cases
+    """
+    mean = _mean(draws)
+    wrong = mask != truth
+    scores = {
+        # the mean probability that a draw and the mask differ
+        "draws_contradiction_auroc": np.where(mask, 1 - mean, mean),
+        "draws_variance_auroc": draws.var(axis=0, dtype=np.float32) / _unit(draws) ** 2,
+        "posterior_mean_bernoulli_auroc": probability * (1 - probability),
+    }
+    return {
+        name: Histogram.count(np.log10(score + 1e-12), wrong, *LOG_SCORE_RANGE).auroc()
+        for name, score in scores.items()
+    }
 
 
 def _mean(draws: Draws) -> NDArray[np.float32]:

@@ -16,7 +16,7 @@ from ddmd.cohort.discovery import find_cases
 from ddmd.cohort.splits import read_split
 from ddmd.evaluation.baselines import smoothed_intensity
 from ddmd.evaluation.case_metrics import BASELINE_RANGE, CaseMetrics, case_metrics
-from ddmd.evaluation.draws import DrawMetrics, draw_metrics
+from ddmd.evaluation.draws import DrawMetrics, draw_metrics, error_aurocs
 from ddmd.evaluation.metrics import Histogram, Mask
 from ddmd.evaluation.report import EvaluationError, check_report_folder, write_report
 from ddmd.evaluation.summary import Failure, Report, summarise
@@ -169,24 +169,28 @@ def _draw_metrics(
     truth: Mask,
     criteria: LesionCriteria,
 ) -> DrawMetrics:
-    """Figures of the draws of one case; energy distances where several raters marked it."""
+    """Figures of the draws of one case beside draws of one step; energy distances where several raters marked it."""
     volume = prepared.volume
     voxel_ml = float(np.prod(volume.spacing)) / 1000
     labels = label_components(maps.probability, voxel_ml, criteria)
     raters = case.rater_lesions()
+    fast = detector.sampling_config(samples=config.samples, seed=config.seed, quality="fast")
+    one_step = detector.maps(prepared, fast, keep_draws=len(raters) > 1)
+    mean = detector.to_volume(prepared, one_step).probability
+    inside = volume.search_region | truth
+    draws = _whole(detector, prepared, sampled)
+    aurocs = error_aurocs(
+        draws[:, inside], mean[inside], label_components(mean, voxel_ml, criteria)[inside] > 0, truth[inside]
+    )
     compared = len(raters) > 1
-    one_step = None
-    if compared:
-        fast = detector.sampling_config(samples=config.samples, seed=config.seed, quality="fast")
-        one_step = _whole(detector, prepared, detector.maps(prepared, fast, keep_draws=True))
     return draw_metrics(
-        _whole(detector, prepared, sampled),
+        draws,
         labels,
         truth,
         voxel_ml,
         np.stack(raters) if compared else None,
-        one_step,
-    )
+        _whole(detector, prepared, one_step) if compared else None,
+    ).beside(aurocs)
 
 
 def _whole(detector: Detector, prepared: Prepared, sampled: Maps) -> NDArray[np.uint8]:
