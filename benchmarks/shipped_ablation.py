@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import datetime
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from functools import reduce
 from operator import add
 from pathlib import Path
@@ -25,10 +25,10 @@ import numpy as np
 from ddmd.cohort.cases import Case
 from ddmd.cohort.discovery import find_cases
 from ddmd.cohort.splits import read_split
-from ddmd.evaluation.case_metrics import VARIANCE_RANGE
-from ddmd.evaluation.metrics import Histogram
+from ddmd.evaluation.metrics import BINS, Histogram
 from ddmd.inference.detector import Detector
 from ddmd.inference.session import SamplingConfig
+from ddmd.inference.volume_maps import Prepared
 from ddmd.io.atomic import write_text
 from ddmd.io.text import json_text
 from ddmd.models import checkpoint
@@ -45,16 +45,6 @@ class Row:
     name: str
     detector: Detector
     config: SamplingConfig
-
-
-@dataclasses.dataclass(frozen=True)
-class Measured:
-    """One case by one system: its kind, the probability in lesion and other tissue, and the maps to rank errors by."""
-
-    kind: str
-    probability: Histogram
-    values: np.ndarray  # (2, n): probability and variance inside
-    truth: np.ndarray  # (n,)
 
 
 def rows_of(weights: str, pixel_weights: str) -> list[Row]:
@@ -75,61 +65,46 @@ def rows_of(weights: str, pixel_weights: str) -> list[Row]:
     ]
 
 
-def measure(row: Row, case: Case, kinds: Mapping[str, str]) -> Measured:
-    """Detect in one case."""
-    detector = row.detector
-    prepared = detector.prepare(case.volume(detector.description.sequences))
-    maps = detector.to_volume(prepared, detector.maps(prepared, row.config))
-    truth = case.lesion()
-    inside = prepared.volume.search_region | truth
-    probability, truth = maps.probability[inside], truth[inside]
-    values = np.stack((probability, maps.uncertainty[inside]))
-    return Measured(kind_of(case, kinds), Histogram.count(probability, truth, 0.0, 1.0), values, truth)
-
-
-def curves(cases: Sequence[Measured]) -> dict[str, np.ndarray]:
-    """Of each kind, the pooled Dice at every threshold."""
-    kinds = sorted({case.kind for case in cases})
-    pooled = {kind: reduce(add, (case.probability for case in cases if case.kind == kind)) for kind in kinds}
-    return {kind: histogram.dice_curve()[THRESHOLD_BINS] for kind, histogram in pooled.items()}
-
-
-def error_auroc(cases: Sequence[Measured], threshold: float) -> tuple[float, float]:
-    """AUROC of the variance, and of p (1 - p), against voxels where the mask is wrong."""
-    ranked = []
-    for score in (lambda p, variance: variance, lambda p, variance: p * (1 - p)):
-        histograms = [
-            Histogram.count(
-                np.log10(score(*case.values) + 1e-12),
-                (case.values[0] >= threshold) != case.truth,
-                *VARIANCE_RANGE,
-            )
-            for case in cases
-        ]
-        ranked.append(reduce(add, histograms).auroc())
-    return ranked[0], ranked[1]
-
-
-def table(
-    rows: Sequence[Row], validation: Sequence[Case], test: Sequence[Case], kinds: Mapping[str, str]
-) -> Iterator[dict[str, Any]]:
-    """The figures of one system after the other."""
+def measure(rows: Sequence[Row], case: Case) -> list[Histogram]:
+    """Of each system, the probability in lesion and in other tissue of one case, which is read once."""
+    prepared: dict[tuple[str, ...], Prepared] = {}
+    histograms = []
     for row in rows:
-        chosen = np.mean(list(curves([measure(row, case, kinds) for case in validation]).values()), axis=0)
-        position = int(chosen.argmax())
-        threshold = (position + THRESHOLD_BINS.start) / 500
-        measured = [measure(row, case, kinds) for case in test]
-        by_kind = curves(measured)
-        variance, bernoulli = error_auroc(measured, threshold)
-        yield {
-            "system": row.name,
-            "threshold": threshold,
-            "dice": {kind: float(curve[position]) for kind, curve in by_kind.items()},
-            "dice_oracle": {kind: float(curve.max()) for kind, curve in by_kind.items()},
-            "auprc": reduce(add, (case.probability for case in measured)).average_precision(),
-            "uncertainty_auroc": variance,
-            "bernoulli_auroc": bernoulli,
-        }
+        sequences = row.detector.description.sequences
+        if sequences not in prepared:
+            prepared[sequences] = row.detector.prepare(case.volume(sequences))
+        volume = prepared[sequences]
+        probability = row.detector.to_volume(volume, row.detector.maps(volume, row.config)).probability
+        truth = case.lesion()
+        inside = volume.volume.search_region | truth
+        histograms.append(Histogram.count(probability[inside], truth[inside], 0.0, 1.0))
+    return histograms
+
+
+def pooled(histograms: Sequence[Histogram], kinds: Sequence[str]) -> dict[str, Histogram]:
+    """The histograms of each kind in one."""
+    return {
+        kind: reduce(add, (h for h, own in zip(histograms, kinds, strict=True) if own == kind))
+        for kind in sorted(set(kinds))
+    }
+
+
+def figures(
+    validation: Sequence[Histogram],
+    validation_kinds: Sequence[str],
+    test: Sequence[Histogram],
+    test_kinds: Sequence[str],
+) -> dict[str, Any]:
+    """Dice of each kind of test patients, at the threshold that validation patients choose."""
+    curves = [h.dice_curve()[THRESHOLD_BINS] for h in pooled(validation, validation_kinds).values()]
+    position = int(np.mean(curves, axis=0).argmax())
+    by_kind = {kind: h.dice_curve()[THRESHOLD_BINS] for kind, h in pooled(test, test_kinds).items()}
+    return {
+        "threshold": (position + THRESHOLD_BINS.start) / (BINS - 1),
+        "dice": {kind: float(curve[position]) for kind, curve in by_kind.items()},
+        "dice_oracle": {kind: float(curve.max()) for kind, curve in by_kind.items()},
+        "auprc": reduce(add, test).average_precision(),
+    }
 
 
 def main() -> None:
@@ -140,6 +115,7 @@ def main() -> None:
     parser.add_argument("--weights", default=checkpoint.DEFAULT)
     parser.add_argument("--pixel-weights", default="flair-pixel-labels")
     parser.add_argument("--cases", type=int, help="how many of each data set and part, the first ones")
+    parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
     split = read_split(options.patients)
     kinds = read_kinds(options.kinds) if options.kinds else {}
@@ -148,20 +124,27 @@ def main() -> None:
         cases = [case for case in find_cases(folder) if case.masks is not None]
         for part, chosen in parts.items():
             chosen += [case for case in cases if split.get(case.patient) == part][: options.cases]
-    rows: list[dict[str, Any]] = []
-    today = datetime.date.today()
-    name = Detector.load(options.weights).description.name
-    target = RESULTS / f"shipped-ablation-{name}-{today}.json"
-    patients = {part: [case.name for case in chosen] for part, chosen in parts.items()}
     systems = rows_of(options.weights, options.pixel_weights)
-    for row in table(systems, parts["validation"], parts["test"], kinds):
+    measured: dict[str, list[list[Histogram]]] = {part: [] for part in parts}
+    for part, chosen in parts.items():
+        for case in chosen:
+            measured[part].append(measure(systems, case))
+            print(f"{part}\t{case.name}", flush=True)
+    rows = []
+    for number, system in enumerate(systems):
+        histograms = {part: [row[number] for row in own] for part, own in measured.items()}
+        of_kind = {part: [kind_of(case, kinds) for case in chosen] for part, chosen in parts.items()}
+        row = {"system": system.name} | figures(
+            histograms["validation"], of_kind["validation"], histograms["test"], of_kind["test"]
+        )
         rows.append(row)
         dice = "\t".join(f"{kind} {value:.3f}" for kind, value in row["dice"].items())
-        print(f"{row['system']}\tthreshold {row['threshold']:.2f}\t{dice}\tAUPRC {row['auprc']:.3f}\t"
-              f"AUROC {row['uncertainty_auroc']:.3f} beside {row['bernoulli_auroc']:.3f}", flush=True)  # fmt: skip
-        write_text(
-            target, json_text({"date": str(today), "weights": name, "patients": patients, "rows": rows})
-        )
+        print(f"{system.name}\tthreshold {row['threshold']:.3f}\t{dice}\tAUPRC {row['auprc']:.3f}")
+    today = datetime.date.today()
+    name = systems[0].detector.description.name
+    target = options.output / f"shipped-ablation-{name}-{today}.json"
+    patients = {part: [case.name for case in chosen] for part, chosen in parts.items()}
+    write_text(target, json_text({"date": str(today), "weights": name, "patients": patients, "rows": rows}))
     print(target)
 
 

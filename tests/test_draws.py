@@ -186,3 +186,36 @@ def test_figures_of_draws_are_pooled(rng):
     assert report.intervals["draws_between_share"][0] == pytest.approx(one.row["draws_between_share"])
     assert report.intervals["draws_distance"][0] == pytest.approx(one.row["draws_distance"])
     assert "generalized energy distance of the draws to raters" in report.table().columns[0]._cells
+
+
+def test_a_shift_is_chosen_on_the_other_cases_alone():
+    from benchmarks.draws import leave_one_out
+
+    table = np.array([[0.1, 0.9, 0.9], [0.5, 0.5, 0.5], [0.9, 0.2, 0.6]])  # (configurations, cases)
+    assert leave_one_out(table).tolist() == [2, 1, 1]
+
+
+def test_an_interval_is_scaled_by_the_other_patients(rng):
+    from benchmarks.calibrate_intervals import DrawnVolumes, conformal_quantile, leave_one_out
+
+    assert conformal_quantile(list(range(1, 20))) == 18, "number ceil(0.9 * 20) of 19"
+    assert conformal_quantile([3.0, 1.0]) == 3.0, "of few, the largest"
+    drawn = [np.exp(rng.standard_normal(40) * 0.3) * 10 for _ in range(4)]
+    rows = [DrawnVolumes(f"p{i}", volumes, 10.0) for i, volumes in enumerate(drawn[:3])]
+    rows.append(DrawnVolumes("far", drawn[3], 1000.0))
+    held = [covered for covered, _ in leave_one_out(rows)]
+    assert held == [True, True, True, False], "the others know nothing of the far one"
+
+
+def test_the_threshold_of_a_system_is_the_validation_patients():
+    from benchmarks.shipped_ablation import figures
+    from ddmd.evaluation.metrics import Histogram
+
+    truth = np.array([True, True, False, False])
+    validation = Histogram.count(np.array([0.9, 0.8, 0.6, 0.1]), truth, 0.0, 1.0)
+    test = Histogram.count(np.array([0.9, 0.3, 0.2, 0.1]), truth, 0.0, 1.0)
+    row = figures([validation], ["a"], [test, validation], ["a", "b"])
+    assert 0.6 < row["threshold"] <= 0.8
+    assert row["dice"]["a"] == pytest.approx(2 / 3), "one of two voxels is above it"
+    assert row["dice_oracle"]["a"] == 1.0
+    assert row["dice"]["b"] == 1.0

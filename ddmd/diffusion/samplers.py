@@ -17,15 +17,16 @@ Sampler = Literal["ddim", "ddpm", "dpm++2m"]
 SAMPLERS: tuple[Sampler, ...] = ("ddim", "ddpm", "dpm++2m")
 
 QUALITIES: dict[str, dict[str, Any]] = {
-    "fast": {"steps": 1, "stop": 0.98, "shared_noise": False, "rater_sd": 0.0},
+    "fast": {"steps": 1, "stop": 0.98, "shared_noise": False, "rater_sd": 0.0, "rater_mean": 0.0},
     "draws": {
         "samples": 16,
-        "steps": 20,
+        "steps": 10,
         "sampler": "ddim",
         "eta": 0.0,
         "stop": 0.0,
         "shared_noise": True,
-        "rater_sd": 0.5,
+        "rater_sd": 0.85,
+        "rater_mean": -1.2,
     },
 }
 """Named sampling: "fast" is the posterior mean in one step; with "draws" each sample is a mask of its own."""
