@@ -57,7 +57,9 @@ def leave_one_out(rows: Sequence[DrawnVolumes]) -> Iterator[tuple[bool, float]]:
 
 def drawn_volumes(detector: Detector, case: Case, config: SamplingConfig) -> DrawnVolumes:
     """Draw masks of one case."""
-    prepared = detector.prepare(case.volume(detector.description.sequences))
+    prepared = detector.prepare(
+        case.volume(detector.description.required_sequences, detector.description.optional_sequences)
+    )
     draws = detector.draws(prepared, detector.maps(prepared, config, keep_draws=True))
     assert draws is not None
     voxel_ml = float(np.prod(prepared.volume.spacing)) / 1000

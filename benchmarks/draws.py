@@ -82,7 +82,9 @@ def distances(detector: Detector, cases: Sequence[Case], configs: Sequence[Sampl
     """(configurations, cases): energy distance of the draws to the raters."""
     table = np.zeros((len(configs), len(cases)))
     for column, case in enumerate(cases):
-        prepared = detector.prepare(case.volume(detector.description.sequences))
+        prepared = detector.prepare(
+            case.volume(detector.description.required_sequences, detector.description.optional_sequences)
+        )
         raters = np.stack([prepared.slices.part_of(rater) for rater in case.rater_lesions()])
         for row, config in enumerate(configs):
             draws = detector.draws(prepared, detector.maps(prepared, config, keep_draws=True))
@@ -131,7 +133,11 @@ def main() -> None:
     print(config)
     cases = [
         case
-        for case in find_cases(options.data, require=detector.description.sequences)
+        for case in find_cases(
+            options.data,
+            require=detector.description.required_sequences,
+            optional=detector.description.optional_sequences,
+        )
         if (case.name in options.cases if options.cases else len(case.rater_masks) > 1)
     ]
     if options.choose:

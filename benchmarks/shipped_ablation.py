@@ -67,13 +67,14 @@ def rows_of(weights: str, pixel_weights: str) -> list[Row]:
 
 def measure(rows: Sequence[Row], case: Case) -> list[Histogram]:
     """Of each system, the probability in lesion and in other tissue of one case, which is read once."""
-    prepared: dict[tuple[str, ...], Prepared] = {}
+    prepared: dict[tuple[tuple[str, ...], tuple[str, ...]], Prepared] = {}
     histograms = []
     for row in rows:
-        sequences = row.detector.description.sequences
-        if sequences not in prepared:
-            prepared[sequences] = row.detector.prepare(case.volume(sequences))
-        volume = prepared[sequences]
+        description = row.detector.description
+        needs = description.required_sequences, description.optional_sequences
+        if needs not in prepared:
+            prepared[needs] = row.detector.prepare(case.volume(*needs))
+        volume = prepared[needs]
         probability = row.detector.to_volume(volume, row.detector.maps(volume, row.config)).probability
         truth = case.lesion()
         inside = volume.volume.search_region | truth
