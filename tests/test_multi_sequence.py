@@ -153,6 +153,20 @@ def test_a_folder_gives_all_the_sequences_of_each_case(system, images, tmp_path)
     assert [case.name for case in aside] == ["a"]
 
 
+@pytest.mark.parametrize("series", [("flair", "t1"), ("t1",)])
+def test_all_series_of_a_dicom_study_are_taken(tmp_path, series):
+    pytest.importorskip("pydicom", reason="the extra ddmd[dicom] is not installed")
+    from tests.dicom_series import FLAIR, PLANES, T1, write_series
+
+    for number, (name, tags) in enumerate((("flair", FLAIR), ("t1", T1)), 1):
+        if name in series:
+            write_series(tmp_path / name, PLANES["axial"], tags, number=number, study="1.2.3.4")
+    (case,) = find_cases(tmp_path, optional=ALL, annotations=False)
+    assert sorted(case.files) == sorted(series)
+    for volume in (Volume.read(tmp_path, optional=ALL), case.volume((), ALL)):
+        assert list(volume.images) == list(series)
+
+
 def test_networks_that_do_not_fit_the_sequences_are_refused():
     autoencoder, denoiser = AutoencoderConfig(4), DenoiserConfig(4, presence=True)
     data = (DataEntry("set"),)
