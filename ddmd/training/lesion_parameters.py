@@ -75,8 +75,8 @@ class PainterConfig:
     contrast: tuple[float, float] = (0.3, 2.4)
     faint: float = 0.15
     faint_contrast: tuple[float, float] = (0.15, 0.4)
-    t2_contrast: tuple[float, float] = (0.5, 1.3)
-    t1_contrast: tuple[float, float] = (0.1, 0.7)
+    t2_contrast: tuple[float, float] = (0.2, 1.3)
+    t1_contrast: tuple[float, float] = (0.05, 0.7)
     enhancing: tuple[float, float, float] = (0.7, 0.3, 0.1)
     enhancement: tuple[float, float] = (0.5, 2.5)
     replaced: tuple[float, float] = (0.2, 1.0)
