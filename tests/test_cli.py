@@ -212,6 +212,47 @@ def test_the_shell_completes_commands_and_options(line, words):
     assert set(done.stdout.split()) == words, done.stderr
 
 
+def test_detecting_imports_no_module_that_it_does_not_need(tiny, flair, tmp_path):
+    """Of a NIfTI file: no pictures' library, compiler, web client or DICOM reader; the collector works as usual."""
+    script = (
+        "import gc, sys\n"
+        "from ddmd.cli import main\n"
+        "from ddmd.cli import startup\n"
+        "seen, imported = [], startup.imported\n"
+        "startup.imported = lambda: (imported(), seen.append((gc.get_threshold(), gc.isenabled())))\n"
+        "sys.argv = ['ddmd', 'detect', *sys.argv[1:]]\n"
+        "try: main()\n"
+        "except SystemExit as end: code = end.code\n"
+        "heavy = [m for m in HEAVY if m in sys.modules]\n"
+        "print(code, heavy, seen, file=sys.stderr)"
+    )
+    heavy = (
+        "matplotlib", "monai", "nilearn", "sklearn", "skimage", "pandas", "pydicom", "highdicom", "requests",
+        "pydantic", "ray", "triton", "diffusers", "sympy", "torch._dynamo", "torch._inductor", "torch.onnx",
+        "scipy.stats", "scipy.optimize", "scipy.signal", "scipy.sparse", "deepbet", "rich", "cc3d",
+    )  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", f"HEAVY = {heavy!r}\n{script}", flair, "-o", tmp_path / "out", "--quiet",
+         "--weights", tiny],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stderr.splitlines()[-1] == "0 [] [((700, 10, 10), True)]"
+
+
+def test_pydicom_is_hidden_from_nibabel_alone():
+    script = (
+        "from ddmd.cli import startup\n"
+        "startup.begin()\n"
+        "import nibabel\n"
+        "assert not nibabel.nifti1.have_dicom\n"
+        "import pydicom, pydicom.encaps\n"
+        "print(callable(pydicom.dcmread), callable(pydicom.encaps.generate_frames))"
+    )
+    pytest.importorskip("pydicom")
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True", "True"]
+
+
 def test_devices_have_the_names_people_use():
     names = {
         "gpu": "cuda",

@@ -159,8 +159,8 @@ def test_statistics_do_not_grow_with_the_samples(detector, volume, monkeypatch):
 
     monkeypatch.setattr(ensemble, "draw_samples", counted)
     found = _detect(detector, volume, samples=64, steps=1, batch=100)
-    assert len(alive) == 64
-    assert alive[-1] <= alive[2], f"{alive[2]} numbers alive after 3 samples, {alive[-1]} after 64"
+    assert 16 < len(alive) <= 64, "the samples come in several batches"
+    assert alive[-1] <= alive[2], f"{alive[2]} numbers alive after 3 batches, {alive[-1]} after all"
     assert np.isfinite(_data(found.uncertainty)).all()
 
 
@@ -315,7 +315,7 @@ def test_smoothing_is_that_of_scipy(rng):
     values = rng.random((9, 1, 5, 7)).astype(np.float32)
     for sigma in (0.05, 0.3, 1.5, 40.0):
         wanted = ndimage.gaussian_filter1d(values, sigma, axis=0, mode="nearest")
-        assert np.abs(smooth_through_plane(torch.from_numpy(values), sigma).numpy() - wanted).max() < 2e-7
+        assert np.abs(smooth_through_plane(torch.from_numpy(values), sigma).numpy() - wanted).max() < 1e-6
 
 
 def test_two_sequences_are_taken_in_the_weights_order(volume):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from ddmd.cli import console
+from ddmd.cli import console, startup
 from ddmd.cli.entry import BAD_USAGE, SOME_FAILED, bad_usage
 
 if TYPE_CHECKING:
@@ -73,6 +73,7 @@ def run_cohort(plan: Callable[[], CohortRun], output: Path, settings: CohortSett
         raise typer.Exit(SOME_FAILED) from None
     except (OutputError, WeightsError, ValueError) as error:
         raise bad_usage(error) from None
+    startup.imported()
     _print_earlier(run, quiet, json)
     with console.progress(not quiet and not json) as bar:
         several = len(run.tasks) > 1

@@ -14,7 +14,7 @@ from typing import Any, NoReturn, ParamSpec, TypeVar
 
 import typer
 
-from ddmd.cli import console
+from ddmd.cli import console, startup
 
 SOME_FAILED, BAD_USAGE = 1, 2
 
@@ -52,6 +52,7 @@ def _open_standard_streams() -> None:
 
 def run(app: Callable[[], Any]) -> NoReturn:
     """Run the command line and exit: 0 done, 1 something failed, 2 bad usage, 128 + n ended by signal n."""
+    startup.begin()
     _open_standard_streams()
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) == signal.SIG_DFL:  # not where nohup has it ignored
@@ -74,6 +75,7 @@ def run(app: Callable[[], Any]) -> NoReturn:
             stream.flush()
         except (OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    startup.end()
     raise SystemExit(code)
 
 

@@ -372,7 +372,9 @@ class Detector:
             part[1].clamp_(min=0.0)
             part.permute(3, 0, 2, 1).mul_(brain.contiguous()[:, None])
             part = part.contiguous() if part.is_cuda else part  # one copy from the device
-            probability, uncertainty, inter, intra = (slices.place(p) for p in part.cpu().numpy())
+            probability, uncertainty, inter, intra = (
+                slices.place(p, volume.empty_map()) for p in part.cpu().numpy()
+            )
         return VolumeMaps(probability, uncertainty, inter, intra)
 
     def detect_all(self, volumes: Iterable[Any], **options: Any) -> Iterator[Detection]:
@@ -506,10 +508,10 @@ class Detector:
             image = draws_image(prepared, kept) if keep_image else None
         return Detection(
             mask=volume.to_native(found.mask, np.uint8),
-            probability=volume.to_native(maps.probability),
-            uncertainty=volume.to_native(maps.uncertainty),
-            inter_discrepancy=volume.to_native(maps.inter),
-            intra_discrepancy=volume.to_native(maps.intra),
+            probability=volume.to_native(maps.probability, copy=False),
+            uncertainty=volume.to_native(maps.uncertainty, copy=False),
+            inter_discrepancy=volume.to_native(maps.inter, copy=False),
+            intra_discrepancy=volume.to_native(maps.intra, copy=False),
             image=volume.to_native(_shown_image(self.description, volume)),
             score=lesion_score(maps.probability, float(np.prod(volume.spacing)) / 1000, bool(found.lesions)),
             lesions=lesions,

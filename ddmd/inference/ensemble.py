@@ -122,12 +122,11 @@ def condition_on(system: System, planes: Tensor) -> tuple[Condition, Tensor, Ten
         b, present = middle_slice(system, planes).to(system.dtype), present_sequences(system, planes)
         inter, intra = discrepancies(system.autoencoders_a, system.autoencoders_b, b, present)
     else:
-        inter, intra = torch.zeros_like(planes[:, :1]), torch.zeros_like(planes[:, :1])
+        inter, intra = (torch.zeros_like(planes[:, :1], dtype=torch.float32) for _ in range(2))
     scale = description.discrepancy_scale
-    inputs = torch.cat(
-        (planes, inter * (scale * description.use_inter), intra * (scale * description.use_intra)), 1
-    )
-    inputs = inputs.to(system.dtype).contiguous(memory_format=torch.channels_last)
+    scaled = inter * (scale * description.use_inter), intra * (scale * description.use_intra)
+    channels = [channel for part in (planes, *scaled) for channel in part.to(system.dtype).unbind(1)]
+    inputs = torch.stack(channels, -1).permute(0, 3, 1, 2)  # channels last in memory
     return system.condition(inputs), inter, intra
 
 
@@ -175,7 +174,7 @@ def draw_samples(
             x, predicted_sample(logits), table.coefficients, table.steps[i], seed, rows.sample,
             rows.slice_index, x0,
         )  # fmt: skip
-    drawn: Tensor = from_patches((x + 1.0) / 2.0).clamp_(0.0, 1.0).unflatten(0, (s, z))
+    drawn: Tensor = from_patches(x.add_(1.0).div_(2.0).clamp_(0.0, 1.0)).unflatten(0, (s, z))
     return drawn
 
 

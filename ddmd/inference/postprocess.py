@@ -8,6 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from ddmd.io.background import bounding_box
+
 EVIDENCE_LIMIT = 1e-3  # evidence is kept this far from 0 and 1, so that its odds are finite
 SCORE_ML = 0.5  # the evidence of a volume is the mean probability of this much of its most probable tissue
 UNCERTAIN = (0.25, 0.75)  # probabilities that are neither clearly lesion nor clearly none
@@ -110,13 +112,12 @@ def label_components(
     >>> label_components(probability, 0.1, LesionCriteria(0.5, min_ml=0.15)).max()
     np.int32(1)
     """
-    labels = np.zeros(probability.shape, np.int32)
+    labels = np.zeros_like(probability, dtype=np.int32)
     candidates = probability >= criteria.threshold
-    positions = np.unravel_index(np.flatnonzero(candidates), probability.shape)
-    if not len(positions[0]):
-        return labels
     # scipy visits every voxel it is given: only the box that holds the candidates is
-    box = tuple(slice(int(axis.min()), int(axis.max()) + 1) for axis in positions)
+    box = bounding_box(candidates)
+    if box is None:
+        return labels
     components, count = ndimage.label(candidates[box], NEIGHBOURS_26)
     numbers = np.arange(1, count + 1)
     sizes = np.bincount(components.ravel(), minlength=count + 1)[1:]

@@ -20,6 +20,7 @@ from ddmd.models.checkpoint import System
 __all__ = ["SamplingConfig", "Session", "default_batch_size", "detect_slices"]
 
 CPU_SLICES = 8  # measured: larger batches leave the cache
+CPU_ROWS = 24  # samples of slices drawn as one batch on a CPU, by the same measure
 CUDA_SLICES = 512
 CUDA_ROWS = 512  # samples of slices drawn as one batch on a GPU
 BYTES_PER_PIXEL = 1024  # of a slice's activations at their peak, by a generous count of the live tensors
@@ -195,7 +196,7 @@ class Session:
         self, slices: Slices, config: SamplingConfig, progress: Progress | None, keep_draws: bool
     ) -> Maps:
         count, (height, width) = len(slices), slices.image.shape[2:]
-        image, index = self._upload(slices.image), self._upload(slices.index)
+        image, index = self._upload(slices.image).to(self.system.dtype), self._upload(slices.index)
         seed = torch.full((), config.seed, dtype=torch.int64, device=self.device)
         table = self._table(config)
         shape = (4, count, 1, height, width)
@@ -247,12 +248,12 @@ class Session:
     ) -> Maps:
         """The maps of `size` slices (or a few more) from number `first`; draws on the session's device."""
         network = self.system.condition.config
-        present = self._upload(slices.present) if network.presence else None
+        present = self._upload(slices.present).to(image.dtype) if network.presence else None
         steps = config.steps * config.samples
         if self._capture is None or steps > MAX_GRAPH_STEPS:
             rows = torch.arange(first, first + size, dtype=torch.int64, device=self.device)
             planes = planes_at(image, rows, slices.offset, network.context, network.mirrored, present)
-            rows_at_once = 1 if self.device.type == "cpu" else CUDA_ROWS
+            rows_at_once = CPU_ROWS if self.device.type == "cpu" else CUDA_ROWS
             draws = self._draws_of(planes, config) if keep_draws else None
             maps = compute_batch(self.system, config, table, planes, index[rows], seed, rows_at_once, draws)
             return replace(maps, draws=draws)

@@ -66,11 +66,17 @@ class Slices:
             )
         return maps.permute(1, 3, 2, 0)
 
-    def place(self, part: np.ndarray) -> np.ndarray:
-        """The part of the canonical grid that was kept (x, y, Z) in the whole (X, Y, Z), 0 elsewhere."""
-        whole = np.zeros(self.shape, dtype=np.float32)
-        index = self.index.cpu().numpy()
-        whole[self.box[0], self.box[1], _as_slice(index)] = part
+    def place(self, part: np.ndarray, whole: np.ndarray | None = None) -> np.ndarray:
+        """The part of the canonical grid that was kept (x, y, Z) in the whole (X, Y, Z), 0 elsewhere.
+
+        Parameters
+        ----------
+        part : (x, y, Z)
+        whole : (X, Y, Z) zeros to write into, optional
+        """
+        if whole is None:
+            whole = np.zeros(self.shape, dtype=np.float32)
+        whole[self.box[0], self.box[1], _as_slice(self.index.cpu().numpy())] = part
         return whole
 
     def part_of(self, values: np.ndarray) -> np.ndarray:

@@ -290,7 +290,13 @@ class Volume:
         clipped: np.ndarray = np.clip(z, LOWEST, HIGHEST).astype(np.float32, copy=False)
         return clipped
 
-    def to_native(self, values: np.ndarray, dtype: Any = np.float32) -> nib.Nifti1Image:
+    def empty_map(self) -> np.ndarray:
+        """Zeros float32 (X, Y, Z), which lie in memory as the input's own grid does: `to_native` need not copy."""
+        native = np.zeros(self.native.shape, np.float32, order="F")
+        canonical: np.ndarray = apply_orientation(native, io_orientation(self.native.affine))
+        return canonical
+
+    def to_native(self, values: np.ndarray, dtype: Any = np.float32, copy: bool = True) -> nib.Nifti1Image:
         """A map (X, Y, Z) on the canonical grid, as an image on the input's own grid and in its units.
 
         Its header has nothing of the input's but the geometry.
@@ -299,6 +305,8 @@ class Volume:
         ----------
         values : (X, Y, Z)
         dtype : numpy type of the voxels
+        copy : bool
+            False: the image may share its voxels with `values`.
 
         Returns
         -------
@@ -308,7 +316,9 @@ class Volume:
         inverse = np.empty_like(order)
         for native_axis, (axis, flip) in enumerate(order):
             inverse[int(axis)] = (native_axis, flip)
-        data = np.ascontiguousarray(apply_orientation(values, inverse)).astype(dtype)
+        data = np.asarray(apply_orientation(values, inverse), dtype=dtype, order="F")
+        if copy and np.may_share_memory(data, values):
+            data = data.copy(order="F")
         header = self.native.header.copy()
         header.set_data_dtype(data.dtype)
         return type(self.native)(data, self.native.affine, header)

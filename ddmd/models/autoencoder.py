@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -107,23 +107,51 @@ class AutoencoderEnsemble(nn.Module):
         self.to_patch = conv(w, patch)
 
     def encode(self, x: Tensor) -> Tensor:
-        """(Z, K C, H, W) -> codes (Z, K, code, H / 16, W / 16)."""
-        k = self.config.members
-        h = functional.pixel_unshuffle(x, PATCH)
-        for conv, norm in zip(self.encoder, self.encoder_norms, strict=True):
+        """Slices, other ones for each member (Z, K C, H, W) -> codes (Z, K, code, H / 16, W / 16)."""
+        return self._encode(self.encoder[0](functional.pixel_unshuffle(x, PATCH)))
+
+    def encode_shared(self, b: Tensor) -> Tensor:
+        """Slices, the same for all members (Z, C, H, W) -> codes (Z, K, code, H / 16, W / 16).
+
+        The first convolution is then one of all members: its groups have the same input.
+        """
+        first = cast(nn.Conv2d, self.encoder[0])
+        patches = functional.pixel_unshuffle(b, PATCH).contiguous(memory_format=torch.channels_last)
+        return self._encode(functional.conv2d(patches, first.weight, first.bias, padding=1))
+
+    def _encode(self, h: Tensor) -> Tensor:
+        """What follows the first convolution."""
+        h = self.encoder_norms[0](h)
+        for conv, norm in zip(list(self.encoder)[1:], list(self.encoder_norms)[1:], strict=True):
             h = norm(conv(h))
-        codes: Tensor = self.to_code(h).unflatten(1, (k, self.config.code))
+        codes: Tensor = self.to_code(h).unflatten(1, (self.config.members, self.config.code))
         return codes
 
-    def decode(self, code: Tensor) -> Tensor:
-        """Codes (Z, K, code, H / 16, W / 16) -> reconstructions (K, Z, C, H, W)."""
+    def decode_patches(self, code: Tensor) -> Tensor:
+        """Codes (Z, K, code, H / 16, W / 16) -> patches of the reconstructions (Z, K C 16, H / 4, W / 4)."""
         h = self.decoder_norms[0](self.from_code(code.flatten(1, 2)))
         for conv, norm in zip(self.decoder, list(self.decoder_norms)[1:], strict=True):
             h = norm(conv(h))
-        x = functional.pixel_shuffle(self.to_patch(h), PATCH)
+        patches: Tensor = self.to_patch(h)
+        return patches
+
+    def decode(self, code: Tensor) -> Tensor:
+        """Codes (Z, K, code, H / 16, W / 16) -> reconstructions (K, Z, C, H, W)."""
+        x = functional.pixel_shuffle(self.decode_patches(code), PATCH)
         reconstructions: Tensor = x.unflatten(1, (self.config.members, self.config.sequences)).transpose(0, 1)
         return reconstructions
 
+    def reconstructed_patches(self, b: Tensor) -> Tensor:
+        """Slices (Z, C, H, W) -> contiguous reconstructions (K, Z, C, H / 4, 4 W), pixels in patches.
+
+        A patch of 4x4 pixels follows the other, which is an order as good as any for what looks at pixels one by
+        one, and needs a shorter copy than rows of pixels.
+        """
+        patches = self.decode_patches(self.encode_shared(b)).permute(0, 2, 3, 1)
+        split = patches.unflatten(3, (self.config.members, self.config.sequences, PATCH**2))
+        reordered: Tensor = split.permute(3, 0, 4, 1, 2, 5).contiguous().flatten(4)
+        return reordered
+
     def forward(self, b: Tensor) -> Tensor:
         """Slices (Z, C, H, W), H and W multiples of 16 -> reconstructions (K, Z, C, H, W)."""
-        return self.decode(self.encode(b.repeat(1, self.config.members, 1, 1)))
+        return self.decode(self.encode_shared(b))

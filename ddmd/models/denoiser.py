@@ -238,12 +238,16 @@ class ConditionNet(nn.Module):
 
 def to_patches(x: Tensor) -> Tensor:
     """Pixels (R, 1, H, W) in 4x4 patches (R, H / 4, W / 4, 16), in memory as channels-last convolutions want them."""
-    return functional.pixel_unshuffle(x, NOISE_PATCH).permute(0, 2, 3, 1).contiguous()
+    p, (height, width) = NOISE_PATCH, x.shape[2:]
+    cut = x.reshape(len(x), height // p, p, width // p, p).permute(0, 1, 3, 2, 4)
+    return cut.reshape(len(x), height // p, width // p, p * p)
 
 
 def from_patches(x: Tensor) -> Tensor:
     """The pixels (R, 1, H, W) of patches (R, H / 4, W / 4, 16)."""
-    return functional.pixel_shuffle(x.permute(0, 3, 1, 2), NOISE_PATCH)
+    p, (rows, height, width) = NOISE_PATCH, x.shape[:3]
+    cut = x.reshape(rows, height, width, p, p).permute(0, 1, 3, 2, 4)
+    return cut.reshape(rows, 1, height * p, width * p)
 
 
 def time_embedding(t: Tensor, size: int) -> Tensor:

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from ddmd import ops
-from ddmd.models.autoencoder import AutoencoderEnsemble
+from ddmd.models.autoencoder import PATCH, AutoencoderEnsemble
+from ddmd.models.denoiser import from_patches
 from ddmd.ops import discrepancy_maps
 
 __all__ = ["discrepancies", "discrepancy_maps", "heterogeneous_loss", "homogeneous_loss", "reconstruct"]
@@ -46,13 +47,29 @@ def discrepancies(
     if present is not None and b.device.type == "cpu":  # a GPU would have to be waited for
         used = present.any(0)
         b, present = b[:, used], present[:, used]
-    reconstructions = reconstruct(normal, b), reconstruct(mixed, b)
+    reconstructions = _reconstructed_patches(normal, b), _reconstructed_patches(mixed, b)
     if present is None:
-        return discrepancy_maps(*(r.contiguous() for r in reconstructions))
+        return _as_pixels(*discrepancy_maps(*reconstructions))
     mask = present.to(b.dtype)[None, :, :, None, None]
-    inter, intra = discrepancy_maps(*((r * mask).contiguous() for r in reconstructions))
+    inter, intra = _as_pixels(*discrepancy_maps(*((r * mask).contiguous() for r in reconstructions)))
     share = present.float().mean(1).clamp(min=1.0 / b.shape[1])[:, None, None, None]
     return inter / share, intra / share.sqrt()
+
+
+def _reconstructed_patches(ensemble: AutoencoderEnsemble, b: Tensor) -> Tensor:
+    """As `reconstruct`, contiguous, in the order of `AutoencoderEnsemble.reconstructed_patches`."""
+    slices, sequences = b.shape[:2]
+    if ensemble.config.sequences == sequences:
+        return ensemble.reconstructed_patches(b)
+    each = ensemble.reconstructed_patches(b.flatten(0, 1)[:, None])
+    separate: Tensor = each.squeeze(2).unflatten(1, (slices, sequences)).contiguous()
+    return separate
+
+
+def _as_pixels(*maps: Tensor) -> tuple[Tensor, Tensor]:
+    """Two maps (Z, 1, H / 4, 4 W) in that order as (Z, 1, H, W)."""
+    inter, intra = (from_patches(m.unflatten(3, (-1, PATCH**2)).squeeze(1)) for m in maps)
+    return inter, intra
 
 
 def homogeneous_loss(z: Tensor, label: Tensor) -> Tensor:

@@ -1,0 +1,118 @@
+"""`ddmd detect` from the shell in two checkouts, in turn: CPU seconds, wall time, peak memory, and whether masks agree.
+
+`python -m benchmarks.shell BASE INPUT... [--now CHECKOUT] [--rounds R] [--threads T]`. BASE and CHECKOUT are folders
+that hold the package `ddmd`, built; each INPUT is a volume, or a folder of volumes that is one run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+
+ROOT = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one process took."""
+
+    wall_s: float
+    cpu_s: float  # user and system
+    peak_mib: float
+
+
+def run(checkout: Path, source: Path, output: Path, threads: int) -> Cost:
+    """Detect in a new process with the package of one checkout.
+
+    Parameters
+    ----------
+    checkout : folder that holds `ddmd`
+    source : a volume, or a folder of volumes
+    output : for the results
+    threads : of torch
+    """
+    environment = {**os.environ, "PYTHONPATH": str(checkout.resolve()), "OMP_NUM_THREADS": str(threads)}
+    command = [sys.executable, "-m", "ddmd", "detect", str(source.resolve()), "-o", str(output)]
+    begun = time.perf_counter()
+    # in a folder without packages: Python looks for `ddmd` where it is started, first of all
+    with tempfile.TemporaryDirectory() as empty:
+        process = subprocess.Popen(command, env=environment, cwd=empty, stdout=subprocess.DEVNULL)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    wall = time.perf_counter() - begun
+    if process.returncode:
+        raise RuntimeError(f"{checkout}: ddmd detect {source} ended with {process.returncode}")
+    return Cost(wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024)
+
+
+def masks(folder: Path) -> dict[str, np.ndarray]:
+    """The lesion masks under a folder of results, by file name."""
+    found = folder.rglob("*_mask.nii.gz")
+    return {path.name: np.asanyarray(nib.load(path).dataobj) > 0 for path in found}  # type: ignore[attr-defined]
+
+
+def lowest_dice(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> float:
+    """The lowest Dice of masks of one name; 1 where both are empty.
+
+    Examples
+    --------
+    >>> lowest_dice({"a": np.array([True, True])}, {"a": np.array([True, False])})
+    0.6666666666666666
+    """
+    if one.keys() != other.keys() or not one:
+        raise RuntimeError(f"results differ: {sorted(one)} and {sorted(other)}")
+    values = []
+    for name, mask in one.items():
+        both = int(mask.sum()) + int(other[name].sum())
+        values.append(2 * int((mask & other[name]).sum()) / both if both else 1.0)
+    return min(values)
+
+
+def compare(base: Path, now: Path, source: Path, rounds: int, threads: int) -> str:
+    """A row of the table: medians of rounds that run both checkouts, one after the other."""
+    costs: dict[Path, list[Cost]] = {base: [], now: []}
+    with tempfile.TemporaryDirectory() as folder:
+        for number in range(rounds):
+            for which, checkout in enumerate((base, now)):
+                output = Path(folder) / f"{which}-{number}"
+                costs[checkout].append(run(checkout, source, output, threads))
+        dice = lowest_dice(masks(Path(folder) / "0-0"), masks(Path(folder) / "1-0"))
+    old, new = (
+        Cost(*(statistics.median(getattr(c, name) for c in costs[checkout]) for name in Cost.__annotations__))
+        for checkout in (base, now)
+    )
+    cells = [f"{old.wall_s:.1f} / {new.wall_s:.1f}", f"{old.wall_s / new.wall_s:.2f}x"]
+    cells += [f"{old.cpu_s:.1f} / {new.cpu_s:.1f}", f"{old.cpu_s / new.cpu_s:.2f}x"]
+    cells += [f"{old.peak_mib:.0f} / {new.peak_mib:.0f}", f"{dice:.4f}"]
+    name = source.name if source.is_dir() else f"{source.parent.name}/{source.name}"
+    return f"| {name} | {' | '.join(cells)} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("base", type=Path)
+    parser.add_argument("inputs", type=Path, nargs="+", metavar="INPUT")
+    parser.add_argument("--now", type=Path, default=ROOT)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    print("| input | wall (s) | ratio | CPU (s) | ratio | peak (MiB) | lowest Dice of the masks |")
+    print("|---|---|---|---|---|---|---|")
+    for source in options.inputs:
+        print(compare(options.base, options.now, source, options.rounds, options.threads), flush=True)
+
+
+if __name__ == "__main__":
+    main()
