@@ -228,7 +228,7 @@ def test_detecting_imports_no_module_that_it_does_not_need(tiny, flair, tmp_path
     )
     heavy = (
         "matplotlib", "monai", "nilearn", "sklearn", "skimage", "pandas", "pydicom", "highdicom", "requests",
-        "pydantic", "ray", "triton", "diffusers", "sympy", "torch._dynamo", "torch._inductor", "torch.onnx",
+        "ray", "triton", "diffusers", "sympy", "torch._dynamo", "torch._inductor", "torch.onnx",
         "scipy.stats", "scipy.optimize", "scipy.signal", "scipy.sparse", "deepbet", "rich", "cc3d",
     )  # fmt: skip
     done = subprocess.run(
