@@ -23,7 +23,8 @@ ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 QUALITY = ROOT / "docs" / "quality.md"
 SHIPPED = ("flair-image-labels", "flair-pixel-labels")
-DATA_SETS = ("lgg", "volumes", "unseen")
+TESTED = ("lgg", "volumes", "unseen")  # data sets, by patients that chose nothing
+VALIDATED = ("lgg-validation", "volumes-validation")  # by patients that chose thresholds and recipes
 
 
 @dataclass(frozen=True)
@@ -38,22 +39,24 @@ class Kind:
 KINDS = (
     Kind("Glioma, single slices, skull on", r"TCGA", "lesions hardly brighter than their surroundings"),
     Kind("Glioma, volumes", r"brats", "the faint rim is left out"),
-    Kind("Multiple sclerosis", r"ms-", "most small lesions are missed; thick slices are worse"),
-    Kind("White matter hyperintensities", r"wmh", "most is missed: what is alike on both sides looks normal"),
+    Kind("Multiple sclerosis", r"ms-", "many small lesions are missed; thick slices with the skull on"),
+    Kind("White matter hyperintensities", r"wmh", "small ones are missed one by one"),
     Kind("Stroke", r"stroke|isles", "not trained for"),
     Kind("Tumour, skull on, unknown scanner", r"brainix", "the base of the skull is marked"),
 )
 
 
 def newest(name: str) -> dict[str, dict[str, Any]]:
-    """data set -> the last evaluation of some weights on it; of lgg and volumes at least.
+    """data set -> the last evaluation of some weights on it; of the test parts of lgg and volumes at least.
 
     Raises
     ------
     ValueError
         If there is none of lgg or of volumes.
     """
-    paths = {data: sorted(RESULTS.glob(f"evaluation-{name}-{data}-????-??-??.json")) for data in DATA_SETS}
+    paths = {
+        data: sorted(RESULTS.glob(f"evaluation-{name}-{data}-????-??-??.json")) for data in TESTED + VALIDATED
+    }
     for data in ("lgg", "volumes"):
         if not paths[data]:
             raise ValueError(f"no evaluation of {name} on {data} is kept; make it by benchmarks.evaluations")
@@ -106,9 +109,11 @@ def volumes(*evaluations: Mapping[str, Any]) -> str:
     ])  # fmt: skip
 
 
-def by_case(name: str) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
+def by_case(
+    name: str, data_sets: Sequence[str] = TESTED
+) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
     """Case -> its row in the newest evaluations of some weights: with a mask, and without."""
-    evaluations = [evaluation for data, evaluation in newest(name).items() if data in DATA_SETS]
+    evaluations = [evaluation for data, evaluation in newest(name).items() if data in data_sets]
     return (
         {row["patient"]: row for evaluation in evaluations for row in evaluation["patients"]},
         {row["patient"]: row for evaluation in evaluations for row in evaluation["without_mask"]},
@@ -125,49 +130,72 @@ def spread(values: Sequence[float]) -> str:
 
 
 def kinds() -> str:
-    """Dice of the shipped systems by kind of lesion, beside the best single threshold, as Markdown."""
+    """Dice of the shipped systems by kind of lesion, beside the best single threshold, as Markdown.
+
+    Test patients fill the first columns. The last but one has the means over validation patients.
+    """
     systems = [by_case(name) for name in SHIPPED]
+    chosen = [by_case(name, VALIDATED)[0] for name in SHIPPED]
     lines = [
-        f"| kind | cases | {' | '.join(f'`{name}`' for name in SHIPPED)} | one threshold | where it fails |",
-        "|---" * (4 + len(SHIPPED)) + "|",
+        f"| kind | test cases | {' | '.join(f'`{name}`' for name in SHIPPED)} | one threshold | validation | "
+        "where it fails |",
+        "|---" * (5 + len(SHIPPED)) + "|",
     ]
     for kind in KINDS:
-        names = [name for name in systems[0][0] if re.match(kind.names, name, re.IGNORECASE)]
-        if not names:
-            lines.append(f"| {kind.label} | 0 |{' |' * len(SHIPPED)} | {kind.fails}; not measured |")
-            continue
-        dice = [spread([rows[name]["dice"] for name in names if name in rows]) for rows, _ in systems]
-        baseline = spread([systems[0][0][name]["baseline_dice_oracle"] for name in names])
-        lines.append(f"| {kind.label} | {len(names)} | {' | '.join(dice)} | {baseline} | {kind.fails} |")
+        validation = "; ".join(
+            f"{fmean(dice):.2f}" for dice in (dices(rows, kind.names) for rows in chosen) if dice
+        )
+        if validation:
+            validation += f" ({len(dices(chosen[0], kind.names))})"
+        tested = [dices(rows, kind.names) for rows, _ in systems]
+        baseline = dices(systems[0][0], kind.names, "baseline_dice_oracle")
+        fails = kind.fails if tested[0] or validation else f"{kind.fails}; not measured"
+        cells = [str(len(tested[0])), *map(spread, tested), spread(baseline), validation, fails]
+        lines.append(f"| {kind.label} | {' | '.join(cells)} |")
     healthy = systems[0][1]
     marked = [
         f"{fmean(rows[name]['detected_ml'] for name in healthy if name in rows):.1f} ml marked"
         for _, rows in systems
     ]
-    lines.append(f"| Healthy | {len(healthy)} | {' | '.join(marked)} | | nothing is there to find |")
+    lines.append(f"| Healthy | {len(healthy)} | {' | '.join(marked)} | | | nothing is there to find |")
     return "\n".join(lines)
+
+
+def dices(rows: Mapping[str, Mapping[str, Any]], names: str, key: str = "dice") -> list[float]:
+    """Dice of the cases of a kind that have one."""
+    return [
+        row[key]
+        for name, row in rows.items()
+        if re.match(names, name, re.IGNORECASE) and row[key] is not None
+    ]
 
 
 def overview() -> str:
     """Dice of the shipped systems, case by case, beside the single threshold, and false-positive volumes."""
     systems = [by_case(name) for name in SHIPPED]
     lines = [
-        f"| case | lesion (ml) | one threshold, oracle | {' | '.join(SHIPPED)} |",
-        "|---" * (3 + len(SHIPPED)) + "|",
+        f"| case | part | lesion (ml) | one threshold, oracle | {' | '.join(SHIPPED)} |",
+        "|---" * (4 + len(SHIPPED)) + "|",
     ]
-    pooled = [newest(name)["lgg"]["pooled"] for name in SHIPPED]
-    slices = sum(name.startswith("TCGA") for name in systems[0][0])
-    lines.append(
-        table_row(
-            f"TCGA-LGG slices, {slices} patients, pooled", "", pooled[0]["baseline_dice_oracle"], pooled
-        )
-    )
-    for name in sorted(name for name in systems[0][0] if not name.startswith("TCGA")):
-        rows = [with_mask.get(name, {}) for with_mask, _ in systems]
-        lines.append(table_row(name, f"{rows[0]['lesion_ml']:.1f}", rows[0]["baseline_dice_oracle"], rows))
-    for name in systems[0][1]:
-        rows = [without.get(name, {}) for _, without in systems]
-        lines.append(table_row(f"{name}, marked volume (ml)", "0.0", None, rows, "detected_ml"))
+    for data_sets, part in ((TESTED, "test"), (VALIDATED, "validation")):
+        systems = [by_case(name, data_sets) for name in SHIPPED]
+        pooled = [
+            evaluation["pooled"]
+            for evaluation in (newest(name).get(data_sets[0]) for name in SHIPPED)
+            if evaluation is not None
+        ]
+        slices = sum(name.startswith("TCGA") for name in systems[0][0])
+        if slices:
+            label = f"TCGA-LGG slices, {slices} patients, pooled | {part}"
+            lines.append(table_row(label, "", pooled[0]["baseline_dice_oracle"], pooled))
+        for name in sorted(name for name in systems[0][0] if not name.startswith("TCGA")):
+            rows = [with_mask.get(name, {}) for with_mask, _ in systems]
+            lesion_ml, oracle = f"{rows[0]['lesion_ml']:.1f}", rows[0]["baseline_dice_oracle"]
+            lines.append(table_row(f"{name} | {part}", lesion_ml, oracle, rows))
+        for name in systems[0][1]:
+            rows = [without.get(name, {}) for _, without in systems]
+            label = f"{name}, marked volume (ml) | {part}"
+            lines.append(table_row(label, "0.0", None, rows, "detected_ml"))
     return "\n".join(lines)
 
 
@@ -208,6 +236,8 @@ def texts() -> dict[Path, str]:
         evaluations, path = newest(name), CARDS / f"{name}.md"
         on_volumes = [evaluations[data] for data in ("volumes", "unseen") if data in evaluations]
         blocks = {"lgg": figures(evaluations["lgg"]), "volumes": volumes(*on_volumes)}
+        if "volumes-validation" in evaluations:
+            blocks["validation"] = volumes(evaluations["volumes-validation"])
         texts[path] = filled(path.read_text(), blocks)
     return texts
 

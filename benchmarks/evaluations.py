@@ -2,6 +2,7 @@
 
 Does what `ddmd evaluate` does, and writes benchmarks/results/evaluation-WEIGHTS-DATA-DATE.json, from which
 `python -m benchmarks.cards` makes the tables of the model cards. Of volumes without a mask, the detected volume is kept.
+With `--part validation` it writes evaluation-WEIGHTS-DATA-validation-DATE.json: those patients chose thresholds.
 """
 
 from __future__ import annotations
@@ -26,11 +27,11 @@ COLUMNS = ("patient", "lesion_ml", "detected_ml", "false_positive_ml", "dice", "
            "lesion_recall", "false_positives", "score", "uncertainty_auroc", "bernoulli_auroc")  # fmt: skip
 
 
-def without_mask(data: Path, name: str, split: dict[str, str]) -> list[dict[str, Any]]:
-    """Detected volume and score of the cases that have no mask to compare with."""
+def without_mask(data: Path, name: str, split: dict[str, str], part: str) -> list[dict[str, Any]]:
+    """Detected volume and score of the cases of a part that have no mask to compare with."""
     detector, rows = Detector.load(name), []
     for case in find_cases(data):
-        if case.masks is None and split.get(case.patient, "test") == "test":
+        if case.masks is None and split.get(case.patient, part) == part:
             detection = detector.detect(
                 case.volume(detector.description.required_sequences, detector.description.optional_sequences)
             )
@@ -42,26 +43,24 @@ def without_mask(data: Path, name: str, split: dict[str, str]) -> list[dict[str,
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("data", type=Path)
-    parser.add_argument("--patients", type=Path, help="split.json of a run: only its test part")
+    parser.add_argument("--patients", type=Path, help="split.json of a run: only the patients of one part")
+    parser.add_argument("--part", default="test", choices=["test", "validation"], help="of the split")
     parser.add_argument("--weights", default=checkpoint.DEFAULT)
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
-    report = evaluate(options.data, weights=options.weights, split=options.patients)
+    report = evaluate(options.data, weights=options.weights, split=options.patients, part=options.part)
     split = read_split(options.patients) if options.patients else {}
-    trained_on = {k: v for k, v in split.items() if v != "test"}
     result = {
         "machine": machine(), "date": str(datetime.date.today()), "weights": report.provenance["weights"],
         "weights_sha256": hashlib.sha256(checkpoint.find(options.weights).read_bytes()).hexdigest(),
         "threshold": report.provenance["threshold"], "sampling": report.provenance["sampling"], "pooled": report.pooled,
         "intervals": report.intervals, "patients": [{k: row[k] for k in COLUMNS} for row in report.patients],
-        "without_mask": without_mask(options.data, options.weights, trained_on),
+        "without_mask": without_mask(options.data, options.weights, split, options.part),
     }  # fmt: skip
     for failure in report.failures:
         print(f"{failure.case} failed: {failure.error}: {failure.message}")
-    target = (
-        options.output
-        / f"evaluation-{report.provenance['weights']}-{options.data.name}-{result['date']}.json"
-    )
+    data = options.data.name + ("" if options.part == "test" else f"-{options.part}")
+    target = options.output / f"evaluation-{report.provenance['weights']}-{data}-{result['date']}.json"
     write_text(target, json_text(result))
     print(target)
 

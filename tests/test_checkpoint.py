@@ -290,3 +290,12 @@ def test_a_key_that_is_there_twice_is_refused(tiny, tmp_path, where):
 @pytest.mark.parametrize("name", checkpoint.available())
 def test_shipped_weights_are_named_as_their_files(name):
     assert checkpoint.describe(checkpoint.find(name)).name == name
+
+
+@pytest.mark.parametrize("name", sorted(checkpoint.EARLIER))
+def test_weights_of_the_release_before_load_by_their_names_with_a_warning(name):
+    with pytest.warns(FutureWarning, match=f"those of 0.1.*{checkpoint.EARLIER[name]}"):
+        path = checkpoint.find(name)
+    assert checkpoint.describe(path).name == name
+    assert name not in checkpoint.available()
+    assert path.read_bytes() != checkpoint.find(checkpoint.EARLIER[name]).read_bytes()

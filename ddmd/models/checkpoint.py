@@ -34,7 +34,7 @@ __all__ = [
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PRETRAINED = Path(__file__).parents[1] / "pretrained"
 DEFAULT = "flair-image-labels"
-RENAMED = {"ddmd-light": "flair-image-labels", "ddmd-pixel": "flair-pixel-labels"}  # since 0.2
+EARLIER = {"ddmd-light": "flair-image-labels", "ddmd-pixel": "flair-pixel-labels"}  # of 0.1: what came after
 MAX_HEADER = 2**24  # bytes
 MAX_PARAMETERS = 200_000_000
 STORED_TYPES = {"F16": 2, "BF16": 2, "F32": 4}  # of safetensors, and their bytes
@@ -158,8 +158,8 @@ def save(system: System, path: str | Path, dtype: torch.dtype = torch.float16) -
 
 
 def available() -> list[str]:
-    """Names of the systems that ship with the package."""
-    return sorted(path.stem for path in PRETRAINED.glob("*.safetensors"))
+    """Names of the systems that ship with the package, without those kept from the release before."""
+    return sorted(path.stem for path in PRETRAINED.glob("*.safetensors") if path.stem not in EARLIER)
 
 
 def find(name_or_path: str | os.PathLike[str]) -> Path:
@@ -177,14 +177,13 @@ def find(name_or_path: str | os.PathLike[str]) -> Path:
     except (OSError, ValueError):  # a name too long, or with a NUL
         pass
     name = os.fspath(name_or_path)
-    if name in RENAMED:
+    if name in EARLIER:
         warnings.warn(
-            f"the weights {name!r} are now called {RENAMED[name]!r}; the old name goes in the next release",
+            f"the weights {name!r} are those of 0.1, kept for one release; today's are {EARLIER[name]!r}",
             FutureWarning,
             stacklevel=2,
         )
-        name = RENAMED[name]
-    if name in available():
+    if name in EARLIER or name in available():
         return PRETRAINED / f"{name}.safetensors"
     raise WeightsError(
         f"{validation.shown(os.fspath(name_or_path))}: no such weights; give the path of a .safetensors file, or one of "
@@ -220,9 +219,7 @@ def _read_header(path: Path) -> _Header:
     if not isinstance(metadata, dict) or "ddmd" not in metadata:
         raise WeightsError(f"{path}: lacks its description; weights are written by ddmd train")
     try:
-        description = Description.from_json(metadata["ddmd"])
-        name = RENAMED.get(description.name, description.name)  # files written by 0.1 hold the old one
-        return _Header(dataclasses.replace(description, name=name), _shapes(entries, size - 8 - length))
+        return _Header(Description.from_json(metadata["ddmd"]), _shapes(entries, size - 8 - length))
     except ValueError as error:
         raise WeightsError(f"{path}: {error}") from None
 
