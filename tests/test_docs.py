@@ -258,9 +258,24 @@ def test_files_that_the_texts_name_are_there() -> None:
 
 def test_every_page_is_in_the_navigation_of_the_site() -> None:
     navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:")[2]
-    pages = [path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")]
+    pages = {path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")}
+    listed = re.findall(r"([\w./-]+\.md)$", navigation, re.M)
     assert pages
-    assert not [page for page in pages if page not in navigation]
+    assert not pages - set(listed)
+    assert len(listed) == len(set(listed)), "each once"
+
+
+def test_every_python_that_the_package_names_is_in_the_matrix_of_the_tests() -> None:
+    import tomllib
+
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    project, tools = settings["project"], settings["tool"]
+    named = [c.rpartition(" ")[2] for c in project["classifiers"] if ":: Python :: 3." in c]
+    matrix = (ROOT / ".github" / "workflows" / "tests.yml").read_text(encoding="utf-8")
+    assert set(named) == set(re.findall(r'python: "(3\.\d+)"}', matrix))
+    assert project["requires-python"] == f">={named[0]}"
+    assert tools["ruff"]["target-version"] == f"py{named[0].replace('.', '')}"
+    assert tools["mypy"]["python_version"] == named[0]
 
 
 def test_every_public_name_is_in_the_api_pages() -> None:
