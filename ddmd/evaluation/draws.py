@@ -181,7 +181,9 @@ def between_share(draws: Draws) -> float:
 def error_aurocs(draws: Draws, probability: Floats, mask: Mask, truth: Mask) -> dict[str, float]:
     """How well three maps rank the errors of one mask: draws that contradict it, their variance, and p (1 - p).
 
-    All three are of the same mask, that of the posterior mean, so that they differ in the ranking alone.
+    All three are of the same mask, that of the posterior mean, so that they differ in the ranking alone. Draws contradict
+    the mask with probability 1 - q inside and q outside, where q is half their mean and half p: a few draws alone
+    cannot rank the many voxels that none of them marks.
 
     Parameters
     ----------
@@ -194,11 +196,10 @@ def error_aurocs(draws: Draws, probability: Floats, mask: Mask, truth: Mask) -> 
     -------
     name -> AUROC, for the table of cases
     """
-    mean = _mean(draws)
     wrong = mask != truth
+    blended = 0.5 * (_mean(draws) + probability)
     scores = {
-        # the mean probability that a draw and the mask differ
-        "draws_contradiction_auroc": np.where(mask, 1 - mean, mean),
+        "draws_contradiction_auroc": np.where(mask, 1 - blended, blended),
         "draws_variance_auroc": draws.var(axis=0, dtype=np.float32) / _unit(draws) ** 2,
         "posterior_mean_bernoulli_auroc": probability * (1 - probability),
     }
