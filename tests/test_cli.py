@@ -154,6 +154,18 @@ def test_info_names_every_op_and_its_backend():
     assert "torch" in text
 
 
+def test_a_command_that_loads_triton_ends_without_a_word():
+    pytest.importorskip("triton", reason="Triton is not installed")
+    script = (
+        "import sys; from ddmd.cli import entry, startup; sys.argv = ['ddmd', 'info']\n"
+        "from ddmd.cli import app\n"
+        "def loaded(): app(standalone_mode=False); startup.imported(); assert 'triton' in sys.modules\n"
+        "entry.run(loaded)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_importing_is_light_and_touches_no_gpu():
     script = (
         "import sys, ddmd; ddmd.detect; ddmd.Detector; import torch, json;"

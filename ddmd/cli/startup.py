@@ -41,5 +41,11 @@ def imported() -> None:
 
 
 def end() -> None:
-    """The process ends: what is still there is left to the system, not looked through and freed piece by piece."""
-    gc.freeze()
+    """The process ends: what is still there is left to the system, not looked through and freed piece by piece.
+
+    Where Triton is loaded, Python cleans up as usual: Triton's bindings print what is left.
+    """
+    if "triton" in sys.modules:
+        gc.unfreeze()
+    else:
+        gc.freeze()
