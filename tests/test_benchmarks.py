@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import cards, table, timing
+from benchmarks import cards, shell, table, timing
 from ddmd.inference.session import SamplingConfig
 from ddmd.inference.slices import SliceGrid, extract
 from ddmd.io.volume import Volume
@@ -215,6 +215,35 @@ def test_a_cohort_is_measured_by_the_wall_clock_of_the_command(tmp_path, monkeyp
     assert result["one volume, from the shell (s)"] == 7
     assert len(list((tmp_path / "cohort").rglob("*.nii.gz"))) == 3
     assert result["a cohort of 3, from the shell (s)"] == 7
+
+
+def test_two_checkouts_are_run_in_turn_with_their_own_package(tmp_path, monkeypatch):
+    """Each process finds its own `ddmd`, wherever it is started; medians of both, and the lowest Dice."""
+    ran = []
+
+    def package(name, seconds, mask):
+        (tmp_path / name / "ddmd").mkdir(parents=True)
+        (tmp_path / name / "ddmd" / "__init__.py").touch()
+        (tmp_path / name / "ddmd" / "__main__.py").write_text(
+            "import pathlib, sys, time, nibabel, numpy\n"
+            f"begun = time.process_time()\nwhile time.process_time() < begun + {seconds}: pass\n"
+            "folder = pathlib.Path(sys.argv[sys.argv.index('-o') + 1]); folder.mkdir()\n"
+            f"nibabel.save(nibabel.Nifti1Image(numpy.uint8({mask}), numpy.eye(4)), folder / 'a_mask.nii.gz')\n"
+        )
+        return tmp_path / name
+
+    plain = shell.run
+    monkeypatch.setattr(
+        shell, "run", lambda checkout, *args: ran.append(checkout.name) or plain(checkout, *args)
+    )
+    monkeypatch.chdir(shell.ROOT)
+    base = package("base", 1.0, [[[1, 1, 0]]])
+    row = shell.compare(base, package("now", 0.0, [[[1, 0, 0]]]), tmp_path, rounds=2, threads=1)
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert ran == ["base", "now", "base", "now"]
+    old, new = (float(value) for value in cells[3].split("/"))
+    assert 0.5 < old - new < 2.0
+    assert float(cells[6]) == pytest.approx(2 / 3, abs=1e-4)
 
 
 def test_tables_in_the_texts_are_those_of_the_last_evaluations():
