@@ -55,26 +55,26 @@ def run(checkout: Path, source: Path, output: Path, threads: int) -> Cost:
     return Cost(wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024)
 
 
-def masks(folder: Path) -> dict[str, np.ndarray]:
-    """The lesion masks under a folder of results, by file name."""
-    found = folder.rglob("*_mask.nii.gz")
-    return {path.name: np.asanyarray(nib.load(path).dataobj) > 0 for path in found}  # type: ignore[attr-defined]
+def masks(folder: Path) -> list[np.ndarray]:
+    """The lesion masks under a folder of results, in the order of their paths; names changed between versions."""
+    found = sorted(folder.rglob("*_mask.nii.gz"))
+    return [np.asanyarray(nib.load(path).dataobj) > 0 for path in found]  # type: ignore[attr-defined]
 
 
-def lowest_dice(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> float:
-    """The lowest Dice of masks of one name; 1 where both are empty.
+def lowest_dice(one: list[np.ndarray], other: list[np.ndarray]) -> float:
+    """The lowest Dice of each mask with the one in its place; 1 where both are empty.
 
     Examples
     --------
-    >>> lowest_dice({"a": np.array([True, True])}, {"a": np.array([True, False])})
-    0.6666666666666666
+    >>> round(lowest_dice([np.array([True, True])], [np.array([True, False])]), 3)
+    0.667
     """
-    if one.keys() != other.keys() or not one:
-        raise RuntimeError(f"results differ: {sorted(one)} and {sorted(other)}")
+    if not one or len(one) != len(other):
+        raise RuntimeError(f"{len(one)} and {len(other)} masks; there must be as many of both")
     values = []
-    for name, mask in one.items():
-        both = int(mask.sum()) + int(other[name].sum())
-        values.append(2 * int((mask & other[name]).sum()) / both if both else 1.0)
+    for mask, second in zip(one, other, strict=True):
+        both = int(mask.sum()) + int(second.sum())
+        values.append(2 * int((mask & second).sum()) / both if both else 1.0)
     return min(values)
 
 

@@ -495,6 +495,7 @@ class Detector:
         found = find_lesions(maps.probability, maps.uncertainty, volume.affine, criteria)
         lesions, interval, image = found.lesions, None, None
         kept = self.draws(prepared, sampled)
+        del sampled  # its memory is needed for the images
         if kept is not None:
             labels = prepared.slices.part_of(found.labels)
             summary = summarise_draws(kept, labels, volume.spacing)
