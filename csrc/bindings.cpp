@@ -82,6 +82,34 @@ PYBIND11_MODULE(_C, m) {
     ddmd::discrepancy_maps(at<void>(a), at<void>(b), type_of(type), members_a, members_b, slices, channels, pixels,
                            at<float>(inter), at<float>(intra), threads);
   }, Release());
+  m.def("gaussian_kl", [](Address mu_q, Address logvar_q, Address mu_p, Address logvar_p, int type, int64_t size,
+                          double scale, bool each, Address out, int threads) {
+    ddmd::Gaussians g = {};
+    g.type = type_of(type);
+    g.mu_q = at<void>(mu_q), g.logvar_q = at<void>(logvar_q), g.mu_p = at<void>(mu_p), g.logvar_p = at<void>(logvar_p);
+    ddmd::gaussian_kl(g, size, scale, each, at<float>(out), threads);
+  }, Release());
+  m.def("gaussian_kl_backward", [](Address grad, bool each, float scale, Address mu_q, Address logvar_q, Address mu_p,
+                                   Address logvar_p, int type, int64_t size, Address d_mu_q, Address d_logvar_q,
+                                   Address d_mu_p, Address d_logvar_p, int threads) {
+    ddmd::Gaussians g = {};
+    g.type = type_of(type);
+    g.grad = at<float>(grad), g.each = each, g.scale = scale;
+    g.mu_q = at<void>(mu_q), g.logvar_q = at<void>(logvar_q), g.mu_p = at<void>(mu_p), g.logvar_p = at<void>(logvar_p);
+    g.d_mu_q = at<void>(d_mu_q), g.d_logvar_q = at<void>(d_logvar_q), g.d_mu_p = at<void>(d_mu_p);
+    g.d_logvar_p = at<void>(d_logvar_p);
+    ddmd::gaussian_kl_backward(g, size, threads);
+  }, Release());
+  m.def("pairwise_sqdist", [](Address z, int type, int64_t rows, int64_t row_size, Address group, int64_t groups,
+                              Address out, int threads) {
+    ddmd::pairwise_sqdist(at<void>(z), type_of(type), rows, row_size, at<int64_t>(group), groups, at<float>(out),
+                          threads);
+  }, Release());
+  m.def("pairwise_sqdist_backward", [](float grad, Address z, int type, int64_t rows, int64_t row_size, Address group,
+                                       int64_t groups, Address d_z, int threads) {
+    ddmd::pairwise_sqdist_backward(grad, at<void>(z), type_of(type), rows, row_size, at<int64_t>(group), groups,
+                                   at<void>(d_z), threads);
+  }, Release());
   m.def("group_norm_silu", [](Address x, int type, bool channels_last, int64_t batch, int64_t channels,
                               int64_t pixels, int64_t groups, Address weight, Address bias, Address scale,
                               Address shift, Address residual, double eps, Address y, Address mean, Address rstd,

@@ -17,6 +17,9 @@ struct Kernels {
   // the same for columns `step` elements apart, one row
   void (*moments_strided)(const void *x, DType type, int64_t samples, int64_t sample_stride, int64_t step,
                           int64_t columns, float scale, float *mean, float *m2);
+  // merges the samples' contiguous columns into a running mean and M2 of `count` samples, in place
+  void (*update)(float *mean, float *m2, int64_t count, const void *x, DType type, int64_t samples,
+                 int64_t sample_stride, int64_t columns);
   void (*merge)(float *mean, float *m2, int64_t count, const float *other_mean, const float *other_m2,
                 int64_t other_count, int64_t begin, int64_t end);
   void (*denoise)(void *x, DType type, const void *output, DType output_type, void *x0, const float *row,
@@ -29,12 +32,34 @@ struct Kernels {
   void (*discrepancy_maps)(const void *a, const void *b, DType type, int64_t members_a, int64_t members_b, int64_t slices,
                int64_t channels, int64_t pixels, bool non_temporal, float *inter, float *intra, int64_t begin,
                int64_t end);
+  // KL of elements [begin, end): each one's to `out`, or their sum
+  void (*gaussian_kl)(const struct Gaussians &g, float *out, int64_t begin, int64_t end);
+  double (*gaussian_kl_sum)(const struct Gaussians &g, int64_t begin, int64_t end);
+  void (*gaussian_kl_grads)(const struct Gaussians &g, int64_t begin, int64_t end);
+  // sum of squared deviations of `count` rows from their mean, over columns [first, first + columns); and the
+  // gradient, which is factor (z - mean)
+  double (*row_deviations)(const void *z, DType type, int64_t row_size, const int64_t *rows, int64_t count,
+                           int64_t first, int64_t columns);
+  void (*row_deviation_grads)(const void *z, void *d_z, DType type, int64_t row_size, const int64_t *rows,
+                              int64_t count, int64_t first, int64_t columns, float factor);
   // GroupNorm + SiLU; layout: channels last (N, pixels, C) or first (N, C, pixels)
   void (*norm_moments)(const struct Norm &n, int64_t begin, int64_t end);
   void (*norm_apply)(const struct Norm &n, int64_t begin, int64_t end);
   void (*norm_grad_sums)(const struct Norm &n, int64_t begin, int64_t end);
   void (*norm_grad_apply)(const struct Norm &n, int64_t begin, int64_t end);
 };
+
+// Two diagonal Gaussians, q and p, and what their gradients need.
+struct Gaussians {
+  DType type;
+  const void *mu_q, *logvar_q, *mu_p, *logvar_p;
+  const float *grad;  // of each element, or one number where `each` is false
+  bool each;
+  float scale;  // of the gradient
+  void *d_mu_q, *d_logvar_q, *d_mu_p, *d_logvar_p;
+};
+
+constexpr int64_t kRowColumns = 1024;  // most columns of a call of row_deviations
 
 // One GroupNorm + SiLU. Work is cut into chunks of `chunk` pixels, whatever the number of threads.
 struct Norm {
@@ -67,6 +92,14 @@ void noise(const void *x0, void *x, DType type, const int64_t *t, const float *t
            const int64_t *sample, const int64_t *slice, int64_t rows, int64_t row_size, int threads);
 void discrepancy_maps(const void *a, const void *b, DType type, int64_t members_a, int64_t members_b, int64_t slices,
                       int64_t channels, int64_t pixels, float *inter, float *intra, int threads);
+// the sum over `size` elements times `scale`, or each element's where `each` is true
+void gaussian_kl(const Gaussians &g, int64_t size, double scale, bool each, float *out, int threads);
+void gaussian_kl_backward(const Gaussians &g, int64_t size, int threads);
+// group holds numbers from 0 to groups - 1: whoever calls has looked
+void pairwise_sqdist(const void *z, DType type, int64_t rows, int64_t row_size, const int64_t *group, int64_t groups,
+                     float *out, int threads);
+void pairwise_sqdist_backward(float grad, const void *z, DType type, int64_t rows, int64_t row_size,
+                              const int64_t *group, int64_t groups, void *d_z, int threads);
 void group_norm_silu(const void *x, DType type, bool channels_last, int64_t batch, int64_t channels, int64_t pixels,
                      int64_t groups, const float *weight, const float *bias, const float *scale, const float *shift,
                      const void *residual, double eps, void *y, float *mean, float *rstd, int threads);

@@ -27,9 +27,67 @@ inline void strip_moments(const T *x, int64_t samples, int64_t sample_stride, in
   store(m2, square, n, non_temporal);
 }
 
+// Mean and M2 of `count` samples before, and the weights with which others are merged in (Chan et al.).
+struct Weights {
+  float share, cross;
+  Weights(int64_t count, int64_t other_count) {
+    const double total = static_cast<double>(count + other_count);
+    share = static_cast<float>(other_count / total);
+    cross = static_cast<float>(count * (other_count / total));
+  }
+};
+
+// The strip's samples are merged into a running state; it is read and written once.
+template <bool whole, class T>
+inline void strip_update(const T *x, int64_t samples, int64_t sample_stride, int64_t length, const Weights &w,
+                         float *mean, float *m2) {
+  const int64_t n = whole ? kStrip : length;
+  if (samples == 1) {
+DDMD_IVDEP
+    for (int64_t i = 0; i < n; ++i) {
+      const float delta = upcast(x[i]) - mean[i];
+      mean[i] += delta * w.share;
+      m2[i] += delta * delta * w.cross;
+    }
+    return;
+  }
+  const float share = 1.0f / static_cast<float>(samples);
+  float sum[kStrip] = {}, square[kStrip] = {};
+  for (int64_t s = 0; s < samples; ++s)
+    for (int64_t i = 0; i < n; ++i) sum[i] += upcast(x[s * sample_stride + i]);
+  for (int64_t i = 0; i < n; ++i) sum[i] *= share;
+  for (int64_t s = 0; s < samples; ++s)
+    for (int64_t i = 0; i < n; ++i) {
+      const float d = upcast(x[s * sample_stride + i]) - sum[i];
+      square[i] += d * d;
+    }
+DDMD_IVDEP
+  for (int64_t i = 0; i < n; ++i) {
+    const float delta = sum[i] - mean[i];
+    mean[i] += delta * w.share;
+    m2[i] += square[i] + delta * delta * w.cross;
+  }
+}
+
 }  // namespace
 
 namespace DDMD_ISA {
+void update(float *mean, float *m2, int64_t count, const void *x, DType type, int64_t samples, int64_t sample_stride,
+            int64_t columns) {
+  const Weights w(count, samples);
+  with_type(type, [&](auto zero) {
+    using T = decltype(zero);
+    const T *from = static_cast<const T *>(x);
+    if (samples == 1) return strip_update<false>(from, 1, 0, columns, w, mean, m2);  // one loop over all of them
+    for (int64_t i = 0; i < columns; i += kStrip) {
+      if (columns - i >= kStrip)
+        strip_update<true>(from + i, samples, sample_stride, kStrip, w, mean + i, m2 + i);
+      else
+        strip_update<false>(from + i, samples, sample_stride, columns - i, w, mean + i, m2 + i);
+    }
+  });
+}
+
 void moments(const void *x, DType type, int64_t samples, int64_t sample_stride, int64_t columns, float scale,
              bool non_temporal, float *mean, float *m2) {
   with_type(type, [&](auto zero) {
@@ -67,13 +125,11 @@ void moments_strided(const void *x, DType type, int64_t samples, int64_t sample_
 
 void merge(float *mean, float *m2, int64_t count, const float *other_mean, const float *other_m2,
            int64_t other_count, int64_t begin, int64_t end) {
-  const double total = static_cast<double>(count + other_count);
-  const float share = static_cast<float>(other_count / total);
-  const float cross = static_cast<float>(count * (other_count / total));
+  const Weights w(count, other_count);
   for (int64_t i = begin; i < end; ++i) {
     const float delta = other_mean[i] - mean[i];
-    mean[i] += delta * share;
-    m2[i] += other_m2[i] + delta * delta * cross;
+    mean[i] += delta * w.share;
+    m2[i] += other_m2[i] + delta * delta * w.cross;
   }
 }
 }  // namespace DDMD_ISA

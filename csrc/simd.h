@@ -130,6 +130,24 @@ inline float sigmoid(float x) {
 template <class T>
 constexpr bool kExact = !std::is_same_v<T, BFloat16>;
 
+// exp(x) to a unit or two in the last place; infinity and NaN where they belong, and 0 for what float32 has
+// as a subnormal number.
+inline float exp_(float x) {
+  const float y = clamp(x, -87.0f, 89.0f);
+  const float shifted = 1.44269504f * y + 12582912.0f;  // 1.5 * 2^23: the integer nearest stands in the low bits
+  const float k = shifted - 12582912.0f;
+  const float r = (y - 0.693359375f * k) + 2.12194440e-4f * k;  // [-ln 2 / 2, ln 2 / 2]
+  float p = 2.0f * 1.3981999507e-3f + 2.0f * 1.9875691500e-4f * r;  // 2 exp(r), as 2^k alone may overflow
+  p = p * r + 2.0f * 8.3334519073e-3f;
+  p = p * r + 2.0f * 4.1665795894e-2f;
+  p = p * r + 2.0f * 1.6666665459e-1f;
+  p = p * r + 2.0f * 5.0000001201e-1f;
+  p = p * r + 2.0f;
+  p = p * r + 2.0f;
+  p *= bits<float>((bits<uint32_t>(shifted) << 23) + (126u << 23));  // 2^(k - 1)
+  return x < -87.0f ? 0.0f : p;
+}
+
 // natural logarithm of a normal positive number
 inline float log_(float x) {
   const uint32_t u = bits<uint32_t>(x);
@@ -205,6 +223,16 @@ inline void store_fence(bool non_temporal) {
 }
 
 constexpr int64_t kStrip = 64;  // elements whose sums stay in registers
+
+// Asks for the strip that a loop over `x` comes to 2 KiB later. Several streams at a time are more than
+// hardware prefetching follows; an address past the end is no access. Inlined always, because GCC drops calls
+// of a function that does nothing else.
+template <class T>
+__attribute__((always_inline)) inline void prefetch_strip(const T *x) {
+#pragma GCC unroll 4
+  for (int64_t i = 0; i < kStrip * static_cast<int64_t>(sizeof(T)); i += 64)
+    __builtin_prefetch(reinterpret_cast<const void *>(reinterpret_cast<uintptr_t>(x) + 2048 + i));
+}
 
 }  // namespace
 }  // namespace ddmd

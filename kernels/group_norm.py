@@ -1,20 +1,154 @@
 """GroupNorm + SiLU with scale, shift and residual, channels last, forward and backward.
 
-Statistics come from chunks of pixels (mean and M2 of each channel, merged as Chan et al. do), so that
-they are as sound as a two-pass mean and the same bits every time.
+Where all pixels of some groups fit into the registers of a program, x is read once. Elsewhere statistics come from
+chunks of pixels (mean and M2 of each channel, merged as Chan et al. do), and x is read twice. Both are as sound
+as a two-pass mean, and the same bits every time.
 """
 
 from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ddmd.kernels.launch import empty_float32, on, power_of_two
+from ddmd.kernels.launch import INTERPRETED, empty_float32, on, power_of_two
+from ddmd.kernels.tiles import Tile, tile
 from ddmd.ops import reference
 
-TILE = 4096  # elements a program holds at a time
+TILE = 4096  # elements that a program of the backward pass holds at a time
+
+
+@triton.jit
+def _sigmoid(value, FAST: tl.constexpr):
+    """1 / (1 + exp(-value)); FAST by the special function unit, a few units in the last place off."""
+    if FAST:
+        result = tl.inline_asm_elementwise(
+            "{.reg .f32 t; ex2.approx.ftz.f32 t, $1; add.ftz.f32 t, t, 0f3F800000; rcp.approx.ftz.f32 $0, t;}",
+            "=f,f", [value * -1.4426950408889634], tl.float32, True, 1,
+        )  # fmt: skip
+    else:
+        result = tl.sigmoid(value)
+    return result
+
+
+@triton.jit
+def _silu_slope(value, FAST: tl.constexpr):
+    """Derivative of silu."""
+    s = _sigmoid(value, FAST)
+    return s * (1.0 + value * (1.0 - s))
+
+
+@triton.jit
+def _keep_packed(x, FAST: tl.constexpr):
+    """x itself, which the compiler does not know: 16-bit values are converted again rather than kept as 32 bits."""
+    if FAST and x.dtype.primitive_bitwidth == 16:
+        x = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], x.dtype, False, 2)
+    return x
+
+
+@triton.jit
+def _sums_over_groups(values, c, PER_GROUP: tl.constexpr):
+    """(BC,) for each channel c the sum of values (BC,) over the channels of its group."""
+    same = c[:, None] // PER_GROUP == c[None, :] // PER_GROUP
+    return tl.sum(tl.where(same, values[None, :], 0.0), 1)
+
+
+@triton.jit
+def _gain_and_offset(
+    weight_ptr, bias_ptr, scale_ptr, shift_ptr, mean, rstd, image, channel, channels, inside,
+    HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr,
+):  # fmt: skip
+    """gain and offset of each channel: silu(gain x + offset) is the result."""
+    gain = tl.load(weight_ptr + channel, inside, other=0.0).to(tl.float32)
+    offset = tl.load(bias_ptr + channel, inside, other=0.0).to(tl.float32)
+    if HAS_SCALE:
+        factor = 1.0 + tl.load(scale_ptr + image * channels + channel, inside, other=0.0).to(tl.float32)
+        gain *= factor
+        offset *= factor
+    gain *= rstd
+    offset -= mean * gain
+    if HAS_SHIFT:
+        offset += tl.load(shift_ptr + image * channels + channel, inside, other=0.0).to(tl.float32)
+    return gain, offset
+
+
+@triton.jit
+def _finish(x, gain, offset, residual_ptr, y_ptr, at, where, HAS_RESIDUAL: tl.constexpr, FAST: tl.constexpr):
+    """Store silu(gain x + offset) + residual of a tile (pixels, channels)."""
+    value = x.to(tl.float32) * gain[None, :] + offset[None, :]
+    y = value * _sigmoid(value, FAST)
+    if HAS_RESIDUAL:
+        y += tl.load(residual_ptr + at, where, other=0.0).to(tl.float32)
+    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), where)
+
+
+@triton.jit
+def group_norm_resident_fwd_kernel(
+    x_ptr,  # (N, pixels, C)
+    weight_ptr,  # (C,)
+    bias_ptr,  # (C,)
+    scale_ptr,  # (N, C), or weight_ptr
+    shift_ptr,  # (N, C), or weight_ptr
+    residual_ptr,  # (N, pixels, C), or x_ptr
+    y_ptr,  # (N, pixels, C), written
+    mean_ptr,  # (N, G) float32, written
+    rstd_ptr,  # (N, G) float32, written
+    pixels,
+    channels,
+    eps,
+    HAS_SCALE: tl.constexpr,
+    HAS_SHIFT: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    PER_GROUP: tl.constexpr,  # channels of a group
+    SLAB: tl.constexpr,  # channels of a program: whole groups
+    BP: tl.constexpr,  # pixels of the first tile, which is full
+    BR: tl.constexpr,  # pixels of the second tile, at least, or 0
+    BC: tl.constexpr,
+    FAST: tl.constexpr,
+):
+    """All pixels of some groups of one image stay in registers: one read of x, one write of y."""
+    slabs = channels // SLAB
+    image = (tl.program_id(0) // slabs).to(tl.int64)
+    c = tl.arange(0, BC)
+    inside = c < SLAB
+    channel = tl.program_id(0) % slabs * SLAB + c
+    start = image * pixels * channels + tl.program_id(0) % slabs * SLAB  # 64-bit starts, 32-bit offsets
+    at = tl.arange(0, BP)[:, None] * channels + c[None, :]
+    where = tl.broadcast_to(inside[None, :], (BP, BC))
+    x = tl.load(x_ptr + start + at, where, other=0.0)
+    total = tl.sum(x.to(tl.float32), 0)
+    if BR > 0:
+        pixel = BP + tl.arange(0, BR)
+        rest_at = pixel[:, None] * channels + c[None, :]
+        rest_where = (pixel < pixels)[:, None] & inside[None, :]
+        rest = tl.load(x_ptr + start + rest_at, rest_where, other=0.0)
+        total += tl.sum(rest.to(tl.float32), 0)
+    size = tl.cast(pixels, tl.float32) * PER_GROUP
+    mean = _sums_over_groups(total, c, PER_GROUP) / size
+    x = _keep_packed(x, FAST)
+    delta = x.to(tl.float32) - mean[None, :]
+    square = tl.sum(delta * delta, 0)
+    x = _keep_packed(x, FAST)
+    if BR > 0:
+        rest_delta = tl.where(rest_where, rest.to(tl.float32) - mean[None, :], 0.0)
+        square += tl.sum(rest_delta * rest_delta, 0)
+    rstd = 1.0 / tl.sqrt(_sums_over_groups(square, c, PER_GROUP) / size + eps)
+    group = image * (channels // PER_GROUP) + channel // PER_GROUP
+    first_of_group = inside & (c % PER_GROUP == 0)
+    tl.store(mean_ptr + group, mean, first_of_group)
+    tl.store(rstd_ptr + group, rstd, first_of_group)
+    gain, offset = _gain_and_offset(
+        weight_ptr, bias_ptr, scale_ptr, shift_ptr, mean, rstd, image, channel, channels, inside, HAS_SCALE, HAS_SHIFT
+    )  # fmt: skip
+    if BR > 0:
+        _finish(
+            rest, gain, offset, residual_ptr + start, y_ptr + start, rest_at, rest_where, HAS_RESIDUAL, FAST
+        )
+    _finish(x, gain, offset, residual_ptr + start, y_ptr + start, at, where, HAS_RESIDUAL, FAST)
 
 
 @triton.jit
@@ -25,22 +159,44 @@ def group_norm_moments_fwd_kernel(
     pixels,
     channels,
     chunks,
+    chunk_pixels,
     BP: tl.constexpr,
     BC: tl.constexpr,
+    U: tl.constexpr,
 ):
+    """Mean and M2 of each channel in a chunk of pixels, by sums about the mean of its first U BP pixels."""
     image = (tl.program_id(0) // chunks).to(tl.int64)
     chunk = (tl.program_id(0) % chunks).to(tl.int64)
     c = tl.arange(0, BC)
-    pixel = chunk * BP + tl.arange(0, BP)
-    where = (pixel < pixels)[:, None] & (c < channels)[None, :]
-    at = (image * pixels + pixel[:, None]) * channels + c[None, :]
-    x = tl.load(x_ptr + at, where, other=0.0).to(tl.float32)
-    count = tl.minimum(pixels - chunk * BP, BP).to(tl.float32)
-    mean = tl.sum(x, 0) / count
-    deviation = tl.where(where, x - mean[None, :], 0.0)
+    inside = (c < channels)[None, None, :]
+    first = chunk * chunk_pixels  # 64-bit starts, 32-bit offsets
+    count = tl.minimum(pixels - first, chunk_pixels).to(tl.int32)
+    start = x_ptr + (image * pixels + first) * channels
+    pixel = (tl.arange(0, U)[:, None] * BP + tl.arange(0, BP)[None, :])[:, :, None]
+    at = pixel * channels + c[None, None, :]
+    x = tl.load(start + at, (pixel < count) & inside, other=0.0)
+    pivot = tl.sum(tl.sum(x.to(tl.float32), 0), 0) / tl.minimum(count, U * BP).to(tl.float32)
+    delta = tl.where((pixel < count) & inside, x.to(tl.float32) - pivot[None, None, :], 0.0)
+    total = tl.sum(delta, 0)
+    square = tl.sum(delta * delta, 0)
+    done = count * 0 + U * BP
+    while done + U * BP <= count:
+        x = tl.load(start + done * channels + at, tl.broadcast_to(inside, (U, BP, BC)), other=0.0)
+        delta = x.to(tl.float32) - pivot[None, None, :]
+        total += tl.sum(delta, 0)
+        square += tl.sum(delta * delta, 0)
+        done += U * BP
+    if done < count:
+        where = (pixel < count - done) & inside
+        x = tl.load(start + done * channels + at, where, other=0.0)
+        delta = tl.where(where, x.to(tl.float32) - pivot[None, None, :], 0.0)
+        total += tl.sum(delta, 0)
+        square += tl.sum(delta * delta, 0)
+    own = tl.sum(total, 0)
+    own_mean = own / count.to(tl.float32)
     out = (image * chunks + chunk) * channels + c
-    tl.store(mean_ptr + out, mean, c < channels)
-    tl.store(m2_ptr + out, tl.sum(deviation * deviation, 0), c < channels)
+    tl.store(mean_ptr + out, pivot + own_mean, c < channels)
+    tl.store(m2_ptr + out, tl.sum(square, 0) - own * own_mean, c < channels)
 
 
 @triton.jit
@@ -58,11 +214,11 @@ def group_norm_merge_fwd_kernel(
     pixels,
     channels,
     chunks,
+    chunk_pixels,
     groups,
     eps,
     HAS_SCALE: tl.constexpr,
     HAS_SHIFT: tl.constexpr,
-    BP: tl.constexpr,  # pixels of a chunk
     BK: tl.constexpr,  # chunks at a time
     BG: tl.constexpr,  # channels of a group, at least
 ):
@@ -77,7 +233,7 @@ def group_norm_merge_fwd_kernel(
         k = start + tl.arange(0, BK)
         where = (k < chunks)[:, None] & (c < per_group)[None, :]
         at = (image * chunks + k[:, None]) * channels + g * per_group + c[None, :]
-        count = tl.minimum(pixels - k.to(tl.int64) * BP, BP).to(tl.float32)
+        count = tl.minimum(pixels - k.to(tl.int64) * chunk_pixels, chunk_pixels).to(tl.float32)
         total += tl.load(part_mean_ptr + at, where, other=0.0) * count[:, None]
         start += BK
     size = (per_group.to(tl.int64) * pixels).to(tl.float32)  # 2^31 elements and more
@@ -88,7 +244,7 @@ def group_norm_merge_fwd_kernel(
         k = start + tl.arange(0, BK)
         where = (k < chunks)[:, None] & (c < per_group)[None, :]
         at = (image * chunks + k[:, None]) * channels + g * per_group + c[None, :]
-        count = tl.minimum(pixels - k.to(tl.int64) * BP, BP).to(tl.float32)
+        count = tl.minimum(pixels - k.to(tl.int64) * chunk_pixels, chunk_pixels).to(tl.float32)
         delta = tl.load(part_mean_ptr + at, where, other=0.0) - mean
         square += tl.where(
             where, tl.load(part_m2_ptr + at, where, other=0.0) + delta * delta * count[:, None], 0.0
@@ -99,16 +255,10 @@ def group_norm_merge_fwd_kernel(
     tl.store(rstd_ptr + image * groups + g, rstd)
     channel = g * per_group + c
     inside = c < per_group
-    gain = tl.load(weight_ptr + channel, inside, other=0.0).to(tl.float32)
-    offset = tl.load(bias_ptr + channel, inside, other=0.0).to(tl.float32)
-    if HAS_SCALE:
-        factor = 1.0 + tl.load(scale_ptr + image * channels + channel, inside, other=0.0).to(tl.float32)
-        gain *= factor
-        offset *= factor
-    offset -= mean * rstd * gain
-    if HAS_SHIFT:
-        offset += tl.load(shift_ptr + image * channels + channel, inside, other=0.0).to(tl.float32)
-    tl.store(gain_ptr + image * channels + channel, gain * rstd, inside)
+    gain, offset = _gain_and_offset(
+        weight_ptr, bias_ptr, scale_ptr, shift_ptr, mean, rstd, image, channel, channels, inside, HAS_SCALE, HAS_SHIFT
+    )  # fmt: skip
+    tl.store(gain_ptr + image * channels + channel, gain, inside)
     tl.store(offset_ptr + image * channels + channel, offset, inside)
 
 
@@ -125,6 +275,7 @@ def group_norm_silu_fwd_kernel(
     HAS_RESIDUAL: tl.constexpr,
     BP: tl.constexpr,
     BC: tl.constexpr,
+    FAST: tl.constexpr,
 ):
     image = (tl.program_id(0) // chunks).to(tl.int64)
     chunk = (tl.program_id(0) % chunks).to(tl.int64)
@@ -134,18 +285,8 @@ def group_norm_silu_fwd_kernel(
     at = (image * pixels + pixel[:, None]) * channels + c[None, :]
     gain = tl.load(gain_ptr + image * channels + c, c < channels, other=0.0)
     offset = tl.load(offset_ptr + image * channels + c, c < channels, other=0.0)
-    value = tl.load(x_ptr + at, where, other=0.0).to(tl.float32) * gain[None, :] + offset[None, :]
-    y = value * tl.sigmoid(value)
-    if HAS_RESIDUAL:
-        y += tl.load(residual_ptr + at, where, other=0.0).to(tl.float32)
-    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), where)
-
-
-@triton.jit
-def _silu_slope(value):
-    """Derivative of silu."""
-    s = tl.sigmoid(value)
-    return s * (1.0 + value * (1.0 - s))
+    x = tl.load(x_ptr + at, where, other=0.0)
+    _finish(x, gain, offset, residual_ptr, y_ptr, at, where, HAS_RESIDUAL, FAST)
 
 
 @triton.jit
@@ -163,6 +304,7 @@ def group_norm_sums_bwd_kernel(
     chunks,
     BP: tl.constexpr,
     BC: tl.constexpr,
+    FAST: tl.constexpr,
 ):
     image = (tl.program_id(0) // chunks).to(tl.int64)
     chunk = (tl.program_id(0) % chunks).to(tl.int64)
@@ -178,7 +320,7 @@ def group_norm_sums_bwd_kernel(
     centre = tl.load(centre_ptr + of, inside, other=0.0)
     x = tl.load(x_ptr + at, where, other=0.0).to(tl.float32)
     grad = tl.load(grad_ptr + at, where, other=0.0).to(tl.float32)
-    g = grad * _silu_slope(x * gain[None, :] + offset[None, :])
+    g = grad * _silu_slope(x * gain[None, :] + offset[None, :], FAST)
     h = x * multiple[None, :] + centre[None, :]
     out = (image * chunks + chunk) * channels + c
     tl.store(sum_ptr + out, tl.sum(g, 0), inside)
@@ -202,6 +344,7 @@ def group_norm_silu_bwd_kernel(
     chunks,
     BP: tl.constexpr,
     BC: tl.constexpr,
+    FAST: tl.constexpr,
 ):
     image = (tl.program_id(0) // chunks).to(tl.int64)
     chunk = (tl.program_id(0) % chunks).to(tl.int64)
@@ -220,7 +363,7 @@ def group_norm_silu_bwd_kernel(
     mean_gh = tl.load(mean_gh_ptr + of, inside, other=0.0)
     x = tl.load(x_ptr + at, where, other=0.0).to(tl.float32)
     grad = tl.load(grad_ptr + at, where, other=0.0).to(tl.float32)
-    g = grad * _silu_slope(x * gain[None, :] + offset[None, :])
+    g = grad * _silu_slope(x * gain[None, :] + offset[None, :], FAST)
     h = x * multiple[None, :] + centre[None, :]
     d_x = multiple[None, :] * (g * inner[None, :] - mean_g[None, :] - h * mean_gh[None, :])
     tl.store(d_x_ptr + at, d_x.to(d_x_ptr.dtype.element_ty), where)
@@ -235,6 +378,58 @@ def _channels_last(x: Tensor) -> tuple[Tensor, torch.memory_format]:
     return x.contiguous(memory_format=torch.channels_last), (
         torch.channels_last if last else torch.contiguous_format
     )
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """How one call is cut: a program for each slab of whole groups, or for each chunk of pixels.
+
+    Parameters
+    ----------
+    slab : int
+        Channels of a program that keeps all pixels of theirs in registers; 0 where they are too many.
+    full, rest : int
+        Pixels of its two tiles, powers of two: the first is full, and the second may be none.
+    chunk_pixels, chunks : int
+        Of a program of the first of two passes, and how many of them make an image.
+    """
+
+    slab: int
+    full: int
+    rest: int
+    chunk_pixels: int
+    chunks: int
+
+
+SECTOR = 32  # bytes of the least that is read
+MANY = 1024  # programs that fill a device
+LONGEST = 8  # tiles of a program of the first of two passes
+
+
+@functools.lru_cache(maxsize=256)
+def _plan(
+    images: int, pixels: int, channels: int, num_groups: int, size: int, resident: int, sums: int
+) -> _Plan:
+    """size: bytes of an element; resident and sums: elements of a program that keeps, and that sums, them."""
+    per_group = channels // num_groups
+    slab = next(
+        (m * per_group for m in range(1, num_groups + 1) if num_groups % m == 0 and m * per_group * size >= SECTOR),
+        channels,
+    )  # fmt: skip
+    full = 1 << (pixels.bit_length() - 1)
+    rest = power_of_two(pixels - full) if pixels > full else 0
+    if (
+        (full + rest) * power_of_two(slab) > resident
+        or power_of_two(slab) > MOST_CHANNELS
+        or pixels * channels >= 2**31
+    ):
+        slab = 0
+    step = max(1, sums // power_of_two(channels))
+    tiles = max(1, min(LONGEST, images * triton.cdiv(pixels, step) // MANY))
+    return _Plan(slab, full, rest, tiles * step, triton.cdiv(pixels, tiles * step))
+
+
+MOST_CHANNELS = 64  # of a slab: their sums over groups take the square of it
 
 
 def _extents(x: Tensor) -> tuple[int, int, int, int, int]:
@@ -286,29 +481,78 @@ def group_norm_silu(
     if x.numel() == 0:
         return reference.group_norm_silu(x, num_groups, weight, bias, scale, shift, residual, eps)
     last, layout = _channels_last(x)
-    n = x.shape[0]
-    pixels, channels, chunks, tile_pixels, tile_channels = _extents(last)
-    part_mean, part_m2 = (empty_float32((n, chunks, channels), x) for _ in range(2))
-    mean, rstd = (empty_float32((n, num_groups), x) for _ in range(2))
-    gain, offset = (empty_float32((n, channels), x) for _ in range(2))
+    n, channels = x.shape[:2]
+    pixels = x.numel() // (n * channels)
+    resident, sums, whole = tile("resident", x), tile("sums", x), tile("elementwise", x)
+    plan = _plan(
+        n, pixels, channels, num_groups, x.element_size(), resident.elements, sums.elements * sums.unroll
+    )
+    statistics = empty_float32((2, n, num_groups), x)
+    mean, rstd = statistics[0], statistics[1]
     y = torch.empty_like(last)
-    group_channels = power_of_two(channels // num_groups)
     weight, bias = weight.contiguous(), bias.contiguous()
+    scale_or_weight = weight if scale is None else scale.contiguous()
+    shift_or_weight = weight if shift is None else shift.contiguous()
+    residual_or_x = last if residual is None else _channels_last(residual)[0]
+    has = (scale is not None, shift is not None)
     with on(x):
-        group_norm_moments_fwd_kernel[(n * chunks,)](
-            last, part_mean, part_m2, pixels, channels, chunks, tile_pixels, tile_channels
-        )
-        group_norm_merge_fwd_kernel[(n * num_groups,)](
-            part_mean, part_m2, weight, bias, weight if scale is None else scale.contiguous(),
-            weight if shift is None else shift.contiguous(), mean, rstd, gain, offset, pixels, channels, chunks,
-            num_groups, eps, scale is not None, shift is not None, tile_pixels, max(1, 1024 // group_channels),
-            group_channels,
-        )  # fmt: skip
-        group_norm_silu_fwd_kernel[(n * chunks,)](
-            last, gain, offset, last if residual is None else _channels_last(residual)[0], y, pixels, channels, chunks,
-            residual is not None, tile_pixels, tile_channels,
-        )  # fmt: skip
+        if plan.slab:
+            group_norm_resident_fwd_kernel[(n * (channels // plan.slab),)](
+                last, weight, bias, scale_or_weight, shift_or_weight, residual_or_x, y, mean, rstd, pixels, channels,
+                eps, *has, residual is not None, channels // num_groups, plan.slab, plan.full, plan.rest,
+                power_of_two(plan.slab), not INTERPRETED, num_warps=resident.warps,
+            )  # fmt: skip
+        else:
+            _in_two_passes(
+                last, weight, bias, scale_or_weight, shift_or_weight, residual_or_x, y, mean, rstd, eps, *has,
+                residual is not None, num_groups, plan, sums, whole,
+            )  # fmt: skip
+    if last is x:
+        return y, mean, rstd
     return y.reshape(x.shape).contiguous(memory_format=layout), mean, rstd
+
+
+def _in_two_passes(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    residual: Tensor,
+    y: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    eps: float,
+    has_scale: bool,
+    has_shift: bool,
+    has_residual: bool,
+    num_groups: int,
+    plan: _Plan,
+    sums: Tile,
+    whole: Tile,
+) -> None:
+    """Statistics of chunks, of groups, and then the result: two reads of x."""
+    n, channels = x.shape[:2]
+    pixels = x.numel() // (n * channels)
+    parts = empty_float32((2, n, plan.chunks, channels), x)
+    coefficients = empty_float32((2, n, channels), x)
+    tile_channels = power_of_two(channels)
+    group_norm_moments_fwd_kernel[(n * plan.chunks,)](
+        x, parts[0], parts[1], pixels, channels, plan.chunks, plan.chunk_pixels,
+        max(1, sums.elements // tile_channels), tile_channels, sums.unroll, num_warps=sums.warps,
+    )  # fmt: skip
+    group_channels = power_of_two(channels // num_groups)
+    group_norm_merge_fwd_kernel[(n * num_groups,)](
+        parts[0], parts[1], weight, bias, scale, shift, mean, rstd, coefficients[0], coefficients[1], pixels,
+        channels, plan.chunks, plan.chunk_pixels, num_groups, eps, has_scale, has_shift,
+        min(max(1, 1024 // group_channels), power_of_two(plan.chunks)), group_channels,
+    )  # fmt: skip
+    tile_pixels = max(1, whole.elements // tile_channels)
+    chunks = triton.cdiv(pixels, tile_pixels)
+    group_norm_silu_fwd_kernel[(n * chunks,)](
+        x, coefficients[0], coefficients[1], residual, y, pixels, channels, chunks, has_residual, tile_pixels,
+        tile_channels, not INTERPRETED, num_warps=whole.warps,
+    )  # fmt: skip
 
 
 def group_norm_silu_backward(
@@ -346,6 +590,7 @@ def group_norm_silu_backward(
             chunks,
             tile_pixels,
             tile_channels,
+            not INTERPRETED,
         )
         sums_g, sums_gh = part.sum(2)
         size = channels // num_groups * pixels
@@ -357,7 +602,7 @@ def group_norm_silu_backward(
         )
         group_norm_silu_bwd_kernel[(n * chunks,)](
             last_grad, last, gain, offset, multiple, centre, inner, mean_g.contiguous(), mean_gh.contiguous(), d_x,
-            pixels, channels, chunks, tile_pixels, tile_channels,
+            pixels, channels, chunks, tile_pixels, tile_channels, not INTERPRETED,
         )  # fmt: skip
     d_scale = sums_gh * weight.float() + sums_g * bias.float()
     factor = 1.0 if scale is None else 1.0 + scale.float()

@@ -18,15 +18,15 @@ from typing import Any
 
 BASELINE = Path(__file__).with_name("sass_baseline.json")
 CSRC = Path(__file__).resolve().parents[1] / "csrc"
-ARCHITECTURES = (80, 90)
+ARCHITECTURES = (80, 90, 100)
 GROWTH = 1.10  # a kernel may take this many times its baseline's instructions
 
 F, H, I64, I = "*fp32", "*bf16", "*i64", "i32"
 
 
-def triton_kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], bool]]:
+def triton_kernels(architecture: int = 90) -> dict[str, tuple[Any, dict[str, str], dict[str, Any], bool]]:
     """name -> kernel, signature, constants, whether 128-bit loads are promised."""
-    from ddmd.kernels import denoise, discrepancy, group_norm, losses
+    from ddmd.kernels import denoise, discrepancy, group_norm, losses, tiles
 
     rows = {
         "table_ptr": F,
@@ -71,43 +71,77 @@ def triton_kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], boo
         table[f"centroid_{kind}"] = (
             losses.centroid_fwd_kernel, {"z_ptr": t, "group_ptr": I64, **of, **shape}, block, True
         )  # fmt: skip
-        table[f"pairwise_sqdist_{kind}"] = (
-            losses.pairwise_sqdist_fwd_kernel,
-            {"z_ptr": t, "group_ptr": I64, **of, "partial_ptr": F, **shape, "groups": I}, block, True,
-        )  # fmt: skip
+        size = 4 if t == F else 2
+        sums, resident, whole = (
+            tiles.table((architecture // 10, architecture % 10))[kind_of, size]
+            for kind_of in ("sums", "resident", "elementwise")
+        )
+        columns = 512 // size
+        for split in (False, True):
+            table[f"pairwise_sqdist{'_split' if split else ''}_{kind}"] = (
+                losses.pairwise_sqdist_fwd_kernel,
+                {"z_ptr": t, "group_ptr": I64, "partial_ptr": F, "mean_ptr": F, "m2_ptr": F, "count_ptr": F, **shape,
+                 "groups": I, "chunks": I, "chunk_rows": I},
+                {"SPLIT": split, "BN": sums.elements // columns, "BD": columns, "U": sums.unroll, "IDS": 512,
+                 "num_warps": sums.warps}, True,
+            )  # fmt: skip
         table[f"pairwise_sqdist_backward_{kind}"] = (
             losses.pairwise_sqdist_bwd_kernel,
             {"grad_ptr": F, "z_ptr": t, "group_ptr": I64, **of, "d_z_ptr": t, **shape, "groups": I}, block, True,
         )  # fmt: skip
+        affine = {"weight_ptr": F, "bias_ptr": F, "scale_ptr": F, "shift_ptr": F}
+        slab = 32 // size
+        full = 1 << (resident.elements // slab).bit_length() - 1
+        rest = 256 if full + 256 <= resident.elements // slab else 0
+        for residual in (False, True):
+            table[f"group_norm_resident_{kind}{'_residual' if residual else ''}"] = (
+                group_norm.group_norm_resident_fwd_kernel,
+                {"x_ptr": t, **affine, "residual_ptr": t, "y_ptr": t, "mean_ptr": F, "rstd_ptr": F, "pixels": I,
+                 "channels": I, "eps": "fp32"},
+                {"HAS_SCALE": residual, "HAS_SHIFT": residual, "HAS_RESIDUAL": residual, "PER_GROUP": 8, "SLAB": slab,
+                 "BP": full, "BR": rest, "BC": slab, "FAST": True, "num_warps": resident.warps}, True,
+            )  # fmt: skip
         extents = {"BP": group_norm.TILE // 64, "BC": 64}
         table[f"group_norm_moments_{kind}"] = (
-            group_norm.group_norm_moments_fwd_kernel, {"x_ptr": t, "mean_ptr": F, "m2_ptr": F, **tile}, extents, True
+            group_norm.group_norm_moments_fwd_kernel,
+            {"x_ptr": t, "mean_ptr": F, "m2_ptr": F, **tile, "chunk_pixels": I},
+            {"BP": sums.elements // 64, "BC": 64, "U": sums.unroll, "num_warps": sums.warps}, True,
         )  # fmt: skip
-        table[f"group_norm_silu_{kind}"] = (
-            group_norm.group_norm_silu_fwd_kernel,
-            {"x_ptr": t, "gain_ptr": F, "offset_ptr": F, "residual_ptr": t, "y_ptr": t, **tile},
-            {"HAS_RESIDUAL": True, **extents}, True,
-        )  # fmt: skip
+        for residual in (False, True):
+            table[f"group_norm_silu_{kind}{'_residual' if residual else ''}"] = (
+                group_norm.group_norm_silu_fwd_kernel,
+                {"x_ptr": t, "gain_ptr": F, "offset_ptr": F, "residual_ptr": t, "y_ptr": t, **tile},
+                {"HAS_RESIDUAL": residual, "BP": whole.elements // 64, "BC": 64, "FAST": True,
+                 "num_warps": whole.warps}, True,
+            )  # fmt: skip
         channels = {"gain_ptr": F, "offset_ptr": F, "multiple_ptr": F, "centre_ptr": F}
         table[f"group_norm_sums_backward_{kind}"] = (
             group_norm.group_norm_sums_bwd_kernel,
-            {"grad_ptr": t, "x_ptr": t, **channels, "sum_ptr": F, "sum_h_ptr": F, **tile}, extents, True,
+            {"grad_ptr": t, "x_ptr": t, **channels, "sum_ptr": F, "sum_h_ptr": F, **tile},
+            {**extents, "FAST": True}, True,
         )  # fmt: skip
         more = {"inner_ptr": F, "mean_g_ptr": F, "mean_gh_ptr": F}
         table[f"group_norm_silu_backward_{kind}"] = (
             group_norm.group_norm_silu_bwd_kernel,
-            {"grad_ptr": t, "x_ptr": t, **channels, **more, "d_x_ptr": t, **tile}, extents, True,
+            {"grad_ptr": t, "x_ptr": t, **channels, **more, "d_x_ptr": t, **tile},
+            {**extents, "FAST": True}, True,
         )  # fmt: skip
     table["group_norm_merge"] = (
         group_norm.group_norm_merge_fwd_kernel,
         {"part_mean_ptr": F, "part_m2_ptr": F, "weight_ptr": F, "bias_ptr": F, "scale_ptr": F, "shift_ptr": F,
-         "mean_ptr": F, "rstd_ptr": F, "gain_ptr": F, "offset_ptr": F, **tile, "groups": I, "eps": "fp32"},
-        {"HAS_SCALE": True, "HAS_SHIFT": True, "BP": 64, "BK": 128, "BG": 8}, False,
+         "mean_ptr": F, "rstd_ptr": F, "gain_ptr": F, "offset_ptr": F, **tile, "chunk_pixels": I, "groups": I,
+         "eps": "fp32"},
+        {"HAS_SCALE": True, "HAS_SHIFT": True, "BK": 8, "BG": 8}, False,
+    )  # fmt: skip
+    table["pairwise_sqdist_merge"] = (
+        losses.pairwise_sqdist_merge_fwd_kernel,
+        {"mean_ptr": F, "m2_ptr": F, "count_ptr": F, "partial_ptr": F, "d": I, "groups": I, "chunks": I},
+        {"BD": 128}, False,
     )  # fmt: skip
     table["sum"] = (
         losses.sum_fwd_kernel,
         {"partial_ptr": F, "out_ptr": F, "n": I, "scale": "fp32"},
-        {"BLOCK": 512},
+        {"BLOCK": 2048},
         False,
     )
     return table
@@ -129,6 +163,7 @@ def _facts(sass: str) -> dict[str, int]:
     return {
         "instructions": len(opcodes),
         "loads_128": sum(o.startswith("LDG") and ".128" in o for o in opcodes),
+        "loads": sum(o.startswith("LDG") for o in opcodes),
         "local": sum(o.startswith(("LDL", "STL")) for o in opcodes),
     }
 
@@ -143,10 +178,12 @@ def compile_triton(name: str, architecture: int, ones: bool = False) -> dict[str
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    kernel, signature, constants, _ = triton_kernels()[name]
+    kernel, signature, constants, _ = triton_kernels(architecture)[name]
     if ones:
         constants = constants | {p: 1 for p, kind in signature.items() if kind == I}
         signature = {p: kind for p, kind in signature.items() if kind != I}
+    constants = dict(constants)
+    options = {"num_warps": constants.pop("num_warps", 4)}
     names = list(kernel.arg_names)
     full = {p: signature.get(p, "constexpr") for p in names}
     unscaled = ("fp32",)
@@ -156,8 +193,11 @@ def compile_triton(name: str, architecture: int, ones: bool = False) -> dict[str
         if p in signature and signature[p] not in unscaled
     }
     source = ASTSource(kernel, full, {(names.index(k),): v for k, v in constants.items()}, divisible)
-    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32))
-    return _facts(_disassemble(compiled.asm["cubin"]))
+    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+    facts = _facts(_disassemble(compiled.asm["cubin"]))
+    if "BR" in constants:  # elements of x that a thread keeps
+        facts["kept"] = (constants["BP"] + constants["BR"]) * constants["BC"] // (32 * options["num_warps"])
+    return facts
 
 
 def compile_cuda(source: Path, architecture: int) -> dict[str, dict[str, int]]:
@@ -190,7 +230,7 @@ def collect(only: int | None = None) -> dict[str, dict[str, int]]:
     """Every kernel's facts for every architecture, or for one."""
     facts = {}
     for architecture in [only] if only else ARCHITECTURES:
-        for name, (_, _, _, vector) in triton_kernels().items():
+        for name, (_, _, _, vector) in triton_kernels(architecture).items():
             facts[f"{name} sm_{architecture}"] = {**compile_triton(name, architecture), "vector": int(vector)}
             compile_triton(name, architecture, ones=True)
         if shutil.which("nvcc"):

@@ -162,6 +162,104 @@ def test_group_norm_silu_forward_and_backward(dtype, layout, shape, groups):
             assert_close(a / n, r / n, dtype)
 
 
+@pytest.fixture
+def reads(monkeypatch):
+    """Counts how often the interpreted kernels read each element of a tensor: reads(tensor, call)."""
+    if DEVICE == "cuda":
+        pytest.skip(reason="reads are counted where the kernels are interpreted")
+    from triton.runtime import interpreter
+
+    load = interpreter.InterpreterBuilder.create_masked_load
+
+    def count(tensor: torch.Tensor, call) -> torch.Tensor:
+        times, first, size = (
+            torch.zeros(tensor.numel(), dtype=torch.int64),
+            tensor.data_ptr(),
+            tensor.element_size(),
+        )
+
+        def counted(self, pointers, mask, *rest):
+            at = pointers.data[mask.data.astype(bool)].astype("int64").ravel()
+            at = at[(at >= first) & (at < first + tensor.numel() * size)] - first
+            times.index_add_(0, torch.from_numpy(at // size), torch.ones(len(at), dtype=torch.int64))
+            return load(self, pointers, mask, *rest)
+
+        monkeypatch.setattr(interpreter.InterpreterBuilder, "create_masked_load", counted)
+        call()
+        monkeypatch.setattr(interpreter.InterpreterBuilder, "create_masked_load", load)
+        return times
+
+    return count
+
+
+@each_type
+@pytest.mark.parametrize(("n", "d", "groups"), [(70, 300, 2), (600, 5, 3), (1300, 3, 2), (9, 40, 9)])
+def test_pairwise_sqdist_reads_every_code_once(dtype, n, d, groups, reads):
+    z, group = randn(n, d, dtype=dtype), torch.arange(n) % groups
+    assert (reads(z, lambda: kernels.pairwise_sqdist(z, group, groups)) == 1).all()
+
+
+@pytest.mark.parametrize("position", ["near", "outlier first", "outlier last"])
+def test_pairwise_sqdist_of_near_equal_codes_far_from_zero(position):
+    n, d = 300, 5
+    z = randn(n, d) + 3000
+    if position != "near":
+        z[0 if position == "outlier first" else -1] += 1e4
+    group = torch.randint(0, 2, (n,), device=DEVICE)
+    z[group == 1] -= 7000
+    wanted = reference.pairwise_sqdist(z.double(), group, 2)
+    assert abs(kernels.pairwise_sqdist(z, group, 2).double() / wanted - 1) < 1e-5
+    same = (randn(1, d) * 1000 + 1 / 3).expand(n, d)
+    assert kernels.pairwise_sqdist(same, group, 2) == 0
+
+
+@pytest.mark.parametrize("n", [40, 2000])
+def test_pairwise_sqdist_of_rows_in_chunks_and_of_nan(n):
+    z, group = randn(n, 4), torch.randint(0, 3, (n,), device=DEVICE)
+    assert_close(
+        kernels.pairwise_sqdist(z, group, 9) / n, reference.pairwise_sqdist(z.double(), group, 9) / n
+    )
+    for value in (float("nan"), float("inf")):
+        bad = z.clone()
+        bad[n // 2, 1] = value
+        assert kernels.pairwise_sqdist(bad, group, 3).isnan()
+    group[n - 1] = 9
+    assert kernels.pairwise_sqdist(z, group, 9).isnan()
+
+
+@each_type
+@pytest.mark.parametrize(("shape", "groups", "times"), [
+    ((1, 64, 48, 48), 8, 1), ((2, 96, 15, 15), 8, 1), ((1, 24, 17, 13), 2, 1), ((1, 160, 19, 20), 2, 2),
+])  # fmt: skip
+def test_group_norm_silu_reads_once_what_fits_into_registers(dtype, shape, groups, times, reads):
+    x = (randn(*shape) * 2 + 3).to(dtype).contiguous(memory_format=torch.channels_last)
+    residual, w, b = torch.randn_like(x), randn(shape[1]), randn(shape[1])
+    results = []
+    counted = reads(
+        x,
+        lambda: results.extend(kernels.group_norm_silu(x, groups, w, b, None, None, residual, 1e-5)),
+    )
+    assert (counted == times).all()
+    for ours, wanted in zip(
+        results, reference.group_norm_silu(x, groups, w, b, None, None, residual, 1e-5), strict=True
+    ):
+        assert_close(ours, wanted, dtype)
+
+
+@pytest.mark.parametrize("pixels", [(20, 20), (90, 50)])
+def test_group_norm_silu_of_an_outlier_and_a_large_mean(pixels):
+    """Variances that sums of squares would lose; the outlier is where a pivot would be taken."""
+    x = randn(1, 160, *pixels) + 1000
+    x[:, :, 0, 0] -= 5000
+    x = x.contiguous(memory_format=torch.channels_last)
+    w, b = randn(160), randn(160)
+    y, mean, rstd = kernels.group_norm_silu(x, 2, w, b, None, None, None, 1e-5)
+    exact = reference.group_norm_silu(x.double(), 2, w.double(), b.double(), None, None, None, 1e-5)
+    assert_close(mean, exact[1])
+    assert abs(rstd / exact[2] - 1).max() < 1e-5
+    assert_close(y / 10, exact[0] / 10)
+
+
 def test_sums_are_the_same_bits_every_time():
     inputs = [randn(5000) for _ in range(4)]
     z, group = randn(200, 9), torch.randint(0, 2, (200,), device=DEVICE)

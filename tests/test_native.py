@@ -143,6 +143,108 @@ def test_running_moments_are_those_of_the_whole(dtype):
     assert_close(m2 / 8, wanted[1])
 
 
+@each_type
+@pytest.mark.parametrize("samples", [1, 4])
+@pytest.mark.parametrize("shape", [(1,), (3, 70), (5, 1000)])
+def test_one_update_is_the_references(dtype, samples, shape):
+    x = (torch.randn(samples, *shape) + 50).to(dtype)
+    ours = [torch.randn(shape) + 50, torch.rand(shape) * 5]
+    wanted = [t.double() for t in ours]
+    native.ensemble_update(*ours, 6, x)
+    reference.ensemble_update(*wanted, 6, x.double())
+    for a, b in zip(ours, wanted, strict=True):
+        assert_close(a, b)
+
+
+@each_type
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+@pytest.mark.parametrize("shape", [(1,), (3, 5), (7, 1000), (40000,), (0, 2)])
+def test_gaussian_kl_forward_and_backward(dtype, reduction, shape):
+    inputs = [torch.randn(shape).to(dtype) for _ in range(4)]
+    ours = native.gaussian_kl(*inputs, reduction)
+    wanted = reference.gaussian_kl(*(t.double() for t in inputs), reduction)
+    if shape[0] == 0 and reduction == "mean":
+        assert ours.isnan()
+    else:
+        assert_close(ours, wanted)
+    grad = torch.randn(shape) if reduction == "none" else torch.randn(())
+    for ours, wanted in zip(
+        native.gaussian_kl_backward(grad, *inputs, reduction),
+        reference.gaussian_kl_backward(grad.double(), *(t.double() for t in inputs), reduction),
+        strict=True,
+    ):
+        assert ours.dtype == dtype
+        assert_close(ours, wanted, dtype)
+
+
+def test_gaussian_kl_of_mixed_types_and_strides():
+    inputs = [
+        torch.randn(6, 9)[:, ::2], torch.randn(5, 6).half().t(), torch.randn(6, 1).expand(6, 5),
+        torch.randn(6, 5).bfloat16(),
+    ]  # fmt: skip
+    assert_close(native.gaussian_kl(*inputs), reference.gaussian_kl(*(t.double() for t in inputs)))
+    grads = native.gaussian_kl_backward(torch.tensor(0.5), *inputs, "mean")
+    wanted = reference.gaussian_kl_backward(torch.tensor(0.5), *inputs, "mean")
+    for a, b in zip(grads, wanted, strict=True):
+        assert a.dtype == b.dtype
+        assert a.stride() == b.stride()
+        assert_close(a, b, a.dtype)
+
+
+def test_gaussian_kl_of_every_size_of_exponent():
+    """What overflows, vanishes or is no number does so as in torch; between them it is as near as float32."""
+    values = torch.cat([
+        torch.linspace(-200, 200, 4001), torch.linspace(88.3, 88.8, 101),
+        torch.tensor([float("inf"), -float("inf"), float("nan"), 0.0, -0.0, 1e-30, -1e30, 1e30]),
+    ])  # fmt: skip
+    zero = torch.zeros_like(values)
+    for inputs in (
+        (zero, values, zero, zero), (zero, zero, zero, values), (zero + 3, values, zero, values), (values, zero, zero, zero),
+    ):  # fmt: skip
+        ours, wanted = native.gaussian_kl(*inputs, "none"), reference.gaussian_kl(*inputs, "none")
+        torch.testing.assert_close(ours, wanted, rtol=3e-6, atol=1e-6, equal_nan=True)
+
+
+@each_type
+@pytest.mark.parametrize(
+    ("n", "d", "groups"),
+    [(1, 1, 1), (7, 3, 4), (33, 1300, 3), (1200, 70, 2), (0, 4, 2), (3, 0, 2), (5, 9, 10**9)],
+)
+def test_pairwise_sqdist_forward_and_backward(dtype, n, d, groups):
+    z, group = torch.randn(n, d).to(dtype), torch.randint(0, groups, (n,))
+    few = group.unique(return_inverse=True)[1] if n else group  # no reference of 10^9 centroids
+    wanted = reference.pairwise_sqdist(z.double(), few, max(n, 1))
+    assert abs(native.pairwise_sqdist(z, group, groups) - wanted) <= 1e-6 * wanted
+    grad = torch.randn(())
+    ours = native.pairwise_sqdist_backward(grad, z, group, groups)
+    assert_close(
+        ours / max(n, 1),
+        reference.pairwise_sqdist_backward(grad, z.double(), few, max(n, 1)) / max(n, 1),
+        dtype,
+    )
+
+
+@pytest.mark.parametrize("position", ["near", "outlier first", "outlier last"])
+def test_pairwise_sqdist_of_near_equal_codes_far_from_zero(position):
+    n, d = 2000, 30
+    z = torch.randn(n, d) + 3000
+    if position != "near":
+        z[0 if position == "outlier first" else -1] += 1e4
+    group = torch.randint(0, 2, (n,))
+    z[group == 1] -= 7000
+    wanted = reference.pairwise_sqdist(z.double(), group, 2)
+    assert abs(native.pairwise_sqdist(z, group, 2).double() / wanted - 1) < 1e-5
+    same = (torch.randn(1, d) * 1000 + 1 / 3).expand(n, d)
+    assert native.pairwise_sqdist(same, group, 2) <= 1e-9 * n * n * same.double().square().sum()
+
+
+def test_pairwise_sqdist_of_nan_and_infinity_is_nan():
+    for value in (float("nan"), float("inf")):
+        z = torch.randn(60, 40)
+        z[17, 3] = value
+        assert native.pairwise_sqdist(z, torch.arange(60) % 2, 2).isnan()
+
+
 def test_merging_two_states():
     x = torch.randn(11, 40)
     state = [x[:4].mean(0), x[:4].var(0) * 3]
@@ -162,7 +264,13 @@ def test_the_number_of_threads_changes_no_bit():
             state = x[:, :1].clone()
             native.denoise_step(state, x[:, 1:2], torch.full((2, 8), 0.3), *(t for t in FIXED))
             norm = native.group_norm_silu(x, 8, w, b, None, None, None, 1e-5)
-            results.append((state, *norm, *native.ensemble_variance(x)))
+            codes, group = x.flatten(1), torch.tensor([0, 1, 1, 0, 1])
+            losses = (
+                native.gaussian_kl(x, x * 0.5, x + 1, x),
+                native.pairwise_sqdist(codes, group, 2),
+                native.pairwise_sqdist_backward(torch.ones(()), codes, group, 2),
+            )
+            results.append((state, *norm, *native.ensemble_variance(x), *losses))
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:

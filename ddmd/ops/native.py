@@ -206,6 +206,61 @@ def discrepancy_maps(
     return inter, intra
 
 
+def _one_type(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors, contiguous and of one dtype: float32 where they differ."""
+    first = tensors[0].dtype
+    dtype = first if all(t.dtype == first for t in tensors) else torch.float32
+    return [t.to(dtype).contiguous() for t in tensors]
+
+
+def gaussian_kl(
+    mu_q: Tensor, logvar_q: Tensor, mu_p: Tensor, logvar_p: Tensor, reduction: str = "sum"
+) -> Tensor:
+    size, each = mu_q.numel(), reduction == "none"
+    out = _empty(mu_q.shape if each else (), mu_q)
+    scale = 1.0 if reduction != "mean" else (1.0 / size if size else float("nan"))
+    q = _one_type((mu_q, logvar_q, mu_p, logvar_p))
+    _C.gaussian_kl(
+        *(t.data_ptr() for t in q), _TYPES[q[0].dtype], size, scale, each, out.data_ptr(), torch.get_num_threads()
+    )  # fmt: skip
+    return out
+
+
+def gaussian_kl_backward(
+    grad: Tensor, mu_q: Tensor, logvar_q: Tensor, mu_p: Tensor, logvar_p: Tensor, reduction: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    inputs = (mu_q, logvar_q, mu_p, logvar_p)
+    q = _one_type(inputs)
+    grads = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in q]
+    size, grad = mu_q.numel(), _float(grad)
+    _C.gaussian_kl_backward(
+        grad.data_ptr(), reduction == "none", 1.0 / max(size, 1) if reduction == "mean" else 1.0,
+        *(t.data_ptr() for t in q), _TYPES[q[0].dtype], size, *(t.data_ptr() for t in grads), torch.get_num_threads(),
+    )  # fmt: skip
+    a, b, c, d = (g.to(t.dtype) for g, t in zip(grads, inputs, strict=True))
+    return a, b, c, d
+
+
+def pairwise_sqdist(z: Tensor, group: Tensor, num_groups: int) -> Tensor:
+    out = _empty((), z)
+    z, group = z.contiguous(), group.contiguous()
+    _C.pairwise_sqdist(
+        z.data_ptr(), _TYPES[z.dtype], *z.shape, group.data_ptr(), num_groups, out.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def pairwise_sqdist_backward(grad: Tensor, z: Tensor, group: Tensor, num_groups: int) -> Tensor:
+    z, group = z.contiguous(), group.contiguous()
+    d_z = torch.empty_like(z)
+    _C.pairwise_sqdist_backward(
+        float(grad), z.data_ptr(), _TYPES[z.dtype], *z.shape, group.data_ptr(), num_groups, d_z.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return d_z
+
+
 def group_norm_silu(
     x: Tensor,
     num_groups: int,

@@ -53,7 +53,8 @@ OPS = tuple(name for name in SCHEMAS if not name.endswith("_backward"))
 # Which module has the fast version of an op, by device; everything not named is the reference's.
 _NATIVE_CPU = {
     "noise", "denoise_step", "discrepancy_maps", "ensemble_variance", "ensemble_update",
-    "ensemble_merge", "group_norm_silu", "group_norm_silu_backward",
+    "ensemble_merge", "gaussian_kl", "gaussian_kl_backward", "group_norm_silu", "group_norm_silu_backward",
+    "pairwise_sqdist", "pairwise_sqdist_backward",
 }  # fmt: skip
 _NATIVE_CUDA = {"ensemble_variance", "ensemble_update", "ensemble_merge"}
 _TRITON = set(SCHEMAS) - _NATIVE_CUDA
