@@ -30,8 +30,8 @@ std::vector<const Kernels *> available_sets() {
     if (__builtin_cpu_supports("avx512bf16")) found.push_back(&kernels_avx512bf16);
     found.push_back(&kernels_avx512);
   }
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2") &&
-      __builtin_cpu_supports("f16c"))
+  // every CPU with AVX2 has F16C, too, by which name older clangs do not know it
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2"))
     found.push_back(&kernels_avx2);
 #endif
   found.push_back(&kernels_baseline);

@@ -8,7 +8,7 @@ namespace {
 constexpr int64_t kBlock = 2048;  // elements whose sum is float32
 
 template <class T>
-inline float kl_of(T mu_q, T logvar_q, T mu_p, T logvar_p) {
+__attribute__((always_inline)) inline float kl_of(T mu_q, T logvar_q, T mu_p, T logvar_p) {
   const float lq = upcast(logvar_q), lp = upcast(logvar_p), difference = upcast(mu_q) - upcast(mu_p);
   return 0.5f * (lp - lq + exp_(lq - lp) + difference * difference * exp_(-lp) - 1.0f);
 }

@@ -59,6 +59,23 @@ void a_merge_is_the_whole(const ddmd::Kernels &k) {
   expect(close(mean[0], 2.6, 1e-6) && close(m2[0], 23.2, 1e-6), "merge of 0,1,2 and 4,6", k.name);
 }
 
+void losses_by_hand(const ddmd::Kernels &k) {
+  const int64_t size = 70;  // more than a strip
+  std::vector<float> mu_q(size, 1.0f), logvar_q(size, 0.0f), mu_p(size, 3.0f), logvar_p(size, std::log(2.0f)), out(size);
+  ddmd::Gaussians g = {};
+  g.type = ddmd::DType::f32;
+  g.mu_q = mu_q.data(), g.logvar_q = logvar_q.data(), g.mu_p = mu_p.data(), g.logvar_p = logvar_p.data();
+  const double each = 0.5 * (std::log(2.0) + 0.5 + 4.0 / 2.0 - 1.0);  // KL(N(1, 1) || N(3, 2))
+  k.gaussian_kl(g, out.data(), 0, size);
+  for (const float value : out) expect(close(value, each, 1e-6), "KL of one element", k.name);
+  expect(close(k.gaussian_kl_sum(g, 0, size), each * size, 1e-6), "sum of KL", k.name);
+  std::vector<float> z(3 * size, 10000.0f);  // rows at 10000, 10001 and 10005: deviations of the first and last
+  for (int64_t i = 0; i < size; ++i) z[size + i] += 1.0f, z[2 * size + i] += 5.0f;
+  const int64_t rows[2] = {0, 2};
+  expect(close(k.row_deviations(z.data(), ddmd::DType::f32, size, rows, 2, 0, size), 12.5 * size, 1e-6),
+         "squared deviations of rows", k.name);
+}
+
 void noise_has_unit_moments() {
   const int64_t n = 1 << 20;
   std::vector<float> zero(n, 0.0f), x(n);
@@ -129,6 +146,7 @@ int main() {
     philox_has_the_published_answers(k);
     moments_survive_a_large_mean(k);
     a_merge_is_the_whole(k);
+    losses_by_hand(k);
   }
   noise_has_unit_moments();
   norm_is_what_it_says();
