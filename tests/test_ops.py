@@ -226,3 +226,25 @@ def test_triton_without_a_compiler_is_found_out_before_the_first_launch(tmp_path
     (noise,) = [row for row in done.stdout.splitlines() if row.startswith("noise ")]
     assert noise.split()[:3] == ["noise", "C++", "reference"]
     assert "install a C compiler" in noise
+
+
+def test_an_extension_of_an_older_version_serves_what_it_has(monkeypatch):
+    from ddmd.ops import native
+
+    if native.why_not() is not None:
+        pytest.skip(reason=f"{native.why_not()}")
+
+    class Older:
+        noise = native._C.noise
+
+    monkeypatch.setattr(native, "_C", Older)
+    registry._route.cache_clear()
+    try:
+        assert registry.serving("noise", "cpu") == ("C++", None)
+        name, reason = registry.serving("gaussian_kl", "cpu")
+        assert name == "reference"
+        assert "is of an older version, which had no gaussian_kl" in reason
+        assert_close(ops.gaussian_kl(*[torch.ones(3)] * 4), torch.zeros(()))
+    finally:
+        monkeypatch.undo()
+        registry._route.cache_clear()

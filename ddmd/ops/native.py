@@ -43,10 +43,12 @@ _MAX_CHANNELS = 4096  # of GroupNorm: the size of the scratch in csrc/group_norm
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
-def why_not(device: str = "cpu") -> str | None:
-    """Why the C++ ops do not serve a device, or None where they do."""
+def why_not(device: str = "cpu", op: str | None = None) -> str | None:
+    """Why the C++ ops, or one of them, do not serve a device, or None where they do."""
     if _C is not None and device == "cuda" and not _C.build_info()["cuda"]:
         return "ddmd._C was built without CUDA; set DDMD_CUDA=ON and install again"
+    if _C is not None and device == "cpu" and op is not None and not hasattr(_C, op):
+        return f"ddmd._C is of an older version, which had no {op}; run pip install ."
     return _REASON
 
 

@@ -157,7 +157,7 @@ def _route(op: str, device: str) -> tuple[Callable[..., Any], str, str | None]:
     if op in {"cpu": _NATIVE_CPU, "cuda": _NATIVE_CUDA}.get(device, ()):
         from ddmd.ops import native
 
-        reason = native.why_not(device)
+        reason = native.why_not(device, op)
         return (plain, "reference", reason) if reason else (getattr(native, op), "C++", None)
     if device == "cuda" and op in _TRITON:
         if reason := no_triton():
