@@ -89,7 +89,8 @@ def test_an_actor_killed_in_the_middle_changes_nothing(weights, cohort, tmp_path
     for task, outcome in run.outcomes():
         assert task.case.name not in seen, "each case once"
         seen[task.case.name] = outcome
-        if killed is None and len(run.engine.process_ids()) == 2:
+        # with both at work where they are, and in the middle at the latest: the second may be slow to start
+        if killed is None and (len(run.engine.process_ids()) == 2 or len(seen) == 6):
             assert len(seen) <= 6, "in the middle"
             killed = run.engine.process_ids()[0]
             assert_only_this_machine()
