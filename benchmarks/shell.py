@@ -1,6 +1,7 @@
 """`ddmd detect` from the shell in two checkouts, in turn: CPU seconds, wall time, peak memory, and whether masks agree.
 
-`python -m benchmarks.shell BASE INPUT... [--now CHECKOUT] [--rounds R] [--threads T]`. BASE and CHECKOUT are folders
+`python -m benchmarks.shell BASE INPUT... [--now CHECKOUT] [--rounds R] [--threads T]
+[--weights FILE]`. BASE and CHECKOUT are folders
 that hold the package `ddmd`, built; each INPUT is a volume, or a folder of volumes that is one run.
 """
 
@@ -31,7 +32,7 @@ class Cost:
     peak_mib: float
 
 
-def run(checkout: Path, source: Path, output: Path, threads: int) -> Cost:
+def run(checkout: Path, source: Path, output: Path, threads: int, weights: Path | None = None) -> Cost:
     """Detect in a new process with the package of one checkout.
 
     Parameters
@@ -40,9 +41,12 @@ def run(checkout: Path, source: Path, output: Path, threads: int) -> Cost:
     source : a volume, or a folder of volumes
     output : for the results
     threads : of torch
+    weights : a file that both checkouts take, by default what each ships
     """
     environment = {**os.environ, "PYTHONPATH": str(checkout.resolve()), "OMP_NUM_THREADS": str(threads)}
     command = [sys.executable, "-m", "ddmd", "detect", str(source.resolve()), "-o", str(output)]
+    if weights is not None:
+        command += ["--weights", str(weights.resolve())]
     begun = time.perf_counter()
     # in a folder without packages: Python looks for `ddmd` where it is started, first of all
     with tempfile.TemporaryDirectory() as empty:
@@ -78,14 +82,16 @@ def lowest_dice(one: list[np.ndarray], other: list[np.ndarray]) -> float:
     return min(values)
 
 
-def compare(base: Path, now: Path, source: Path, rounds: int, threads: int) -> str:
+def compare(
+    base: Path, now: Path, source: Path, rounds: int, threads: int, weights: Path | None = None
+) -> str:
     """A row of the table: medians of rounds that run both checkouts, one after the other."""
     costs: dict[Path, list[Cost]] = {base: [], now: []}
     with tempfile.TemporaryDirectory() as folder:
         for number in range(rounds):
             for which, checkout in enumerate((base, now)):
                 output = Path(folder) / f"{which}-{number}"
-                costs[checkout].append(run(checkout, source, output, threads))
+                costs[checkout].append(run(checkout, source, output, threads, weights))
         dice = lowest_dice(masks(Path(folder) / "0-0"), masks(Path(folder) / "1-0"))
     old, new = (
         Cost(*(statistics.median(getattr(c, name) for c in costs[checkout]) for name in Cost.__annotations__))
@@ -107,11 +113,13 @@ def main() -> None:
     parser.add_argument("--now", type=Path, default=ROOT)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--weights", type=Path, help="a file for both; by default what each ships")
     options = parser.parse_args()
     print("| input | wall (s) | ratio | CPU (s) | ratio | peak (MiB) | lowest Dice of the masks |")
     print("|---|---|---|---|---|---|---|")
     for source in options.inputs:
-        print(compare(options.base, options.now, source, options.rounds, options.threads), flush=True)
+        row = compare(options.base, options.now, source, options.rounds, options.threads, options.weights)
+        print(row, flush=True)
 
 
 if __name__ == "__main__":
