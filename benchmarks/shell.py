@@ -1,8 +1,7 @@
 """`ddmd detect` from the shell in two checkouts, in turn: CPU seconds, wall time, peak memory, and whether masks agree.
 
-`python -m benchmarks.shell BASE INPUT... [--now CHECKOUT] [--rounds R] [--threads T]
-[--weights FILE]`. BASE and CHECKOUT are folders
-that hold the package `ddmd`, built; each INPUT is a volume, or a folder of volumes that is one run.
+`python -m benchmarks.shell BASE INPUT... [--now CHECKOUT] [--rounds R] [--threads T] [--weights FILE]`. BASE and CHECKOUT
+are folders that hold the package `ddmd`, built; each INPUT is a volume, or a folder of volumes that is one run.
 """
 
 from __future__ import annotations

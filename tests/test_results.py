@@ -427,3 +427,24 @@ def test_the_same_result_computed_at_another_pace_is_the_same_bytes(tmp_path, rn
                 else ("in the compressed stream alone")
             )
         assert one[name] == other[name], f"{name} differs {where}"
+
+
+def test_what_a_killed_writer_of_tables_left_goes_with_the_next_one(tmp_path):
+    """Killed between creating and renaming; what a living process or another machine writes stays."""
+    code = (
+        "import os, sys, pathlib; from ddmd.io import atomic; "
+        "os.replace = lambda *_: os.kill(os.getpid(), 9); "
+        "atomic.write_texts(pathlib.Path(sys.argv[1]), 'cohort', {'cohort.tsv': 'half'})"
+    )
+    killed = subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    (left,) = tmp_path.iterdir()
+    *start, machine, _, token = left.name.split("-")
+    other_machine = left.with_name("-".join((*start, machine[::-1], "1", token)))
+    living = left.with_name("-".join((*start, machine, str(os.getppid()), token)))
+    for path in (other_machine, living):
+        path.write_text("x")
+    atomic.write_texts(tmp_path, "cohort", {"cohort.tsv": "a\n", "run.json": "{}\n"})
+    expected = {other_machine.name, living.name, "cohort.tsv", "run.json"}
+    assert {p.name for p in tmp_path.iterdir()} == expected
+    assert (tmp_path / "cohort.tsv").read_text() == "a\n"
