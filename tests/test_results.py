@@ -18,7 +18,7 @@ import pytest
 
 from ddmd.inference.detection import Detection
 from ddmd.inference.postprocess import Lesion
-from ddmd.io import results
+from ddmd.io import atomic, results
 from ddmd.io.atomic import FileSet, atomic_path, claim
 from ddmd.io.naming import file_stem
 from ddmd.io.results import (
