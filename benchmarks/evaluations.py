@@ -27,11 +27,11 @@ COLUMNS = ("patient", "lesion_ml", "detected_ml", "false_positive_ml", "dice", "
            "lesion_recall", "false_positives", "score", "uncertainty_auroc", "bernoulli_auroc")  # fmt: skip
 
 
-def without_mask(data: Path, name: str, split: dict[str, str], part: str) -> list[dict[str, Any]]:
-    """Detected volume and score of the cases of a part that have no mask to compare with."""
+def without_mask(data: Path, name: str, split: dict[str, str] | None, part: str) -> list[dict[str, Any]]:
+    """Detected volume and score of the cases without a mask: those that a split lists in the part, or else all."""
     detector, rows = Detector.load(name), []
     for case in find_cases(data):
-        if case.masks is None and split.get(case.patient, part) == part:
+        if case.masks is None and (split is None or split.get(case.patient) == part):
             detection = detector.detect(
                 case.volume(detector.description.required_sequences, detector.description.optional_sequences)
             )
@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
     report = evaluate(options.data, weights=options.weights, split=options.patients, part=options.part)
-    split = read_split(options.patients) if options.patients else {}
+    split = read_split(options.patients) if options.patients else None
     result = {
         "machine": machine(), "date": str(datetime.date.today()), "weights": report.provenance["weights"],
         "weights_sha256": hashlib.sha256(checkpoint.find(options.weights).read_bytes()).hexdigest(),

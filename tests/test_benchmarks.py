@@ -9,11 +9,13 @@ import pytest
 import torch
 
 from benchmarks import cards, shell, table, timing
+from ddmd.cohort.discovery import find_cases
+from ddmd.inference.detector import Detector
 from ddmd.inference.session import SamplingConfig
 from ddmd.inference.slices import SliceGrid, extract
 from ddmd.io.volume import Volume
 from ddmd.models import checkpoint
-from tests.volumes import head, tiny_system
+from tests.volumes import head, tiny_system, write
 
 
 def test_rivals_are_run_in_turn():
@@ -82,6 +84,26 @@ def test_tables_of_an_evaluation_leave_out_what_is_not_there():
     assert "| p | 2.0 | 1.0 | 0.250 | 0.500 |  |" in text
     assert "False-positive volume of healthy controls: q: 1.2 ml." in text
     assert "AUROC, on the 1 volumes with lesions: 0.750; " in text
+
+
+def test_a_case_that_the_split_does_not_list_is_in_no_part(tmp_path, monkeypatch, rng):
+    from benchmarks import evaluations
+
+    for patient in ("p1", "p2", "p3"):
+        write(tmp_path / f"{patient}_flair.nii.gz", *head(rng))
+    names = [case.name for case in find_cases(tmp_path)]
+    split = {
+        case.patient: part for case, part in zip(find_cases(tmp_path), ("test", "validation"), strict=False)
+    }
+    monkeypatch.setattr(evaluations.Detector, "load", lambda name: Detector(tiny_system()))
+
+    def found(split, part):
+        return [row["patient"] for row in evaluations.without_mask(tmp_path, "tiny", split, part)]
+
+    assert len(names) == 3
+    assert found(split, "test") == names[:1]
+    assert found(split, "validation") == names[1:2]
+    assert found(None, "test") == names
 
 
 def test_pictures_are_drawn_from_the_newest_results(tmp_path, capsys):

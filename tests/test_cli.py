@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import nibabel as nib
@@ -157,9 +156,9 @@ def test_info_names_every_op_and_its_backend():
 def test_a_command_that_loads_triton_ends_without_a_word():
     pytest.importorskip("triton", reason="Triton is not installed")
     script = (
-        "import sys; from ddmd.cli import entry, startup; sys.argv = ['ddmd', 'info']\n"
+        "import gc, sys; from ddmd.cli import entry; sys.argv = ['ddmd', 'info']\n"
         "from ddmd.cli import app\n"
-        "def loaded(): app(standalone_mode=False); startup.imported(); assert 'triton' in sys.modules\n"
+        "def loaded(): app(standalone_mode=False); gc.freeze(); assert 'triton' in sys.modules\n"
         "entry.run(loaded)"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
@@ -229,14 +228,11 @@ def test_detecting_imports_no_module_that_it_does_not_need(tiny, flair, tmp_path
     script = (
         "import gc, sys\n"
         "from ddmd.cli import main\n"
-        "from ddmd.cli import startup\n"
-        "seen, imported = [], startup.imported\n"
-        "startup.imported = lambda: (imported(), seen.append((gc.get_threshold(), gc.isenabled())))\n"
         "sys.argv = ['ddmd', 'detect', *sys.argv[1:]]\n"
         "try: main()\n"
         "except SystemExit as end: code = end.code\n"
         "heavy = [m for m in HEAVY if m in sys.modules]\n"
-        "print(code, heavy, seen, file=sys.stderr)"
+        "print(code, heavy, gc.isenabled(), file=sys.stderr)"
     )
     heavy = (
         "matplotlib", "monai", "nilearn", "sklearn", "skimage", "pandas", "pydicom", "highdicom", "requests",
@@ -248,7 +244,39 @@ def test_detecting_imports_no_module_that_it_does_not_need(tiny, flair, tmp_path
          "--weights", tiny],
         capture_output=True, text=True, check=True,
     )  # fmt: skip
-    assert done.stderr.splitlines()[-1] == "0 [] [((700, 10, 10), True)]"
+    assert done.stderr.splitlines()[-1] == "0 [] True"
+
+
+COLLECTOR = """
+import contextlib, gc, sys
+from ddmd.cli import main, startup
+gc.set_threshold(900, 7, 8)
+quick, seen = startup.quick_imports, set()
+@contextlib.contextmanager
+def seen_after():
+    with quick():
+        yield
+    assert gc.get_freeze_count() > 0
+    seen.add(gc.get_threshold())
+startup.quick_imports = seen_after
+try: main()
+except SystemExit: pass
+print(seen, gc.get_threshold(), file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize("arguments", [
+    ["detect", "{flair}", "-o", "{out}", "--weights", "{tiny}", "-q"], ["info"], ["report", "{out}"],
+    ["evaluate", "{out}", "-o", "{out}"], ["train", "{out}", "-o", "{out}"], ["phantom", "{flair}"],
+    ["bids", "{folder}", "{out}", "group"],
+], ids=lambda arguments: arguments[0])  # fmt: skip
+def test_the_garbage_collector_works_as_before_after_the_imports(tiny, flair, tmp_path, arguments):
+    places = {"flair": flair, "tiny": tiny, "out": tmp_path / "out", "folder": tmp_path}
+    done = subprocess.run(
+        [sys.executable, "-c", COLLECTOR, *(a.format(**places) for a in arguments)],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stderr.splitlines()[-1] == "{(900, 7, 8)} (900, 7, 8)"
 
 
 def test_pydicom_is_hidden_from_nibabel_alone():
@@ -413,21 +441,32 @@ def test_a_closed_pipe_is_no_error(tiny, flair, tmp_path):
     assert read_result("p1", tmp_path / "out") is not None
 
 
-SLOW = """
-import sys, time
+HEEDS_SIGNALS = """
+import signal
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup or in the background, where they
+signal.signal(signal.SIGINT, signal.default_int_handler)  # are ignored, and what is ignored is inherited
+"""
+SAVES_UNTIL_A_SIGNAL = (
+    HEEDS_SIGNALS
+    + """
+import os, select, sys
 from ddmd.io import atomic
+came, wakes = os.pipe()
+os.set_blocking(wakes, False)
+signal.set_wakeup_fd(wakes)
 create = atomic._create
 def slow(path, content=b""):
     mode = create(path, content)
     if "journal" not in path.name:
         print("writing", flush=True)
-        time.sleep(0.2)
+        select.select([came], [], [], 30)
     return mode
 atomic._create = slow
 sys.argv = ["ddmd", *sys.argv[1:]]
 from ddmd.cli import main
 main()
 """
+)
 
 
 @pytest.mark.parametrize(("number", "word"), [
@@ -437,7 +476,7 @@ def test_a_signal_while_saving_leaves_nothing_half_done(tiny, flair, tmp_path, n
     command = [
         sys.executable,
         "-c",
-        SLOW,
+        SAVES_UNTIL_A_SIGNAL,
         "detect",
         flair,
         "-o",
@@ -447,8 +486,7 @@ def test_a_signal_while_saving_leaves_nothing_half_done(tiny, flair, tmp_path, n
         "-q",
     ]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    process.stdout.readline()
-    time.sleep(0.1)
+    assert process.stdout.readline().startswith("writing")  # of several threads
     process.send_signal(number)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 128 + number
@@ -457,6 +495,23 @@ def test_a_signal_while_saving_leaves_nothing_half_done(tiny, flair, tmp_path, n
     left = {p.name for p in (tmp_path / "out").iterdir()}
     assert not left or read_result("p1", tmp_path / "out") is not None, "all or nothing"
     assert not any(name.startswith(".") for name in left)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+@pytest.mark.parametrize("when", ["startup.end = late", "atexit.register(late)"])
+def test_a_signal_at_the_very_end_is_not_swallowed(number, when):
+    script = (
+        "import atexit, os, sys, time\n"
+        "from ddmd.cli import main, startup\n"
+        f"def late(): os.kill(os.getpid(), {int(number)}); time.sleep(0.01)\n"
+        f"{when}\n"
+        "sys.argv = ['ddmd', '--version']\n"
+        "main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", HEEDS_SIGNALS + script], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (-number, "")
 
 
 STOPPED_TRAINING = """

@@ -131,6 +131,14 @@ def test_a_volume_with_none_of_the_sequences_is_refused(system, images):
         detector.detect({"t2": images["t2"]})
 
 
+def test_a_volume_without_a_sequence_that_the_weights_need_is_refused(images):
+    volume = Volume.read({"flair": images["flair"]})
+    with pytest.raises(
+        VolumeError, match="the weights need flair, t1, and the volume has flair; read it with t1"
+    ):
+        Detector(tiny_system(sequences=("flair", "t1"))).prepare(volume)
+
+
 def test_sequences_on_other_grids_are_refused_and_resampled_if_asked(system, images):
     moved = nib.Nifti1Image(images["t1"].get_fdata()[:, :, 1:], images["t1"].affine)
     given = {"flair": images["flair"], "t1": moved}
@@ -165,6 +173,16 @@ def test_all_series_of_a_dicom_study_are_taken(tmp_path, series):
     assert sorted(case.files) == sorted(series)
     for volume in (Volume.read(tmp_path, optional=ALL), case.volume((), ALL)):
         assert list(volume.images) == list(series)
+
+
+def test_each_dicom_study_is_a_case_whichever_optional_sequence_it_has(tmp_path):
+    pytest.importorskip("pydicom", reason="the extra ddmd[dicom] is not installed")
+    from tests.dicom_series import FLAIR, PLANES, T1, write_series
+
+    write_series(tmp_path / "a", PLANES["axial"], FLAIR, study="1.2.3.4")
+    write_series(tmp_path / "b", PLANES["axial"], T1, study="1.2.3.5")
+    cases = find_cases(tmp_path, optional=ALL, annotations=False)
+    assert sorted(list(case.files) for case in cases) == [["flair"], ["t1"]]
 
 
 def test_networks_that_do_not_fit_the_sequences_are_refused():

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ddmd.cli import console
+from ddmd.cli import console, startup
 from ddmd.cli.cohort_options import CohortSettings, plan_options, takes_settings
 from ddmd.cli.cohort_run import log_file, run_cohort, write_page
 from ddmd.cli.entry import SOME_FAILED, bad_usage
@@ -88,7 +88,8 @@ def command(
     if not bids_dir.is_dir():
         raise bad_usage(f"{bids_dir}: no such folder; name a BIDS data set")
     options = plan_options(settings)
-    from ddmd.cohort.bids import plan_bids
+    with startup.quick_imports():
+        from ddmd.cohort.bids import plan_bids
 
     participants, sessions = tuple(participant_label or ()), tuple(session_label or ())
     if level == "group":
@@ -99,10 +100,11 @@ def command(
 
 
 def _group(bids_dir: Path, output: Path, settings: CohortSettings) -> None:
-    from ddmd.cohort.bids import write_group_tables
-    from ddmd.cohort.discovery import find_cases
-    from ddmd.cohort.errors import DatasetError
-    from ddmd.io.results import OutputError
+    with startup.quick_imports():
+        from ddmd.cohort.bids import write_group_tables
+        from ddmd.cohort.discovery import find_cases
+        from ddmd.cohort.errors import DatasetError
+        from ddmd.io.results import OutputError
 
     try:
         done, failed = write_group_tables(output)

@@ -61,19 +61,20 @@ def run_cohort(plan: Callable[[], CohortRun], output: Path, settings: CohortSett
     settings : what to print, and whether the page of all results is written at the end
     """
     quiet, json = settings.quiet, settings.json
-    from ddmd.cohort.errors import DatasetError
-    from ddmd.io.errors import VolumeError
-    from ddmd.io.results import OutputError
-    from ddmd.models.checkpoint import WeightsError
+    with startup.quick_imports():
+        from ddmd.cohort.errors import DatasetError
+        from ddmd.io.errors import VolumeError
+        from ddmd.io.results import OutputError
+        from ddmd.models.checkpoint import WeightsError
 
     try:
-        run = plan()
+        with startup.quick_imports():  # it imports more
+            run = plan()
     except (DatasetError, VolumeError) as error:
         console.error(error)
         raise typer.Exit(SOME_FAILED) from None
     except (OutputError, WeightsError, ValueError) as error:
         raise bad_usage(error) from None
-    startup.imported()
     _print_earlier(run, quiet, json)
     with console.progress(not quiet and not json) as bar:
         several = len(run.tasks) > 1
@@ -104,7 +105,8 @@ def write_page(folder: Path, cases: Sequence[Case], settings: CohortSettings) ->
     cases : whose images the page shows
     settings : what to print
     """
-    from ddmd.report.page import ReportError, write_report
+    with startup.quick_imports():
+        from ddmd.report.page import ReportError, write_report
 
     try:
         written = write_report(folder, cases)

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from ddmd.cli import startup
 from ddmd.cli.cohort_options import CohortSettings, plan_options, takes_settings
 from ddmd.cli.cohort_run import log_file, run_cohort
 from ddmd.cli.entry import bad_usage
@@ -51,7 +52,8 @@ def command(
     if not sources:
         raise bad_usage("no input; name a volume, its sequences, or folders")
     options = plan_options(settings, sequence=sequence, brain=brain, dicom_seg=dicom_seg)
-    from ddmd.cohort.pipeline import plan_cohort
+    with startup.quick_imports():
+        from ddmd.cohort.pipeline import plan_cohort
 
     with log_file(settings.log):
         run_cohort(lambda: plan_cohort(sources, output, **options), output, settings)

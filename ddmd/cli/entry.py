@@ -36,6 +36,13 @@ def _terminate(number: int, frame: FrameType | None) -> None:
     raise Terminated(number)
 
 
+def _let_signals_end_the_process() -> None:
+    """No file is unfinished any more: a signal ends the process at once, where Python might drop it at its end."""
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+        if signal.getsignal(number) in (_terminate, signal.default_int_handler):
+            signal.signal(number, signal.SIG_DFL)
+
+
 def _open_standard_streams() -> None:
     """Give the process the standard streams that its caller closed, so that no file takes their numbers."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
@@ -60,16 +67,18 @@ def run(app: Callable[[], Any]) -> NoReturn:
     warnings.showwarning = _show_warning
     code: Any = 0
     try:
-        app()
-    except SystemExit as ended:
-        code = ended.code
+        try:
+            app()
+        except SystemExit as ended:
+            code = ended.code
+        except BrokenPipeError:
+            code = 0
+        _let_signals_end_the_process()
     except Terminated as ended:
         console.error(f"ended by {signal.Signals(ended.number).name}; unfinished files were removed")
         code = 128 + ended.number
     except KeyboardInterrupt as stopped:
         code = _report_interrupt(stopped)
-    except BrokenPipeError:
-        code = 0
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -130,7 +139,8 @@ def require_extra(extra: str, modules: Iterable[str]) -> None:
     """Exit with one line that names the extra to install, where one of its modules cannot be imported."""
     for module in modules:
         try:
-            importlib.import_module(module)
+            with startup.quick_imports():
+                importlib.import_module(module)
         except ImportError as missing:
             raise bad_usage(
                 f"this command needs {module.split('.')[0]} ({missing}); install it with: pip install 'ddmd[{extra}]'"

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ddmd.cli import console
+from ddmd.cli import console, startup
 from ddmd.cli.entry import SOME_FAILED, bad_usage, require_extra
 from ddmd.cli.options import (
     Debug,
@@ -63,7 +63,8 @@ def command(
     """
     set_threads(threads)
     require_extra("evaluate", EXTRA)
-    from ddmd.evaluation.evaluate import evaluate
+    with startup.quick_imports():
+        from ddmd.evaluation.evaluate import evaluate
 
     try:
         report = evaluate(

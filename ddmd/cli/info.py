@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 from typing import Any
 
-from ddmd.cli import console
+from ddmd.cli import console, startup
 from ddmd.cli.options import Debug, Json
 
 # Of the weights in the package; ddmd/pretrained/LICENSE.md is its text.
@@ -41,13 +41,14 @@ def command(json: Json = False, debug: Debug = False) -> None:
 
 
 def _facts() -> dict[str, Any]:
-    import numpy
-    import torch
+    with startup.quick_imports():
+        import numpy
+        import torch
 
-    import ddmd
-    from ddmd import ops
-    from ddmd.models import checkpoint
-    from ddmd.ops import native
+        import ddmd
+        from ddmd import ops
+        from ddmd.models import checkpoint
+        from ddmd.ops import native
 
     served = {}
     for op in ops.OPS:

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from ddmd.cli import startup
 from ddmd.cli.entry import bad_usage
 
 MAX_THREADS = 256  # the runtime of OpenMP dies without a word where the system gives no more
@@ -55,6 +56,7 @@ def set_threads(threads: int | None) -> None:
     if not 1 <= threads <= MAX_THREADS:
         raise bad_usage(f"--threads is {threads}; allowed are 1 to {MAX_THREADS}")
     os.environ["OMP_NUM_THREADS"] = str(threads)
-    import torch
+    with startup.quick_imports():
+        import torch
 
     torch.set_num_threads(threads)

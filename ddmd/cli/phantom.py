@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ddmd.cli import console
+from ddmd.cli import console, startup
 from ddmd.cli.entry import require_extra
 from ddmd.cli.options import Debug
 
@@ -24,7 +24,8 @@ def command(
     Its files are t1, t1ce, t2, flair and the exact mask.
     """
     require_extra("phantom", ("nilearn",))
-    from ddmd.data.phantom import phantom, write
+    with startup.quick_imports():
+        from ddmd.data.phantom import phantom, write
 
     made = phantom(seed=seed, spacing_mm=spacing, lesions=0 if healthy else 3)
     for what, path in write(made, output, f"phantom-{seed}").items():

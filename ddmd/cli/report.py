@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ddmd.cli import console
+from ddmd.cli import console, startup
 from ddmd.cli.entry import SOME_FAILED
 from ddmd.cli.options import Debug, Json, Quiet
 
@@ -31,9 +31,10 @@ def command(
 
     It is OUT/report.html, with volumes in OUT/report_volumes; it opens in a browser and needs no network.
     """
-    from ddmd.cohort.discovery import find_cases
-    from ddmd.cohort.errors import DatasetError
-    from ddmd.report.page import ReportError, write_report
+    with startup.quick_imports():
+        from ddmd.cohort.discovery import find_cases
+        from ddmd.cohort.errors import DatasetError
+        from ddmd.report.page import ReportError, write_report
 
     try:
         cases = find_cases(images, annotations=False) if images else ()

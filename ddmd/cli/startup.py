@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gc
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.abc import MetaPathFinder
 from types import ModuleType
 
@@ -30,14 +31,22 @@ def _is_initialising(name: str) -> bool:
 
 def begin() -> None:
     """Make the imports that follow quick: for a process of our own, never for a program that imports ddmd."""
-    gc.set_threshold(IMPORT_THRESHOLD)
     sys.meta_path.insert(0, _WithoutPydicom())
 
 
-def imported() -> None:
-    """All is imported: the garbage collector looks as often as Python wants, but never at what is there now."""
-    gc.freeze()
-    gc.set_threshold(700, 10, 10)
+@contextmanager
+def quick_imports() -> Iterator[None]:
+    """Import quickly: the garbage collector rests meanwhile, and afterwards never looks at what is there then.
+
+    How often it looks is as before at the end.
+    """
+    before = gc.get_threshold()
+    gc.set_threshold(IMPORT_THRESHOLD)
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.set_threshold(*before)
 
 
 def end() -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ddmd.cli import console
+from ddmd.cli import console, startup
 from ddmd.cli.entry import bad_usage, require_extra
 from ddmd.cli.options import Debug, Overwrite, Threads, set_threads
 
@@ -32,7 +32,8 @@ def command(
 
     set_threads(threads)
     require_extra("train", EXTRA)
-    from ddmd.training import train
+    with startup.quick_imports():
+        from ddmd.training import train
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
     try:

@@ -262,6 +262,12 @@ class Detector:
                 bias=bias,
                 strip=strip,
             )
+        missing = [s for s in self.description.required_sequences if s not in volume.images]
+        if missing:  # of a Volume that was read for other weights
+            raise VolumeError(
+                f"{volume.name}: the weights need {', '.join(self.description.required_sequences)}, and the volume "
+                f"has {', '.join(volume.images)}; read it with {', '.join(missing)}, too"
+            )
         slices = extract(volume, self.description.sequences, self.description.slice_grid)
         absent = [s for s in self.description.sequences if s not in volume.images]
         if absent:

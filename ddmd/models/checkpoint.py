@@ -179,7 +179,8 @@ def find(name_or_path: str | os.PathLike[str]) -> Path:
     name = os.fspath(name_or_path)
     if name in EARLIER:
         warnings.warn(
-            f"the weights {name!r} are those of 0.1, kept for one release; today's are {EARLIER[name]!r}",
+            f"the weights {name!r} are those of 0.1, kept for one release; today's are {EARLIER[name]!r}; "
+            "scores and volume intervals follow the calibration of today's weights",
             FutureWarning,
             stacklevel=2,
         )
