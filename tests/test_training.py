@@ -20,7 +20,7 @@ from ddmd.models.checkpoint import WeightsError
 from ddmd.training import loop, train
 from ddmd.training.config import DataEntry, TrainConfig
 from ddmd.training.loop import DivergedError, Plan, Stage, train_step
-from ddmd.training.run import LOCK, _locked
+from ddmd.training.run_folder import LOCK, locked
 from tests.training_setup import as_if_stopped, tiny_config, worst_difference
 from tests.volumes import write_slices
 
@@ -179,6 +179,61 @@ def test_a_stopped_run_goes_on_to_the_same_weights(config, tmp_path, monkeypatch
     }  # fmt: skip
 
 
+def contents(folder):
+    return {str(p.relative_to(folder)): p.is_file() and p.read_bytes() for p in folder.rglob("*")}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"name": "bert", "architectures": []}',
+        '{"name": "x", "data": 3, "denoiser_stage": {}}',
+        "[]",
+        "{",
+        "",
+    ],
+)
+def test_overwriting_leaves_a_folder_alone_that_is_not_of_a_run(config, tmp_path, text):
+    out = tmp_path / "model"
+    (out / "events").mkdir(parents=True)
+    for name in ("events/diary", "split.json", "start.safetensors", "bert.safetensors", LOCK):
+        (out / name).touch()
+    (out / "config.json").write_text(text)
+    before = contents(out)
+    with pytest.raises(ValueError, match="config.json: not the configuration of a run"):
+        train(config, out, overwrite=True)
+    assert contents(out) == before
+
+
+def test_nothing_is_overwritten_before_the_new_run_is_known_to_be_possible(config, tmp_path):
+    out = tmp_path / "run"
+    weights = train(config, out)
+    other = shutil.copy(weights, tmp_path / "other.safetensors")
+    (tmp_path / "link.safetensors").symlink_to(weights)
+    (out / "link.safetensors").symlink_to(other)
+    before = contents(out)
+    patients = tuple(json.loads((out / "split.json").read_text()))
+    unusable = {
+        "no such weights": {"start": "nowhere.safetensors"},
+        "in the folder .* that is overwritten": {"start": str(weights)},
+        "link.* in the folder": {"start": str(tmp_path / "link.safetensors")},
+        "run/link.* in the folder": {"start": str(out / "link.safetensors")},
+        "nowhere": {"data": (DataEntry(str(tmp_path / "nowhere")),)},
+        "no patient is left": {"holdout": patients},
+        "not a readable PNG": {"labels": "pixel"},
+    }
+    for message, changed in unusable.items():
+        with pytest.raises(ValueError, match=message):
+            train(dataclasses.replace(config, **changed), out, overwrite=True)
+        assert contents(out) == before, message
+    with pytest.raises(ValueError, match="until is 'nothing'"):
+        train(config, out, until="nothing", overwrite=True)
+    assert contents(out) == before
+    (out / "start.safetensors").write_bytes(b"of the earlier run")
+    train(dataclasses.replace(config, start=str(other)), out, "autoencoders_a", overwrite=True)
+    assert (out / "start.safetensors").read_bytes() == (tmp_path / "other.safetensors").read_bytes()
+
+
 class Batches:
     """The same batch at every step."""
 
@@ -299,7 +354,7 @@ def test_damaged_files_of_a_run_are_named_with_what_to_delete(config, tmp_path):
 def test_two_runs_in_one_folder_the_second_is_refused(config, tmp_path):
     (tmp_path / "run").mkdir()
     with (
-        _locked(tmp_path / "run", True),
+        locked(tmp_path / "run", True),
         pytest.raises(ValueError, match="another process is training in this folder"),
     ):
         train(config, tmp_path / "run")

@@ -16,6 +16,7 @@ from ddmd.training.batch_maker import NEGATIVE_WEIGHT
 from ddmd.training.config import DataEntry, DenoiserStage, TrainConfig
 from ddmd.training.loop import Plan, Stage, train_step
 from ddmd.training.prepared_case import PreparedCase
+from ddmd.training.sample_random import SampleRandom
 from ddmd.training.stages import AutoencoderLosses, DenoiserLosses
 from tests.training_setup import batch_maker, tiny_config
 
@@ -92,6 +93,21 @@ def test_a_positive_slice_is_a_bag_once_there_are_pseudo_masks(config, rng):
     assert 20 < bags.sum() < 40
     assert (batch["label"][bags] == 1).all()
     assert {round(float(w.min()), 6) for w in batch["weight"][bags]} == {1.0, NEGATIVE_WEIGHT}
+
+
+def test_thick_slices_are_at_least_as_thick_as_those_of_the_patient(config):
+    """Of 1 mm slices some become 3 to 9 mm thick; slices of 7 mm never become thinner."""
+    brain = np.ones((40, 16, 16), bool)
+    image, label = np.zeros((40, 1, 16, 16), np.float16), np.zeros(40, np.int8)
+    ranges = {}
+    for slice_mm in (1.0, 7.0):
+        case = PreparedCase(Case("a", "a", "set", {}), image, brain, brain, label, 1, slice_mm)
+        choice = batch_maker([case], dataclasses.replace(config, size=32)).choice
+        near = choice.neighbours(SampleRandom(0, 0, np.arange(2000)), np.full(2000, 20))
+        thick = near.thickness_mm[near.thickness_mm != slice_mm]
+        ranges[slice_mm] = (near.thickness_mm.min(), thick.min(initial=9.0), near.thickness_mm.max())
+    assert ranges[1.0] == pytest.approx((1.0, 3.0, 9.0), abs=0.4)
+    assert ranges[7.0] == (7.0, 9.0, 7.0), "none is thicker, either: the next gap would be 14 mm"
 
 
 WAITS = {  # what a GPU's host would wait for: values and shapes that depend on data, copies to the host

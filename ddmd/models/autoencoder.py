@@ -106,10 +106,6 @@ class AutoencoderEnsemble(nn.Module):
         self.decoder_norms = nn.ModuleList(NormSiLU(k * i * w, k * 2, device) for i in (3, 2, 1))
         self.to_patch = conv(w, patch)
 
-    def encode(self, x: Tensor) -> Tensor:
-        """Slices, other ones for each member (Z, K C, H, W) -> codes (Z, K, code, H / 16, W / 16)."""
-        return self._encode(self.encoder[0](functional.pixel_unshuffle(x, PATCH)))
-
     def encode_shared(self, b: Tensor) -> Tensor:
         """Slices, the same for all members (Z, C, H, W) -> codes (Z, K, code, H / 16, W / 16).
 
@@ -117,11 +113,7 @@ class AutoencoderEnsemble(nn.Module):
         """
         first = cast(nn.Conv2d, self.encoder[0])
         patches = functional.pixel_unshuffle(b, PATCH).contiguous(memory_format=torch.channels_last)
-        return self._encode(functional.conv2d(patches, first.weight, first.bias, padding=1))
-
-    def _encode(self, h: Tensor) -> Tensor:
-        """What follows the first convolution."""
-        h = self.encoder_norms[0](h)
+        h = self.encoder_norms[0](functional.conv2d(patches, first.weight, first.bias, padding=1))
         for conv, norm in zip(list(self.encoder)[1:], list(self.encoder_norms)[1:], strict=True):
             h = norm(conv(h))
         codes: Tensor = self.to_code(h).unflatten(1, (self.config.members, self.config.code))

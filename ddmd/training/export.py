@@ -59,7 +59,7 @@ def export_checkpoints(run: Path, path: Path) -> int:
     """
     config = read_run(run)
     description = describe(config, read_split(run / "split.json"), Schedule())
-    initial = initial_system(config, run, keep=False)
+    initial = initial_system(config, run)
     system = (
         checkpoint.build(description)
         if initial is None

@@ -15,23 +15,33 @@ from ddmd.models.denoiser import IMAGE_PATCH, DenoiserConfig
 from ddmd.training.config import TrainConfig
 from ddmd.training.stages import DISCREPANCY_SCALE
 
+START = "start.safetensors"  # in a run's folder, the weights that it began from
 
-def initial_system(config: TrainConfig, out: Path, keep: bool = True) -> System | None:
+
+def initial_system(config: TrainConfig, out: Path, overwrite: bool = False) -> System | None:
     """The system that `config.start` names, in float32; None where a run begins from nothing.
 
-    With `keep` its file is copied into the run's folder: a run goes on from there whatever becomes of the file.
+    The copy of its file in the run's folder comes first, unless `overwrite` is set, which removes that copy.
 
     Raises
     ------
     WeightsError
         If there is no such system.
     ValueError
-        If its networks are not of the configured sizes, or it lacks one that a stage of 0 steps leaves as it is.
+        If its networks are not of the configured sizes, or it lacks one that a stage of 0 steps leaves as it is;
+        with `overwrite`, if its file is in the run's folder.
     """
     if config.start is None:
         return None
-    kept = out / "start.safetensors"
-    path = kept if kept.exists() else find(config.start)
+    kept = out / START
+    path = kept if kept.exists() and not overwrite else find(config.start)
+    if overwrite and any(
+        out.resolve() in p.parents for p in (path.resolve(), path.parent.resolve() / path.name)
+    ):
+        raise ValueError(
+            f"start is {config.start!r}, in the folder {out} that is overwritten; copy that file elsewhere, or choose "
+            "another folder"
+        )
     system = load(path, precision="float32")
     if config.denoiser.presence and not system.condition.config.presence:
         system = with_presence(system, config.sequences)
@@ -52,10 +62,15 @@ def initial_system(config: TrainConfig, out: Path, keep: bool = True) -> System 
             raise ValueError(
                 f"start is {config.start!r}, which has no {part}; allowed is what has all that is not trained"
             )
-    if keep and path != kept:
-        with atomic_path(kept) as temporary:
-            shutil.copyfile(path, temporary)
     return system
+
+
+def keep_start(config: TrainConfig, out: Path) -> None:
+    """Copy the file that `config.start` names into the run's folder: a run goes on from it without the original."""
+    kept = out / START
+    if config.start is not None and not kept.exists():
+        with atomic_path(kept) as temporary:
+            shutil.copyfile(find(config.start), temporary)
 
 
 @torch.no_grad()

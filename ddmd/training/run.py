@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import errno
-import json
 import logging
-import shutil
 import signal
 import sys
 import threading
@@ -21,7 +18,7 @@ from torch import nn
 
 from ddmd.cohort.cases import Case
 from ddmd.cohort.discovery import find_cases
-from ddmd.cohort.splits import read_split, split_by_patient, write_split
+from ddmd.cohort.splits import split_by_patient, write_split
 from ddmd.diffusion.schedule import Schedule
 from ddmd.io.atomic import write_text
 from ddmd.models import checkpoint
@@ -32,7 +29,7 @@ from ddmd.training.batch_maker import BatchMaker
 from ddmd.training.batch_maker import Stage as BatchStage
 from ddmd.training.config import TrainConfig, read_config, validate
 from ddmd.training.device_slices import DeviceSlices
-from ddmd.training.initial_weights import initial_system
+from ddmd.training.initial_weights import initial_system, keep_start
 from ddmd.training.loop import Plan, Stage, TrainingStopped
 from ddmd.training.prepared_case import (
     PreparedCase,
@@ -42,15 +39,18 @@ from ddmd.training.prepared_case import (
     sequences_of,
 )
 from ddmd.training.pseudo_masks import update_pseudo_masks
+from ddmd.training.run_folder import (
+    check_folder,
+    check_split,
+    config_text,
+    earlier_run_name,
+    locked,
+    remove_run,
+)
 from ddmd.training.stages import AutoencoderLosses, DenoiserLosses
 
 log = logging.getLogger("ddmd.training")
 LOG_EVERY = 100  # steps between lines of the log where there is no terminal
-LOCK = "lock"  # file in a run's folder that the process which trains there holds
-# what a run writes beside its weights, events and config.json
-RUN_FILES = (
-    "split.json", "*.checkpoint.safetensors", "*.diverged.safetensors", "pseudo_masks_*.npz", "start.safetensors",
-)  # fmt: skip
 SHOWN = 8  # samples of a stage that TensorBoard shows
 
 
@@ -80,6 +80,15 @@ def split_of(config: TrainConfig, cases: list[Case]) -> dict[str, str]:
     return split | {case.patient: "test" for case in cases if case.patient in config.holdout}
 
 
+def stage_names(config: TrainConfig) -> list[str]:
+    """What is trained, in order; only what the system needs."""
+    plan, system = config.denoiser_stage, config.system
+    names = []
+    if config.autoencoder_stage.steps and (system == "anomaly" or plan.use_inter or plan.use_intra):
+        names = ["autoencoders_a"] if system == "anomaly" else ["autoencoders_a", "autoencoders_b"]
+    return names if system == "anomaly" else [*names, "denoiser"]
+
+
 def train(
     config: str | Path | TrainConfig, out: str | Path, until: str | None = None, overwrite: bool = False
 ) -> Path:
@@ -94,7 +103,8 @@ def train(
         Stop after this stage.
     overwrite : bool
         Whether an earlier run in the folder is removed, of this configuration or another, and training begins
-        anew.
+        anew. Nothing is removed before the configuration, the system it begins from and the data are
+        known to be usable.
 
     Returns
     -------
@@ -104,7 +114,7 @@ def train(
     ------
     ValueError
         If the configuration, the system it begins from or the data is not usable, or the folder holds another
-        run.
+        run; with `overwrite`, if it holds a config.json that is not of a run, or the system to begin from.
     DivergedError
         If the loss stops being a number.
     """
@@ -114,12 +124,8 @@ def train(
     accelerator = _accelerator()
     try:
         out.mkdir(parents=True, exist_ok=True)
-        with _interrupted_by_sigterm(), _locked(out, accelerator.is_main_process):
-            if overwrite:
-                if accelerator.is_main_process:
-                    _remove_run(out)
-                accelerator.wait_for_everyone()
-            return _train(config, out, until, accelerator)
+        with _interrupted_by_sigterm(), locked(out, accelerator.is_main_process):
+            return _train(config, out, until, overwrite, accelerator)
     except (OSError, SafetensorError) as error:
         raise ValueError(
             f"{out}: {error}; make room or mend what it names, and start again: the run goes on from its last "
@@ -153,90 +159,18 @@ def _interrupted_by_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-@contextmanager
-def _locked(out: Path, main: bool) -> Iterator[None]:
-    """Hold the folder of a run, so that no second run writes there; nothing in other processes of the run."""
-    if not main:
-        yield
-        return
-    import fcntl
-
-    with open(out / LOCK, "a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.EAGAIN, errno.EACCES):
-                raise
-            raise ValueError(
-                f"{out}: another process is training in this folder; wait for it, or choose another folder"
-            ) from None
-        yield
-
-
-def _check_folder(config: TrainConfig, out: Path) -> None:
-    """Refuse a folder that holds a run of another configuration."""
-    path = out / "config.json"
-    if not path.exists():
-        return
-    try:
-        same = json.loads(path.read_text(encoding="utf-8")) == json.loads(_described(config))
-    except ValueError as error:
-        raise ValueError(
-            f"{path}: damaged ({error}); delete it if the run is of this configuration, and start again"
-        ) from None
-    if not same:
-        raise ValueError(
-            f"{out} holds a run of another configuration; pass --overwrite (overwrite=True) or another folder"
-        )
-
-
-def _remove_run(out: Path) -> None:
-    """Remove what an earlier run wrote to its folder, and nothing else; config.json last, which tells a run."""
-    path = out / "config.json"
-    if not path.is_file():
-        return
-    try:
-        name = str(json.loads(path.read_text(encoding="utf-8"))["name"])
-    except (ValueError, KeyError, TypeError, RecursionError):
-        name = ""
-    shutil.rmtree(out / "events", ignore_errors=True)
-    for pattern in RUN_FILES:
-        for file in out.glob(pattern):
-            file.unlink()
-    if name and Path(name).name == name:
-        (out / f"{name}.safetensors").unlink(missing_ok=True)
-    path.unlink()
-
-
-def _described(config: TrainConfig) -> str:
-    return json.dumps(dataclasses.asdict(config), indent=1, default=str)
-
-
-def _check_split(split: dict[str, str], out: Path) -> None:
-    """Refuse a folder whose run was split in another way."""
-    path = out / "split.json"
-    if not path.exists():
-        return
-    try:
-        known = read_split(path)
-    except ValueError as error:
-        raise ValueError(f"{error}; delete {path}, and start again") from None
-    if known != split:
-        raise ValueError(
-            f"{path}: its patients are not those of the data now; choose another folder, or undo that"
-        )
-
-
-def _train(config: TrainConfig, out: Path, until: str | None, accelerator: Any) -> Path:
-    _check_folder(config, out)
-    initial = initial_system(config, out, keep=accelerator.is_main_process)
+def _train(config: TrainConfig, out: Path, until: str | None, overwrite: bool, accelerator: Any) -> Path:
+    if overwrite:
+        earlier_run_name(out)
+    else:
+        check_folder(config, out)
+    if until is not None and until not in (names := stage_names(config)):
+        raise ValueError(f"until is {until!r}; allowed are the stages of this run: {', '.join(names)}")
+    initial = initial_system(config, out, overwrite)
     cases = cases_of(config)
     split = split_of(config, cases)
-    _check_split(split, out)
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        write_text(out / "config.json", _described(config))
-        write_split(out / "split.json", split)
+    if not overwrite:
+        check_split(split, out)
     training = [case for case in cases if split[case.patient] == "train"]
     if config.labels == "image":  # nothing below can open a mask it does not know of
         training = [dataclasses.replace(case, masks=None) for case in training]
@@ -244,10 +178,16 @@ def _train(config: TrainConfig, out: Path, until: str | None, accelerator: Any) 
         raise ValueError("no patient is left to train on; lower the shares of validation and test patients")
     log.info("reading %d cases", len(training))
     prepared = load_cases(training, config, read_masks=config.labels == "pixel")
+    accelerator.wait_for_everyone()  # what the main process changes here, all have read
+    if accelerator.is_main_process:
+        if overwrite:
+            remove_run(out)
+        keep_start(config, out)
+        write_text(out / "config.json", config_text(config))
+        write_split(out / "split.json", split)
+    accelerator.wait_for_everyone()
     run = _Run(config, out, accelerator, prepared, initial)
     stages = run.stages()
-    if until is not None and until not in stages:
-        raise ValueError(f"until is {until!r}; allowed are the stages of this run: {', '.join(stages)}")
     for name, stage in stages.items():
         stage()
         if name == until:
@@ -303,16 +243,13 @@ class _Run:
         }  # fmt: skip
 
     def stages(self) -> dict[str, Callable[[], None]]:
-        """What is trained, in order; only what the system needs."""
-        plan, system = self.config.denoiser_stage, self.config.system
-        stages: dict[str, Callable[[], None]] = {}
-        if self.config.autoencoder_stage.steps and (system == "anomaly" or plan.use_inter or plan.use_intra):
-            stages["autoencoders_a"] = lambda: self._autoencoders("a")
-        if system != "anomaly":
-            if stages:
-                stages["autoencoders_b"] = lambda: self._autoencoders("b")
-            stages["denoiser"] = self._denoiser
-        return stages
+        """What trains each of `stage_names`, in order."""
+        trainers = {
+            "autoencoders_a": lambda: self._autoencoders("a"),
+            "autoencoders_b": lambda: self._autoencoders("b"),
+            "denoiser": self._denoiser,
+        }
+        return {name: trainers[name] for name in stage_names(self.config)}
 
     def batches(self, stage: BatchStage) -> BatchMaker:
         """What makes the batches of a stage."""

@@ -165,7 +165,7 @@ class SliceChoice:
         offset = np.where(far, wide, self._offset[case])
         gap_mm = offset * slice_mm
         thick = far & random.chance(THICK)
-        thickness_mm = np.where(thick, gap_mm * random.uniform(*THICKNESS), slice_mm)
+        thickness_mm = np.where(thick, np.maximum(slice_mm, gap_mm * random.uniform(*THICKNESS)), slice_mm)
         apart = np.where(thick, np.round(thickness_mm / 3 / slice_mm), 0).astype(np.int64)
         around = row[:, None] + offset[:, None] * np.arange(-self.context, self.context + 1)
         low, high = self.slices.first[case][:, None], self.slices.first[case + 1][:, None] - 1
@@ -174,9 +174,9 @@ class SliceChoice:
 
     def one_sequence(self, random: SampleRandom, row: np.ndarray) -> np.ndarray:
         """(N,) one of the sequences that there are of each slice."""
-        there = np.cumsum(self.slices.present[self.case[row]], axis=1)
-        wanted = np.floor(random.unit() * there[:, -1]) + 1
-        return np.asarray((there < wanted[:, None]).sum(axis=1))
+        count = np.cumsum(self.slices.present[self.case[row]], axis=1)
+        chosen = np.floor(random.unit() * count[:, -1]) + 1
+        return np.asarray((count < chosen[:, None]).sum(axis=1))
 
     def sequences(
         self, random: SampleRandom, row: np.ndarray, donor: np.ndarray, transplanted: np.ndarray
@@ -186,23 +186,23 @@ class SliceChoice:
         A transplanted lesion shows on the sequences that both patients have; without one, none is transplanted.
         """
         stage = self.config.denoiser_stage
-        own, others = (self.slices.present[self.case[rows]] for rows in (row, donor))
-        shared = own & others & transplanted[:, None]
-        there = np.where(shared.any(axis=1)[:, None], shared, own)
-        how = random.choice(
+        present, donor_present = (self.slices.present[self.case[rows]] for rows in (row, donor))
+        shared = present & donor_present & transplanted[:, None]
+        available = np.where(shared.any(axis=1)[:, None], shared, present)
+        choice = random.choice(
             (
                 stage.share_complete,
                 stage.share_first_alone,
                 1 - stage.share_complete - stage.share_first_alone,
             )
         )
-        first = there & (np.cumsum(there, axis=1) == 1)
-        first = np.where(there[:, :1], np.arange(there.shape[1]) == 0, first)
-        some = there & random.chance(0.5, there.shape[1])
-        order = np.where(there, random.unit(there.shape[1]), 2.0)
-        one = order == order.min(axis=1, keepdims=True)
-        some = np.where(some.any(axis=1)[:, None], some, one)
-        return {"present": np.choose(how[:, None], (there, first, some)).astype(bool), "both": own & others}
+        first = available & (np.cumsum(available, axis=1) == 1)
+        subset = available & random.chance(0.5, available.shape[1])
+        order = np.where(available, random.unit(available.shape[1]), 2.0)
+        single = order == order.min(axis=1, keepdims=True)
+        subset = np.where(subset.any(axis=1)[:, None], subset, single)
+        shown = np.choose(choice[:, None], (available, first, subset)).astype(bool)
+        return {"present": shown, "both": present & donor_present}
 
 
 def case_nearness(brain: np.ndarray, label: np.ndarray, slice_mm: float) -> np.ndarray:

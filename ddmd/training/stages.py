@@ -21,7 +21,10 @@ TEACHER_DRAWS = 2  # draws of x_T, each with and without left-right flip, that v
 
 
 class AutoencoderLosses(nn.Module):
-    """Reconstruction of the whole crop, L_homo and L_hetero of every member's codes."""
+    """Reconstruction of the whole crop, L_homo and L_hetero of every member's codes.
+
+    With several sequences, L_homo and L_hetero are means over those that have enough slices for them.
+    """
 
     def __init__(
         self, ensemble: AutoencoderEnsemble, stage: AutoencoderStage, mixed: bool, sequences: int = 1
@@ -31,7 +34,7 @@ class AutoencoderLosses(nn.Module):
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         b, k = batch["planes"], self.ensemble.config.members
-        codes = self.ensemble.encode(b.repeat(1, k, 1, 1).contiguous(memory_format=torch.channels_last))
+        codes = self.ensemble.encode_shared(b)
         recon = self.ensemble.decode(codes).float()
         losses = {"reconstruction": functional.smooth_l1_loss(recon, b.expand_as(recon), beta=0.2)}
         label, z = gather_processes(batch["label"]), gather_processes(codes.float().mean((3, 4)))
@@ -39,17 +42,26 @@ class AutoencoderLosses(nn.Module):
         if "sequence" in batch:  # only slices of one sequence are compared
             sequence = gather_processes(batch["sequence"])
             labels = [torch.where(sequence == number, label, -1) for number in range(self.sequences)]
+        # (C, 2): whether two slices or more of a sequence have label 0, and label 1
+        enough = torch.stack(
+            [torch.stack([(known == value).sum() >= 2 for value in (0, 1)]) for known in labels]
+        )
         if self.stage.homogeneous:
-            each = [homogeneous_loss(z[:, member], own) for member in range(k) for own in labels]
-            losses["homogeneous"] = torch.stack(each).mean() * self.stage.homogeneous
+            terms = [homogeneous_loss(z[:, member], known) for member in range(k) for known in labels]
+            losses["homogeneous"] = _mean_of_used(terms, enough.any(1)) * self.stage.homogeneous
         if self.mixed and self.stage.heterogeneous:
-            each = [
-                heterogeneous_loss(z[:, member], own, self.stage.bound)
+            terms = [
+                heterogeneous_loss(z[:, member], known, self.stage.bound)
                 for member in range(k)
-                for own in labels
+                for known in labels
             ]
-            losses["heterogeneous"] = torch.stack(each).mean() * self.stage.heterogeneous
+            losses["heterogeneous"] = _mean_of_used(terms, enough.all(1)) * self.stage.heterogeneous
         return losses
+
+
+def _mean_of_used(terms: list[Tensor], used: Tensor) -> Tensor:
+    """Mean of losses of every member and sequence (K C) over the used sequences (C,); those of the others are 0."""
+    return torch.stack(terms).mean() * (len(used) / used.sum().clamp(min=1))
 
 
 def gather_processes(local: Tensor) -> Tensor:
