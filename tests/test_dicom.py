@@ -35,6 +35,7 @@ import ddmd
 from ddmd.cli import app
 from ddmd.cohort.discovery import find_cases
 from ddmd.cohort.errors import DatasetError
+from ddmd.inference import detector
 from ddmd.inference.detection import Detection, OutputError
 from ddmd.inference.detector import Detector
 from ddmd.io.dicom import find_series
@@ -491,6 +492,7 @@ def test_the_guides_commands_and_code_run(axial, tmp_path, monkeypatch):
     page = (Path(__file__).parents[1] / "docs" / "howto" / "dicom.md").read_text(encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(Detector, "load", classmethod(lambda cls, *a, **k: Detector(tiny_system())))
+    monkeypatch.setattr(detector, "_loaded", detector._loaded.__wrapped__)  # which would keep the tiny system
     for name in ("DICOM_DIR", "SERIES_DIR"):
         (tmp_path / name).symlink_to(axial[0])
     commands = re.findall(r"^ {4,}ddmd (.*)$", page, re.M)
