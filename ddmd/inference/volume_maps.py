@@ -36,7 +36,8 @@ class VolumeMaps:
 def smooth_through_plane(maps: Tensor, sigma: float) -> Tensor:
     """Convolve maps (Z, ...) along Z with a Gaussian cut off at 4 sigma; the end slices repeat.
 
-    As `scipy.ndimage.gaussian_filter1d(mode="nearest")` does, with sums in float32.
+    As `scipy.ndimage.gaussian_filter1d(mode="nearest")` does. Sums are in float64: in float32 their last bit may
+    depend on where the arrays lie in memory, and equal input has to give equal bytes.
 
     Parameters
     ----------
@@ -53,7 +54,7 @@ def smooth_through_plane(maps: Tensor, sigma: float) -> Tensor:
     columns = (rows + distance.long()).clamp(0, count - 1)
     matrix = torch.zeros(count, count, dtype=torch.float64, device=maps.device)
     matrix.scatter_add_(1, columns, weights.expand(count, -1))
-    return (matrix.float() @ maps.flatten(1).float()).view(maps.shape)
+    return (matrix @ maps.flatten(1).double()).float().view(maps.shape)
 
 
 def draws_in_part(prepared: Prepared, draws: Tensor, sigma: float) -> NDArray[np.uint8]:
