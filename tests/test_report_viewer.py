@@ -195,7 +195,7 @@ def test_keyboard_alone_opens_moves_through_and_closes(cohort, visit):
     page.keyboard.press("Escape")
     assert page.evaluate("document.activeElement.innerText") == "p-1"
     visit.open_case(NASTY, "Enter")
-    assert page.inner_text("#viewer-name") == NASTY
+    page.wait_for_function("n => document.querySelector('#viewer-name').innerText === n", arg=NASTY)
     assert NASTY in page.inner_text("#notes")
     assert page.evaluate("window.hacked") is None
     assert visit.is_clean()

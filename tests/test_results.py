@@ -315,10 +315,7 @@ def test_headers_hold_geometry_and_units_alone(rng, tmp_path):
     assert isinstance(nib.Nifti2Image.from_bytes(nifti_bytes(second)), nib.Nifti2Image)
 
 
-@pytest.mark.parametrize("library", ["isal", "zlib"])
-def test_gzip_members_carry_no_name_and_no_time(rng, monkeypatch, library):
-    if library == "zlib":
-        monkeypatch.setitem(sys.modules, "isal", None)
+def test_gzip_members_carry_no_name_and_no_time(rng):
     content = rng.integers(0, 5, 100_000, dtype=np.uint8).tobytes()
     member = compressed(content)
     assert gzip.decompress(member) == content

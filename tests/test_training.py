@@ -148,6 +148,7 @@ def test_weights_and_losses_stay_float32_whatever_convolutions_compute_in(
 
 
 def test_a_stopped_run_goes_on_to_the_same_weights(config, tmp_path, monkeypatch):
+    handler = signal.getsignal(signal.SIGTERM)
     whole = load_file(train(config, tmp_path / "whole"))
 
     def stopping(model, optimizer, batch, stage):
@@ -165,7 +166,7 @@ def test_a_stopped_run_goes_on_to_the_same_weights(config, tmp_path, monkeypatch
         "pseudo-masks were made again"
     )
     assert worst_difference(whole, resumed) == 0
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) == handler
     other = dataclasses.replace(config, seed=1, name="other")
     with pytest.raises(ValueError, match="another configuration; pass --overwrite"):
         train(other, tmp_path / "cut")
