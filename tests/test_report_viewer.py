@@ -195,9 +195,32 @@ def test_keyboard_alone_opens_moves_through_and_closes(cohort, visit):
     page.keyboard.press("Escape")
     assert page.evaluate("document.activeElement.innerText") == "p-1"
     visit.open_case(NASTY, "Enter")
-    page.wait_for_function("n => document.querySelector('#viewer-name').innerText === n", arg=NASTY)
+    assert page.inner_text("#viewer-name") == NASTY
     assert NASTY in page.inner_text("#notes")
     assert page.evaluate("window.hacked") is None
+    assert visit.is_clean()
+
+
+def test_a_case_opened_before_the_former_has_finished_closing(cohort, visit):
+    """The browser tells of a closed dialog later: by then the next case may be open, or have the focus."""
+    _, out = cohort
+    detection("p-2", brain().images["flair"], brain().lesion).save(out)
+    visit.go(write_report(out).page)
+    visit.open_case("p-1")
+    page = visit.page
+    close = """([next, act]) => new Promise((done) => {
+        const button = [...document.querySelectorAll("#cases .open")].find((b) => b.innerText === next);
+        const dialog = document.querySelector("#viewer");
+        dialog.addEventListener("close", () => setTimeout(() => done(document.activeElement.innerText)));
+        dialog.close();
+        button[act]();
+    })"""
+    assert page.evaluate(close, ["p-2", "focus"]) == "p-2"
+    visit.open_case("p-1")
+    page.evaluate(close, ["p-2", "click"])
+    page.wait_for_selector("dialog[data-shown]")
+    assert page.inner_text("#viewer-name") == "p-2"
+    assert "probability 0.90" in page.inner_text("#location")
     assert visit.is_clean()
 
 

@@ -350,12 +350,13 @@
   byId("previous").addEventListener("click", () => step(-1));
   byId("next").addEventListener("click", () => step(1));
   byId("close").addEventListener("click", () => dialog.close());
-  dialog.addEventListener("close", () => {
+  dialog.addEventListener("close", () => { // comes some time after the dialog has closed
+    if (dialog.open) return; // another case was opened meanwhile
     wanted = current = null;
     if (viewer) { viewer.volumes = []; viewer.back = null; viewer.overlays = []; } // gives the memory back
     document.title = `${document.querySelector("h1").textContent} – lesion report`;
     history.replaceState(null, "", "#");
-    opener?.focus();
+    if (document.activeElement === document.body) opener?.focus(); // what has the focus by now keeps it
   });
 
   // ---------------------------------------------------------------- views and keys
