@@ -9,7 +9,7 @@ from scipy import ndimage
 
 from ddmd.cohort.cases import Case
 from ddmd.training import geometry
-from ddmd.training.augmentation import Augmentation
+from ddmd.training.augmentation import Augmentation, local_field
 from ddmd.training.batch_maker import BatchMaker
 from ddmd.training.config import DataEntry, DenoiserStage, TrainConfig
 from ddmd.training.device_slices import DeviceSlices
@@ -253,7 +253,8 @@ def test_a_tilted_head_has_its_mirror_image_about_its_own_midline(rng):
 
 
 @pytest.mark.parametrize(
-    "part", ["contrast", "bias", "strong_bias", "blur", "coarse", "ringing", "noise", "saturation"]
+    "part",
+    ["contrast", "bias", "strong_bias", "local_bias", "blur", "coarse", "ringing", "noise", "saturation"],
 )
 def test_intensity_changes_leave_masks_and_air_alone(rng, seed, part):
     case = prepared(rng)
@@ -282,6 +283,18 @@ def test_strong_fields_change_one_side_against_the_other_and_leave_the_median(rn
     assert np.median([smooth_spread(p) for p in planes]) > 3 * smooth_spread(middle(case))
 
 
+def test_a_local_field_is_a_bump_where_it_was_drawn_and_on_the_other_side(rng):
+    size, height, (y, x), spread = 48, 0.2, (-0.3, 0.5), 0.1
+    rows, columns = (np.mgrid[:size, :size] / (size - 1) - 0.5) * size
+    squares = [(rows - y * size / 2) ** 2 + (columns - side * x * size / 2) ** 2 for side in (1, -1)]
+    bumps = [np.exp(height * np.exp(-0.5 * square / (spread * size) ** 2)) for square in squares]
+    values = torch.full((2,), height), torch.tensor([[y, x]] * 2), torch.full((2,), spread)
+    found = local_field(*values, torch.tensor([False, True]), size)
+    np.testing.assert_allclose(found[0, 0], bumps[0], rtol=1e-5)
+    np.testing.assert_allclose(found[1, 0], np.maximum(*bumps), rtol=1e-5)
+    assert (local_field(-values[0], *values[1:], torch.tensor([False, True]), size) <= 1).all()
+
+
 def test_contrast_changes_keep_lesions_visible(rng):
     y, x = np.mgrid[:SIZE, :SIZE]
     away = np.hypot(y - 70, x - 90)
@@ -306,7 +319,7 @@ def test_geometry_moves_masks_with_what_they_mark(rng):
     case.image[:, 0][marked > 0] = 1.5
     case.mask, case.weight, case.label = marked, np.ones_like(marked), np.ones(5, np.int8)
     stage = replace(maker(case).config.denoiser_stage, share_masked=1.0, share_painted=0.0)
-    moving = replace(Augmentation(), **{p: 0.0 for p in ("contrast", "bias", "strong_bias", "blur", "coarse", "ringing", "noise", "saturation")})  # fmt: skip
+    moving = replace(Augmentation(), **{p: 0.0 for p in ("contrast", "bias", "strong_bias", "local_bias", "blur", "coarse", "ringing", "noise", "saturation")})  # fmt: skip
     batch = maker(case, stage=stage, augment=moving).samples(0, 16)
     for planes, mask in zip(batch["planes"], batch["mask"], strict=True):
         bright, inside = planes[1] > 0.75, mask[0] > 0

@@ -38,6 +38,10 @@ class Augmentation:
         Chances of a weak and of a strong multiplicative field.
     weak_field, strong_field : (low, high)
         Range of the standard deviation of the field's logarithm.
+    local_bias : float
+        Chance that the field has a bump, as beside a coil's element, or one on either side of the head.
+    bump, bump_size : (low, high)
+        Range of the bump's height in the field's logarithm, and of its standard deviation as a share of the plane.
     blur, coarse, ringing, noise, saturation : float
         Chances of lost sharpness, lost resolution, Gibbs ringing, white noise, and the brightest tissue cut off.
     """
@@ -55,6 +59,9 @@ class Augmentation:
     strong_bias: float = 0.25
     weak_field: tuple[float, float] = (0.01, 0.1)
     strong_field: tuple[float, float] = (0.1, 0.4)
+    local_bias: float = 0.35
+    bump: tuple[float, float] = (0.05, 0.25)
+    bump_size: tuple[float, float] = (0.05, 0.2)
     blur: float = 0.25
     coarse: float = 0.2
     ringing: float = 0.1
@@ -76,12 +83,17 @@ def draw_intensities(random: SampleRandom, config: Augmentation) -> dict[str, np
     field = np.choose(
         kind, (0.0 * gamma, random.uniform(*config.weak_field), random.uniform(*config.strong_field))
     )
+    height = random.uniform(*config.bump) * np.where(random.chance(0.25), -1.0, 1.0)
     return {
         "curve": curve * (HIGH - LOW),
         "gain": gain,
         "offset": offset,
         "field": field,
         "coefficients": random.normal(9),
+        "bump": height * random.chance(config.local_bias),
+        "bump_at": random.uniform(-0.7, 0.7, 2),
+        "bump_size": random.uniform(*config.bump_size),
+        "both_sides": random.chance(0.4),
         "blurred": random.chance(config.blur),
         "sigma": random.uniform(0.3, 1.2, 2),
         "zoom": np.where(random.chance(config.coarse), random.integers(0, len(ZOOMS)), -1),
@@ -114,6 +126,27 @@ def bias_field(coefficients: Tensor, strength: Tensor, size: int) -> Tensor:
     log_field = log_field - log_field.mean((2, 3), keepdim=True)
     spread = log_field.std((2, 3), keepdim=True).clamp(min=1e-6)
     return torch.exp(log_field / spread * strength[:, None, None, None])
+
+
+def local_field(height: Tensor, at: Tensor, spread: Tensor, both_sides: Tensor, size: int) -> Tensor:
+    """(N, 1, S, S) multiplicative field: the exponential of a Gaussian bump, and of its left-right mirror image.
+
+    Parameters
+    ----------
+    height : (N,) float32, of the field's logarithm.
+    at : (N, 2) float32, y and x of its centre; the plane reaches from -1 to 1.
+    spread : (N,) float32, its standard deviation as a share of the plane.
+    both_sides : (N,) bool
+    size : int, S
+    """
+    line = torch.linspace(-1.0, 1.0, size, dtype=torch.float32, device=height.device)
+
+    def profile(centre: Tensor) -> Tensor:
+        return torch.exp(-0.5 * ((line - centre[:, None]) / (2 * spread[:, None])) ** 2)
+
+    rows, columns = profile(at[:, 0]), profile(at[:, 1])
+    columns = torch.where(both_sides[:, None], torch.maximum(columns, columns.flip(-1)), columns)
+    return torch.exp(height[:, None, None] * rows[:, :, None] * columns[:, None, :])[:, None]
 
 
 def _curved(planes: Tensor, curve: Tensor) -> Tensor:
@@ -173,7 +206,11 @@ def change_intensities(
     tissue = planes > AIR_MARGIN
     quartiles = (0.25, 0.5, 0.75)
     before = tissue_quantiles(planes, tissue, quartiles)
-    changed = planes * bias_field(values["coefficients"], values["field"], planes.shape[-1])
+    size = planes.shape[-1]
+    changed = planes * bias_field(values["coefficients"], values["field"], size)
+    changed = changed * local_field(
+        values["bump"], values["bump_at"], values["bump_size"], values["both_sides"], size
+    )
     changed = _curved(changed, values["curve"])
     after = tissue_quantiles(changed, tissue, quartiles)
     left = after[:, 2] - after[:, 0]
