@@ -8,7 +8,7 @@ import shutil
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import nibabel as nib
@@ -55,12 +55,19 @@ class Visit:
         else:
             button.press(key)
         self.page.wait_for_selector("dialog[data-shown]", timeout=60_000)
-        self.page.wait_for_timeout(300)
 
     def canvas(self) -> np.ndarray:
         """The pixels of the viewer, (height, width, 3)."""
         picture = self.page.locator("#canvas").screenshot()
         return np.asarray(Image.open(io.BytesIO(picture)).convert("RGB")).astype(int)
+
+    def wait_until_drawn(self, right: Callable[[np.ndarray], bool], seconds: float = 30.0) -> np.ndarray:
+        """The pixels of the viewer once they are right: what is asked for is drawn some frames later."""
+        end = time.monotonic() + seconds
+        while not right(pixels := self.canvas()) and time.monotonic() < end:
+            self.page.wait_for_timeout(100)
+        assert right(pixels)
+        return pixels
 
     def is_clean(self) -> bool:
         schemes = {url.split(":")[0] for url in self.requests}
@@ -125,22 +132,17 @@ def test_the_mask_lies_on_the_lesion(cohort, visit):
     page.uncheck("#crosshair")
     page.uncheck("#outline")
     page.get_by_label("Opacity of Lesion mask").fill("100")
-    page.wait_for_timeout(500)
-    shown = red(visit.canvas())
-    right_way = expected_red(brain().lesion, shown.shape, False)
-    assert dice(shown, right_way) > 0.85
+    size = visit.canvas().shape[:2]
+    right_way, mirrored = (expected_red(brain().lesion, size, radiological) for radiological in (False, True))
+    shown = red(visit.wait_until_drawn(lambda pixels: dice(red(pixels), right_way) > 0.85))
     assert dice(shown, right_way[:, ::-1]) < 0.1
     page.check("#outline")
-    page.wait_for_timeout(500)
-    edge = red(visit.canvas())
-    assert 0.1 < edge.sum() / shown.sum() < 0.8
+    visit.wait_until_drawn(lambda pixels: 0.1 < red(pixels).sum() / shown.sum() < 0.8)
     page.uncheck("#outline")
     page.check("#radiological")
-    page.wait_for_timeout(500)
-    assert dice(red(visit.canvas()), expected_red(brain().lesion, shown.shape, True)) > 0.85
+    visit.wait_until_drawn(lambda pixels: dice(red(pixels), mirrored) > 0.85)
     page.uncheck("[data-layer=mask]")
-    page.wait_for_timeout(500)
-    assert red(visit.canvas()).sum() == 0
+    visit.wait_until_drawn(lambda pixels: red(pixels).sum() == 0)
     assert "probability 0.90" in page.inner_text("#location")
     assert visit.is_clean()
 
