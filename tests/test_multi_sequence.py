@@ -6,7 +6,9 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from ddmd.cli import app
 from ddmd.cohort.cases import Case
 from ddmd.cohort.discovery import find_cases
 from ddmd.cohort.pipeline import detect_cohort
@@ -362,3 +364,12 @@ def test_a_run_on_several_sequences_trains_and_detects(rng, tmp_path, images, st
     detector = Detector.load(path, "cpu")
     for given in (ALL, ("flair",), ("t2",)):
         assert np.isfinite(probability(detector.detect({s: images[s] for s in given}, samples=2))).all()
+
+
+def test_info_says_that_any_of_the_sequences_will_do(system, tmp_path, monkeypatch):
+    checkpoint.save(system, tmp_path / "several.safetensors")
+    monkeypatch.setattr(checkpoint, "available", lambda: (str(tmp_path / "several.safetensors"),))
+    text = CliRunner().invoke(app, ["info"]).stdout
+    assert f"takes any of {', '.join(ALL)};" in " ".join(text.split())
+    checkpoint.save(tiny_system(), tmp_path / "several.safetensors")
+    assert "takes flair;" in " ".join(CliRunner().invoke(app, ["info"]).stdout.split())

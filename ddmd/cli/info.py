@@ -33,7 +33,8 @@ def command(json: Json = False, debug: Debug = False) -> None:
     rows = [(op, s["cpu"], s["cuda"], "; ".join(s["reasons"])) for op, s in facts["ops"].items()]
     console.table(("op", "cpu", "cuda", "why not faster"), rows)
     for name, weights in facts["weights"].items():
-        console.say(f"weights {name}: takes {', '.join(weights['sequences'])}; from {weights['file']}")
+        taken = ", ".join(weights["sequences"])
+        console.say(f"weights {name}: takes {'any of ' if weights['any'] else ''}{taken}; from {weights['file']}")
         console.say(f"  licence: {weights['licence']}")
         for key, value in weights["training"].items():
             if not isinstance(value, dict):  # of systems that were averaged: in the JSON alone
@@ -61,6 +62,7 @@ def _facts() -> dict[str, Any]:
         description = checkpoint.describe(checkpoint.find(name))
         weights[name] = {
             "sequences": list(description.sequences),
+            "any": bool(description.optional_sequences),
             "file": str(checkpoint.find(name)),
             "licence": LICENCE,
             "training": dict(description.training),
