@@ -293,6 +293,35 @@ def test_pydicom_is_hidden_from_nibabel_alone():
     assert done.stdout.split() == ["True", "True"]
 
 
+LARGE_TENSOR = """
+import resource
+from ddmd.cli import startup
+startup.begin()
+import torch
+torch.empty(1 << 24, dtype=torch.float32, device="cpu").fill_(1.0)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+torch.empty(1 << 24, dtype=torch.float32, device="cpu").fill_(1.0)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def test_large_tensors_take_large_pages_unless_the_user_says_otherwise():
+    choice = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not choice.exists() or "[never]" in choice.read_text():
+        pytest.skip("this system has no transparent huge pages")
+    environment = {k: v for k, v in os.environ.items() if k != "THP_MEM_ALLOC_ENABLE"}
+    faults = []
+    for said in ({}, {"THP_MEM_ALLOC_ENABLE": "0"}):
+        command = [sys.executable, "-c", LARGE_TENSOR]
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=True, env={**environment, **said}
+        )
+        faults.append(int(done.stdout))
+    if "[always]" not in choice.read_text():
+        assert faults[1] > (1 << 26) // 4096 // 2, "64 MiB of small pages"
+    assert faults[0] < (1 << 26) // 4096 // 4
+
+
 def test_devices_have_the_names_people_use():
     names = {
         "gpu": "cuda",

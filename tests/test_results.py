@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 
 import nibabel as nib
 import numpy as np
@@ -25,6 +26,7 @@ from ddmd.io.results import (
     OutputError,
     compressed,
     nifti_bytes,
+    nifti_parts,
     read_result,
     result_paths,
     sidecar_path,
@@ -324,6 +326,53 @@ def test_gzip_members_carry_no_name_and_no_time(rng):
     assert member[4:8] == bytes(4), "time"
     time.sleep(1.1)
     assert compressed(content) == member
+
+
+def _map_like(rng, size: int) -> bytes:
+    """Zeros with runs of numbers in them, as maps are."""
+    values = np.where(
+        np.repeat(rng.random(size // 400 + 1) < 0.3, 100)[: size // 4], rng.random(size // 4), 0.0
+    )
+    return values.astype(np.float32).tobytes() + rng.bytes(size % 4)
+
+
+def test_compressing_depends_on_the_content_alone(rng):
+    """Not on where it lies, what lay in the memory before, how it is cut, or which of the two libraries there is."""
+    contents = [_map_like(rng, int(size)) for size in rng.integers(1, 300_000, 20)]
+    contents += [
+        b"",
+        b"\0",
+        rng.bytes(100_000),
+        bytes(1 << 20),
+        rng.integers(0, 2, 1 << 18, np.uint8).tobytes(),
+    ]
+    expected = []
+    for content in contents:
+        packer = zlib.compressobj(1, zlib.DEFLATED, 31, 8, zlib.Z_RLE)
+        expected.append(packer.compress(content) + packer.flush())
+    for _ in range(4):
+        for content, member in zip(contents, expected, strict=True):
+            assert gzip.decompress(member) == content
+            offset, cut = int(rng.integers(64)), int(rng.integers(len(content) + 1))
+            moved = memoryview(rng.bytes(offset) + content)[offset:]
+            dirty = [bytearray(rng.bytes(1)) * int(n) for n in rng.integers(1, 300_000, 20)]
+            del dirty  # what is allocated next lies there
+            assert compressed(moved) == member
+            assert compressed(moved[:cut], moved[cut:]) == member
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.int16, np.int32, np.float32, np.float64])
+@pytest.mark.parametrize("shape", [(5, 6, 7), (5, 6, 7, 2), (1, 6, 1)])
+def test_a_file_is_what_nibabel_writes(rng, kind, shape):
+    affine = np.diag((-1.5, 2.0, 3.0, 1.0))
+    for format_ in (nib.Nifti1Image, nib.Nifti2Image):
+        values = (100 * rng.random(shape)).astype(kind, order="F")
+        for laid in (values, np.ascontiguousarray(values), values[::-1, :, ::-1]):
+            image = format_(laid, affine, dtype=laid.dtype)
+            image.header.set_xyzt_units("mm")
+            assert nifti_bytes(image) == image.to_bytes()
+        image = format_(values, affine, dtype=values.dtype)
+        assert np.shares_memory(np.frombuffer(nifti_parts(image)[1], np.uint8), values)
 
 
 def test_equal_results_are_equal_bytes(rng, tmp_path):

@@ -166,10 +166,10 @@ def refuse_stranger(path: Path, head: bytes) -> None:
 
 def _gzip_reader() -> Callable[..., IO[bytes]]:
     try:
-        from isal import igzip
+        from zlib_ng import gzip_ng
     except ImportError:  # no wheel for this machine: slower, the same bytes
         return cast(Callable[..., IO[bytes]], gzip.GzipFile)
-    return cast(Callable[..., IO[bytes]], igzip.IGzipFile)
+    return cast(Callable[..., IO[bytes]], gzip_ng.GzipNGFile)
 
 
 def _zstd_reader(path: Path) -> Callable[[IO[bytes]], IO[bytes]]:
