@@ -329,3 +329,38 @@ def test_torch_is_imported_even_where_the_ops_cannot_be(monkeypatch):
     )
     assert done.returncode == 0, done.stderr
     assert "torch.ops.ddmd is not registered: ValueError: DDMD_BACKEND is 'fastest'" in done.stderr
+
+
+@EACH_BACKEND
+@pytest.mark.parametrize("op", sorted(checks.WRITTEN))
+def test_a_backward_that_needs_what_an_op_has_overwritten_raises(op, backend):
+    calls = {
+        "denoise_step": lambda t: step(t, torch.randn(3, 8)),
+        "ensemble_update": lambda t: update(t, z(3, 8), 2, torch.randn(4, 3, 8)),
+        "ensemble_merge": lambda t: D.ensemble_merge(t, z(3, 8), 2, torch.randn(3, 8), z(3, 8), 3),
+    }
+    written = torch.randn(3, 8)
+    weight = torch.randn(3, 8, requires_grad=True)
+    product = (weight * written).sum()
+    with ops.backend(backend):
+        calls[op](written)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward()
+    with torch.inference_mode(), ops.backend(backend):
+        calls[op](written)
+        calls[op](torch.randn(3, 8))
+
+
+@EACH_BACKEND
+def test_an_empty_state_that_is_merged_with_itself_is_the_other_state(backend):
+    mean, m2 = torch.randn(5), torch.rand(5)
+    expected = mean.clone(), m2.clone()
+    with ops.backend(backend):
+        assert ops.ensemble_merge(mean, m2, 0, mean, m2, 4) == 4
+    assert torch.equal(mean, expected[0])
+    assert torch.equal(m2, expected[1])
+    nothing, garbage = torch.full((5,), float("nan")), torch.full((5,), float("nan"))
+    with ops.backend(backend):
+        ops.ensemble_merge(nothing, garbage, 0, mean, m2, 4)
+    assert torch.equal(nothing, expected[0])
+    assert torch.equal(garbage, expected[1])

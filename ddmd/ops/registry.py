@@ -179,16 +179,22 @@ def _implementation(op: str, device: str) -> Callable[..., Any]:
     check = getattr(checks, op)
     check_values = checks.VALUES.get(op) if device == "cpu" else None
     names = tuple(a.name for a in getattr(torch.ops.ddmd, op).default._schema.arguments)
-    writes = op in checks.WRITTEN
+    written = checks.WRITTEN.get(op, ())
     running = op in ("ensemble_update", "ensemble_merge")
 
     def call(*args: Any, **kwargs: Any) -> Any:
         use_reference = check(*args, **kwargs)
-        if writes:
+        if written:
             checks.memory(op, names, args)
         if check_values is not None:
             check_values(*args)
+        if written:
+            _count_writes(names, written, args)
         if running and args[2] == 0:  # what a state of no samples holds is of no meaning
+            if op == "ensemble_merge" and args[5]:  # the other state may be the same memory
+                args[0].copy_(args[3])
+                args[1].copy_(args[4])
+                return None
             args[0].zero_()
             args[1].zero_()
         if use_reference or _chosen() == "reference":
@@ -196,6 +202,13 @@ def _implementation(op: str, device: str) -> Callable[..., Any]:
         return _route(op, device)[0](*args, **kwargs)
 
     return call
+
+
+def _count_writes(names: tuple[str, ...], written: tuple[str, ...], args: tuple[Any, ...]) -> None:
+    """Tell autograd what is about to be written: a backward that needs the old values raises then."""
+    for name, value in zip(names, args, strict=False):
+        if name in written and isinstance(value, Tensor) and not value.is_inference():
+            torch.autograd.graph.increment_version(value)
 
 
 def _resolved(op: str) -> Callable[..., Any]:
