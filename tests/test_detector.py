@@ -325,3 +325,33 @@ def test_two_sequences_are_taken_in_the_weights_order(volume):
     one = detector.detect(inputs)
     other = detector.detect(dict(reversed(inputs.items())))
     assert np.array_equal(_data(one.probability), _data(other.probability))
+
+
+@pytest.mark.parametrize("option", [{"skull": "off"}, {"strip": True}, {"bias": "on"}, {"resample": True}])
+def test_options_of_reading_are_refused_where_they_have_no_effect(detector, volume, option):
+    prepared = detector.prepare(volume[0], affine=volume[1])
+    for read in (prepared, prepared.volume):
+        with pytest.raises(ValueError, match=f"{next(iter(option))}: without effect"):
+            detector.detect(read, **option)
+
+
+def test_slices_that_were_cut_for_other_weights_are_refused(detector, volume):
+    other = Detector(tiny_system(sequences=("t1",)))
+    prepared = other.prepare({"t1": volume[0]}, affine=volume[1])
+    with pytest.raises(ValueError, match="prepared for weights of other sequences"):
+        detector.detect(prepared)
+
+
+@pytest.mark.parametrize("option", [{"strip": "no"}, {"resample": 3}, {"strip": 1}])
+def test_a_flag_of_reading_is_true_or_false(detector, rng, option):
+    values, affine = head(rng)
+    with pytest.raises(ValueError, match=f"{next(iter(option))} is .*; allowed are true and false"):
+        detector.detect({"flair": values}, affine=affine, **option)
+
+
+@pytest.mark.parametrize("option", [{"overwrite": "no"}, {"overlay": 1}, {"dicom_seg": "off"}])
+def test_a_flag_of_saving_is_true_or_false(detector, volume, tmp_path, option):
+    detection = detector.detect(volume[0], affine=volume[1], samples=1, steps=1)
+    with pytest.raises(ValueError, match=f"{next(iter(option))} is .*; allowed are true and false"):
+        detection.save(tmp_path / "out", **option)
+    assert not (tmp_path / "out").exists()

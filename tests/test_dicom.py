@@ -513,3 +513,25 @@ def test_detect_takes_a_folder(axial):
     assert detection.name == "scan_series-5"
     assert detection.dicom is not None
     assert detection.provenance["Sources"] == {"flair": "series 5"}
+
+
+def test_segmentations_that_an_earlier_run_left_out_are_missed(axial, tmp_path):
+    from ddmd.cohort.pipeline import detect_cohort
+    from ddmd.models import checkpoint
+
+    checkpoint.save(tiny_system(), tmp_path / "tiny.safetensors")
+    options = {
+        "weights": Detector.load(tmp_path / "tiny.safetensors", "cpu"),
+        "samples": 1,
+        "steps": 1,
+        "overlay": False,
+    }
+    out = tmp_path / "out"
+    assert len(list(detect_cohort(axial[0], out, dicom_seg=False, **options))) == 1
+    assert not list(out.glob("*.dcm"))
+    assert not list(detect_cohort(axial[0], out, dicom_seg=False, **options))
+    with pytest.raises(OutputError, match="holds earlier results"):
+        detect_cohort(axial[0], out, **options)
+    assert len(list(detect_cohort(axial[0], out, overwrite=True, skip_existing=True, **options))) == 1
+    assert len(list(out.glob("*.dcm"))) == 2
+    assert not list(detect_cohort(axial[0], out, **options))

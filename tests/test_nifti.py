@@ -548,3 +548,30 @@ def test_the_members_of_a_gz_file_are_one_file(tmp_path, rng):
     path = tmp_path / "a_flair.nii.gz"
     path.write_bytes(b"".join(map(gzip.compress, members)) + bytes(512))  # padded, as tar does
     assert np.array_equal(Volume.read(path).images["flair"], values)
+
+
+@pytest.mark.parametrize("form", ["nifti1", "nifti2"])
+def test_voxels_that_begin_inside_the_header_are_refused(tmp_path, rng, form):
+    values, affine = head(rng)
+    kind, place, code = (nib.Nifti1Image, 108, "<f") if form == "nifti1" else (nib.Nifti2Image, 168, "<q")
+    content = bytearray(kind(values, affine).to_bytes())
+    struct.pack_into(code, content, place, 0)
+    path = tmp_path / "x_FLAIR.nii"
+    path.write_bytes(content)
+    with pytest.raises(VolumeError, match="voxels begin at byte 0, inside the header"):
+        Volume.read(path)
+
+
+@pytest.mark.parametrize("qform_code", [0, 1])
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_a_voxel_size_of_zero_is_not_taken_for_a_millimetre(tmp_path, rng, axis, qform_code):
+    values, affine = head(rng)
+    image = nib.Nifti1Image(values, affine)
+    image.set_sform(None, 0)
+    image.set_qform(affine, qform_code)
+    content = bytearray(image.to_bytes())
+    struct.pack_into("<f", content, 80 + 4 * axis, 0.0)
+    path = tmp_path / "x_FLAIR.nii"
+    path.write_bytes(content)
+    with pytest.raises(VolumeError, match=r"voxel sizes .*0\.0.* in the header, which has no sform"):
+        Volume.read(path)

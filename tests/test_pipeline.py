@@ -351,3 +351,45 @@ def test_memory_of_a_cohort_of_sixty_is_flat(detector, tmp_path, rng):
     case_mb = values.size * 4 * 6 / 2**20  # a volume and five maps, the least that a case holds
     print(resident[19], resident[59], case_mb)
     assert max(resident[40:]) - max(resident[:20]) < 40 * case_mb / 10
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"overwrite": "no"}, {"skip_existing": 1}, {"overlay": "yes"}, {"workers": 2.5}, {"workers": "2"}, {"part": (1,)},
+        {"part": ("1", "2")}, {"part": 3}, {"reading": {"skul": "off"}},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_options_that_are_wrong_are_refused_before_the_work(detector, cohort, tmp_path, wrong):
+    name = next(iter(wrong))
+    with pytest.raises(ValueError, match=rf"^{name} (is|has) .*"):
+        detect_cohort(cohort, tmp_path / "out", weights=detector, **{**OPTIONS, **wrong})
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "flags", [[], ["--skip-existing"], ["--overwrite"], ["--skip-existing", "--overwrite"]]
+)
+def test_the_result_of_another_case_is_never_replaced(detector, tmp_path, rng, flags):
+    """Names that differ in signs alone have files of the same names, where the cases come one by one."""
+    checkpoint.save(tiny_system(), tmp_path / "tiny.safetensors")
+    options = [
+        "-o",
+        tmp_path / "out",
+        "--weights",
+        tmp_path / "tiny.safetensors",
+        "--samples",
+        1,
+        "--steps",
+        1,
+    ]
+    one, other = tmp_path / "p 1_FLAIR.nii.gz", tmp_path / "p-1_FLAIR.nii.gz"
+    for path in (one, other):
+        write(path, *head(rng))
+    assert invoke("detect", one, *options)[0] == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    code, said = invoke("detect", other, *options, *flags)
+    assert code == 2
+    assert "of another case, p 1" in said
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before

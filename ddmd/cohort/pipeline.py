@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
+from ddmd import validation
 from ddmd.cohort.case_names import output_stems
 from ddmd.cohort.cases import Case
 from ddmd.cohort.discovery import Discovery, find_cases
@@ -27,8 +28,16 @@ from ddmd.cohort.work import (
     input_sha256,
 )
 from ddmd.inference.detection import Detection, check_maps
-from ddmd.inference.detector import Detector
-from ddmd.io.results import PLAIN_NAMES, Naming, check_output, read_result
+from ddmd.inference.detector import READING_OPTIONS, Detector
+from ddmd.io.results import (
+    PLAIN_NAMES,
+    SEG_SUFFIXES,
+    Naming,
+    OutputError,
+    check_output,
+    read_result,
+    result_name,
+)
 from ddmd.models import checkpoint
 
 __all__ = ["ENGINES", "CaseError", "CohortRun", "detect_cohort", "part_of", "plan_cohort"]
@@ -89,9 +98,12 @@ def part_of(cases: Sequence[Case], part: tuple[int, int]) -> list[Case]:
     ValueError
         If i is not in 1 to n.
     """
-    i, n = part
-    if not 1 <= i <= n:
-        raise ValueError(f"part is {i}/{n}; parts are counted from 1 to n")
+    try:
+        i, n = part
+        n = validation.integer("n of part", n, 1, 2**31 - 1)
+        i = validation.integer("i of part", i, 1, n)
+    except (TypeError, ValueError):
+        raise ValueError(f"part is {validation.shown(part)}; give (i, n), counted from 1 to n") from None
     return list(cases)[i - 1 :: n]
 
 
@@ -211,8 +223,16 @@ def plan_cohort(
     place : all cases and the weights' sequences -> where results go; by default side by side in `out`
     layout : as `find_cases` takes it
     """
-    if workers < 1:
-        raise ValueError(f"workers is {workers}; at least 1 is needed")
+    workers = validation.integer("workers", workers, 1, 1024)
+    flags = {
+        "skip_existing": skip_existing, "overwrite": overwrite, "overlay": overlay, "draws": draws,
+        "dicom_seg": False if dicom_seg is None else dicom_seg,
+    }  # fmt: skip
+    for flag, value in flags.items():
+        validation.flag(flag, value)
+    unknown = [name for name in reading or {} if name not in READING_OPTIONS]
+    if unknown:
+        raise ValueError(f"reading has {unknown[0]!r}; allowed are {', '.join(READING_OPTIONS)}")
     if engine not in ENGINES:
         raise ValueError(f"engine is {engine!r}; allowed are {', '.join(ENGINES)}")
     listed = [cases] if isinstance(cases, str | os.PathLike) else list(cases)
@@ -370,15 +390,32 @@ def _earlier(
         If another result is there and is not to be replaced.
     """
     replaced = overwrite
+    earlier = result_name(task.stem, task.folder)
+    if earlier is not None and earlier != task.case.name:
+        raise OutputError(
+            f"{task.folder}: {task.stem}_result.json is of another case, {earlier}, whose files have the names of "
+            f"{task.case.name}; choose another folder, or rename one of the two"
+        )
     if skip_existing or not overwrite:
         check_output(task.stem, task.folder, True, options.naming)  # completes what a killed writer had begun
         summary = read_result(task.stem, task.folder)
-        same_options = summary is not None and options.is_result_of(summary, facts)
+        same_options = (
+            summary is not None
+            and options.is_result_of(summary, facts)
+            and _has_segs(task.case, options, summary)
+        )
         if summary is not None and same_options and _is_same_input(task.case, summary):
             return summary
         replaced |= skip_existing and (summary is None or same_options)
     check_output(task.stem, task.folder, replaced, options.naming)
     return replace(task, replace=replaced)
+
+
+def _has_segs(case: Case, options: CohortOptions, summary: Mapping[str, Any]) -> bool:
+    """Whether a result has the DICOM Segmentations that are asked for."""
+    asked = bool(case.dicom) if options.dicom_seg is None else options.dicom_seg
+    endings = [ending for kind, ending in SEG_SUFFIXES.items() if asked and kind in options.maps]
+    return all(any(str(file).endswith(f"_{ending}") for file in summary["Files"]) for ending in endings)
 
 
 def _is_same_input(case: Case, summary: Mapping[str, Any]) -> bool:

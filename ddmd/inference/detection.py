@@ -12,6 +12,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 
+from ddmd import validation
 from ddmd.inference.postprocess import UNCERTAIN, Lesion
 from ddmd.io.atomic import atomic_path
 from ddmd.io.dicom import DicomSeries
@@ -204,8 +205,11 @@ class Detection:
             If the folder cannot be written to, holds results of this name and overwrite is False, another
             process is writing them, or a map is not finite.
         ValueError
-            If there is no map of a name.
+            If there is no map of a name, or a flag is neither True nor False.
         """
+        overwrite, overlay = validation.flag("overwrite", overwrite), validation.flag("overlay", overlay)
+        if dicom_seg is not None:
+            dicom_seg = validation.flag("dicom_seg", dicom_seg)
         there = {key: getattr(self, key) for key in SUFFIXES if getattr(self, key) is not None}
         wanted = tuple(there) if maps is None else check_maps(maps)
         if dicom_seg or (dicom_seg is None and self.dicom is not None):

@@ -238,7 +238,7 @@ class Detector:
         ----------
         volume : path, {sequence: path}, list of paths, nibabel image, array, or Volume
         affine, sequences, resample, skull, brain, bias, strip
-            As `Volume.read` takes them.
+            As `Volume.read` takes them; a `Volume` was read with its own, and takes none.
 
         Returns
         -------
@@ -248,6 +248,8 @@ class Detector:
         ------
         VolumeError
             If the volume cannot be used, naming the file and what to do.
+        ValueError
+            If an option is given that has no effect on a `Volume`.
         """
         if not isinstance(volume, Volume):
             volume = Volume.read(
@@ -262,6 +264,8 @@ class Detector:
                 bias=bias,
                 strip=strip,
             )
+        else:
+            _refuse_reading("Volume", affine, sequences, resample, skull, brain, bias, strip)
         missing = [s for s in self.description.required_sequences if s not in volume.images]
         if missing:  # of a Volume that was read for other weights
             raise VolumeError(
@@ -274,6 +278,15 @@ class Detector:
             note = f"{volume.name}: without {', '.join(absent)}, which the weights take where they are there"
             volume = replace(volume, notes=(*volume.notes, note))
         return Prepared(volume, slices)
+
+    def _check_prepared(self, prepared: Prepared) -> None:
+        """Raise ValueError where slices were cut for other weights."""
+        wanted = (self.description.sequences, self.description.slice_grid)
+        if (prepared.slices.sequences, prepared.slices.grid) != wanted:
+            raise ValueError(
+                f"{prepared.volume.name}: was prepared for weights of other sequences or another grid; use the "
+                "`prepare` of this detector"
+            )
 
     def lesion_criteria(self, threshold: float | None = None) -> LesionCriteria:
         """Which components of a probability map are lesions, by the weights; the threshold may be another.
@@ -438,7 +451,7 @@ class Detector:
         ----------
         volume : path, DICOM folder, {sequence: path}, list of paths, nibabel image, array, Volume, or Prepared
         affine, sequences, resample, skull, brain, bias, strip
-            As `Volume.read` takes them; a `Volume` or `Prepared` was read with its own.
+            As `Volume.read` takes them. A `Volume` or `Prepared` was read with its own, and takes none.
         samples, steps : int, optional
             S masks of N steps each; by default what the weights say.
         sampler : "ddim", "ddpm" or "dpm++2m", optional
@@ -495,6 +508,9 @@ class Detector:
                 bias=bias,
                 strip=strip,
             )
+        else:
+            _refuse_reading("Prepared", affine, sequences, resample, skull, brain, bias, strip)
+            self._check_prepared(volume)
         prepared, volume = volume, volume.volume
         sampled = self.maps(prepared, config, progress, keep_draws=keep_image or quality == "draws")
         maps = self.to_volume(prepared, sampled)
@@ -539,6 +555,20 @@ class Detector:
             dicom=volume.dicom,
             draws=image,
             volume_interval_ml=interval,
+        )
+
+
+def _refuse_reading(kind: str, *values: Any) -> None:
+    """Raise ValueError where options of reading are given for what was read before, and would have no effect."""
+    given = [
+        name
+        for name, value in zip(READING_OPTIONS, values, strict=True)
+        if not (value is None or value is False or (isinstance(value, str) and value == "auto"))
+    ]
+    if given:
+        raise ValueError(
+            f"{', '.join(given)}: without effect on a {kind}, which was read before; give it to Volume.read, or "
+            "give the file"
         )
 
 

@@ -40,6 +40,7 @@ class Slices:
     box: tuple[slice, slice]  # the part of (X, Y) that was kept
     scaled: tuple[int, int]  # H, W of that part on the grid, before padding
     present: Tensor  # (C,) float32: 1 for the sequences that are there, else 0
+    sequences: tuple[str, ...]  # the C sequences
 
     def __len__(self) -> int:
         return int(self.image.shape[0])
@@ -193,6 +194,7 @@ def extract(volume: Volume, sequences: tuple[str, ...], grid: SliceGrid) -> Slic
         box=(xs, ys),
         scaled=(height, width),
         present=torch.tensor(there, dtype=torch.float32, device="cpu"),
+        sequences=tuple(sequences),
     )
 
 

@@ -146,7 +146,15 @@ def open_image(path: str | os.PathLike[str]) -> nib.Nifti1Image:
             f"{path}: the header is damaged ({_said(error)}); copy or export it again"
         ) from None
     _check_claims(path, shape, dtype, offset)
+    if header.is_single and offset < header.single_vox_offset:
+        raise VolumeError(
+            f"{path}: voxels begin at byte {offset}, inside the header, by the header; copy or export it again"
+        )
     _check_held(voxels_path, state, shape, dtype, offset)
+    if header["sform_code"] <= 0 and not (pixdim := _stored_pixdim(header, head)).all():
+        raise VolumeError(
+            f"{path}: voxel sizes {pixdim.tolist()} in the header, which has no sform; correct them or export it again"
+        )
     checked_affine(header, affine, shape, str(path))
     proxy = FileVoxels(voxels_path, state, shape, dtype, offset, slope, intercept)
     single: Any = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
@@ -205,6 +213,12 @@ def _header(path: Path, head: bytes) -> nib.Nifti1Header:
         raise VolumeError(
             f"{path}: the header is damaged ({_said(error)}); copy or export it again"
         ) from None
+
+
+def _stored_pixdim(header: nib.Nifti1Header, head: bytes) -> np.ndarray:
+    """The three voxel sizes as they are in the file: nibabel has put 1 where there is 0."""
+    stored = np.frombuffer(head, header.template_dtype.newbyteorder(header.endianness), 1)
+    return cast(np.ndarray, stored["pixdim"][0, 1:4])
 
 
 @contextmanager

@@ -313,6 +313,16 @@ def read_result(stem: str, folder: str | Path) -> dict[str, Any] | None:
     return dict(summary)
 
 
+def result_name(stem: str, folder: str | Path) -> str | None:
+    """The name of the case whose result is there, or None where none is there or its JSON cannot be read."""
+    path = result_paths(stem, folder)["result"]
+    try:
+        name = json.loads(path.read_bytes())["Name"] if path.is_file() else None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return name if isinstance(name, str) else None
+
+
 def file_sha256(path: str | os.PathLike[str]) -> str:
     """SHA-256 of a regular file, in hexadecimal; OSError where it cannot be read."""
     if not stat.S_ISREG(os.stat(path).st_mode):

@@ -12,6 +12,7 @@ import numpy as np
 from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation
 from scipy import ndimage
 
+from ddmd import validation
 from ddmd.io.background import background_value, border_values, bounding_box
 from ddmd.io.bias_field import BIAS_CHOICES, correct_bias
 from ddmd.io.brain import SKULL_CHOICES, BrainEstimate, estimate_brain
@@ -120,9 +121,12 @@ class Volume:
         VolumeError
             Naming the file and what to do.
         ValueError
-            If `skull` or `bias` is none of its choices.
+            If `skull` or `bias` is none of its choices, or a flag is neither True nor False.
         """
         _check_choices(skull, bias)
+        strip = validation.flag("strip", strip)
+        if resample is not None and not isinstance(resample, str):
+            resample = validation.flag("resample", resample)
         notes: list[str] = []
         names = _listed(sequences)
         images = input_images(
@@ -167,6 +171,7 @@ class Volume:
             If an array is no head MRI, naming its sequence.
         """
         _check_choices(skull, bias)
+        strip = validation.flag("strip", strip)
         if not images:
             raise VolumeError(f"{name}: no image given; give at least one")
         chosen = {s: array_image(a, affine, f"{name} ({s})", s) for s, a in images.items()}
