@@ -11,9 +11,9 @@ Choice = TypeVar("Choice")
 
 
 def shown(value: Any) -> str:
-    """A value as a message shows it: at most 60 characters."""
+    """A value as a message shows it: at most 60 characters, on one line."""
     try:
-        text = repr(value)
+        text = " ".join(repr(value).split())
     except ValueError:  # Python does not print integers of thousands of digits
         text = f"a number of {value.bit_length()} bits"
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,6 +1,7 @@
 """The face: one volume in, maps on its grid out; promises about batches, seeds, axes and memory."""
 
 import dataclasses
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -14,6 +15,7 @@ from ddmd.inference.postprocess import LesionCriteria, find_lesions
 from ddmd.inference.session import SamplingConfig
 from ddmd.io.volume import VolumeError
 from ddmd.models import checkpoint
+from ddmd.models.checkpoint import WeightsError
 from tests.volumes import head, tiny_system
 
 TOLERANCE = 1e-4  # of probability: convolutions of other batches round otherwise
@@ -355,3 +357,18 @@ def test_a_flag_of_saving_is_true_or_false(detector, volume, tmp_path, option):
     with pytest.raises(ValueError, match=f"{next(iter(option))} is .*; allowed are true and false"):
         detection.save(tmp_path / "out", **option)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "one", ["x_FLAIR.nii.gz", Path("x_FLAIR.nii.gz"), {"flair": "x.nii"}, None, np.zeros((2, 2, 2))], ids=str
+)
+def test_one_volume_is_not_taken_for_many(detector, one):
+    """A path is a series of letters, and "/" is a folder that would be searched."""
+    with pytest.raises(ValueError, match="volumes is .*; give several"):
+        next(detector.detect_all(one))
+
+
+@pytest.mark.parametrize("weights", [None, 3, b"flair-image-labels"])
+def test_weights_are_a_name_or_a_path(weights):
+    with pytest.raises(WeightsError, match="give a name or a path"):
+        Detector.load(weights)

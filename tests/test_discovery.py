@@ -580,3 +580,14 @@ def test_errors_name_the_path_and_the_remedy(tmp_path):
     refused("'odd' not known; allowed are auto, slices", tmp_path, "odd")
     tree(tmp_path, "a/flair.nii")
     refused("no case found as layout 'bids'", tmp_path, "bids")
+
+
+def test_files_of_two_subjects_are_never_one_examination(tmp_path):
+    for name in ("sub-1_FLAIR.nii.gz", "sub-2_T1w.nii.gz", "sub-1_ses-2_T2w.nii.gz"):
+        (tmp_path / name).touch()
+    for other in ("sub-2_T1w.nii.gz", "sub-1_ses-2_T2w.nii.gz"):
+        found = find_cases(
+            [tmp_path / "sub-1_FLAIR.nii.gz", tmp_path / other], require=("flair",), annotations=False
+        )
+        assert [(case.name, list(case.files)) for case in found] == [("sub-1", ["flair"])]
+        assert any(other in note for note in found.notes)

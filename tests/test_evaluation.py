@@ -387,3 +387,26 @@ def test_the_command_exits_with_1_where_a_case_failed(data):
     assert failed.exit_code == 1
     assert "b: VolumeError" in failed.output
     assert (data / "out" / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"part": "validation"}, {"part": "tset"}, {"threshold": 2.0}, {"threshold": "0.5"}, {"overwrite": "no"},
+        {"draws": 1}, {"layout": "zip"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_options_that_are_wrong_are_refused_before_the_work(data, wrong):
+    (name,) = wrong
+    with pytest.raises(ValueError, match=rf"\b{name} "):
+        run(data, **wrong)
+
+
+def test_whom_a_split_and_the_data_do_not_share_is_said(data):
+    (data / "split.json").write_text(json.dumps({"a": "test", "gone": "test", "elsewhere": "train"}))
+    report = run(data, split=data / "split.json")
+    assert len(report.patients) == 1
+    notes = " ".join(report.provenance["notes"])
+    assert "left aside: 2 patients who are in no part of the split (b, c)" in notes
+    assert "1 patients of the split's test part have no case with a mask here (gone)" in notes

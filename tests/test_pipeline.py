@@ -358,11 +358,14 @@ def test_memory_of_a_cohort_of_sixty_is_flat(detector, tmp_path, rng):
     [
         {"overwrite": "no"}, {"skip_existing": 1}, {"overlay": "yes"}, {"workers": 2.5}, {"workers": "2"}, {"part": (1,)},
         {"part": ("1", "2")}, {"part": 3}, {"reading": {"skul": "off"}},
+        {"skull": "maybe"}, {"bias": 3}, {"strip": "no"}, {"brain": "nofile"}, {"brain": np.ones((2, 2, 2))},
     ],
     ids=str,
 )  # fmt: skip
 def test_options_that_are_wrong_are_refused_before_the_work(detector, cohort, tmp_path, wrong):
     name = next(iter(wrong))
+    if name in ("skull", "bias", "strip", "brain"):
+        wrong = {"reading": wrong}
     with pytest.raises(ValueError, match=rf"^{name} (is|has) .*"):
         detect_cohort(cohort, tmp_path / "out", weights=detector, **{**OPTIONS, **wrong})
     assert not (tmp_path / "out").exists()

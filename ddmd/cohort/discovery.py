@@ -259,7 +259,8 @@ class _Search:
         self.aside.add("of other modalities", (f.path for f in named if f.kind == OTHER))
         self.aside.add("that are masks or results", (f.path for f in named if f.kind in (MASK, RESULT)))
         sequences = [f.sequence for f in images]
-        if len(set(sequences)) == len(sequences) and images:
+        examinations = {(f.entities.get("sub"), f.entities.get("ses")) for f in images if f.entities}
+        if len(set(sequences)) == len(sequences) and len(examinations) <= 1 and images:
             groups = [Group(_anchor(images, self.require), {f.sequence or UNKNOWN: f for f in images})]
         else:
             groups = group_images(images, self.require)

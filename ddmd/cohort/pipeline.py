@@ -38,6 +38,7 @@ from ddmd.io.results import (
     read_result,
     result_name,
 )
+from ddmd.io.volume import check_choices
 from ddmd.models import checkpoint
 
 __all__ = ["ENGINES", "CaseError", "CohortRun", "detect_cohort", "part_of", "plan_cohort"]
@@ -230,9 +231,7 @@ def plan_cohort(
     }  # fmt: skip
     for flag, value in flags.items():
         validation.flag(flag, value)
-    unknown = [name for name in reading or {} if name not in READING_OPTIONS]
-    if unknown:
-        raise ValueError(f"reading has {unknown[0]!r}; allowed are {', '.join(READING_OPTIONS)}")
+    _check_reading(reading or {})
     if engine not in ENGINES:
         raise ValueError(f"engine is {engine!r}; allowed are {', '.join(ENGINES)}")
     listed = [cases] if isinstance(cases, str | os.PathLike) else list(cases)
@@ -294,6 +293,20 @@ def plan_cohort(
         tables=RunTables(here, tag, options, chosen.facts, {"Part": [i, n]}) if wanted else None,
         notes=found.notes if isinstance(found, Discovery) else (),
     )
+
+
+def _check_reading(reading: Mapping[str, Any]) -> None:
+    """Raise ValueError where an option of reading would fail every case."""
+    unknown = [name for name in reading if name not in READING_OPTIONS]
+    if unknown:
+        raise ValueError(f"reading has {unknown[0]!r}; allowed are {', '.join(READING_OPTIONS)}")
+    check_choices(reading.get("skull", "auto"), reading.get("bias", "auto"))
+    validation.flag("strip", reading.get("strip", False))
+    brain = reading.get("brain")
+    if brain is not None and not (isinstance(brain, str | os.PathLike) and os.path.isfile(brain)):
+        raise ValueError(
+            f"brain is {validation.shown(brain)}; give the path of a file, a mask on the image's grid"
+        )
 
 
 def detect_cohort(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
 from operator import add
 from pathlib import Path
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from ddmd.cohort.cases import Case
 from ddmd.cohort.discovery import find_cases
-from ddmd.cohort.splits import read_split
+from ddmd.cohort.splits import FRACTIONS, read_split
 from ddmd.evaluation.baselines import smoothed_intensity
 from ddmd.evaluation.case_metrics import BASELINE_RANGE, CaseMetrics, case_metrics
 from ddmd.evaluation.draws import DrawMetrics, draw_metrics, error_aurocs
@@ -27,6 +27,7 @@ from ddmd.inference.session import SamplingConfig
 from ddmd.inference.volume_maps import Prepared, VolumeMaps
 from ddmd.io.text import without_folders
 from ddmd.io.volume import Volume
+from ddmd.validation import choice, flag
 
 __all__ = ["EvaluationError", "Report", "evaluate", "evaluate_case"]
 
@@ -79,22 +80,32 @@ def evaluate(
     Raises
     ------
     EvaluationError
-        If no case has a mask, the extra ddmd[evaluate] is missing, or `out` cannot be used.
+        If no case has a mask, the extra ddmd[evaluate] is missing, `out` cannot be used, or a part is asked for
+        without a split.
     DatasetError, WeightsError
         If the data set as a whole or the weights cannot be used.
     """
     for module in ("monai", "sklearn"):
         if importlib.util.find_spec(module) is None:
             raise EvaluationError(f"evaluation needs {module}; run pip install 'ddmd[evaluate]'")
+    overwrite, draws = flag("overwrite", overwrite), flag("draws", draws)
+    choice("part", part, tuple(FRACTIONS))
+    if split is None and part != "test":
+        raise EvaluationError(
+            f"part is {part!r}, and no split says who is in it; give split=, of a training run"
+        )
     if out is not None:
         check_report_folder(out, overwrite)
     detector = Detector.load(weights, device)
+    detector.lesion_criteria(threshold)  # refused before the work
     needs = detector.description.required_sequences, detector.description.optional_sequences
     cohort = find_cases(data, layout, require=needs[0], optional=needs[1])
     cases = [c for c in cohort if c.masks is not None or c.has_lesion is False]
+    notes = [without_folders(note) for note in cohort.notes]
     validation: list[Case] = []
     if split is not None:
         parts = read_split(split)
+        notes += _notes_on_split(cases, parts, part)
         validation = [c for c in cases if parts.get(c.patient) == "validation"]
         cases = [c for c in cases if parts.get(c.patient) == part]
     if not cases:
@@ -116,13 +127,29 @@ def evaluate(
         "sampling": vars(sampling),
         "data": Path(data).resolve().name,
         "patients": [c.name for c in cases],
-        "notes": [without_folders(note) for note in cohort.notes],
+        "notes": notes,
     }
     baseline_bin = _baseline_bin(detector, validation)
     report = summarise(evaluated, provenance, baseline_bin=baseline_bin, failures=failures)
     if out is not None:
         write_report(report, out)
     return report
+
+
+def _notes_on_split(cases: Sequence[Case], parts: Mapping[str, str], part: str) -> list[str]:
+    """Whom a split and the data do not have in common."""
+    there = {case.patient for case in cases}
+    unknown = sorted(there - parts.keys())
+    lacking = sorted(patient for patient, own in parts.items() if own == part and patient not in there)
+    shown = [", ".join(names[:3]) + (", ..." if len(names) > 3 else "") for names in (unknown, lacking)]
+    notes = []
+    if unknown:
+        notes.append(f"left aside: {len(unknown)} patients who are in no part of the split ({shown[0]})")
+    if lacking:
+        notes.append(
+            f"{len(lacking)} patients of the split's {part} part have no case with a mask here ({shown[1]})"
+        )
+    return notes
 
 
 def evaluate_case(

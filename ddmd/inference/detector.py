@@ -6,7 +6,7 @@ import os
 import threading
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -414,7 +414,15 @@ class Detector:
         ------
         VolumeError
             When it is the turn of a volume that cannot be used.
+        ValueError
+            If `volumes` is one volume, or an option is wrong.
         """
+        if isinstance(volumes, str | bytes | os.PathLike | np.ndarray | Mapping) or not isinstance(
+            volumes, Iterable
+        ):
+            raise ValueError(
+                f"volumes is {validation.shown(volumes)}; give several, as a list, or one to `detect`"
+            )
         reading = {key: options.pop(key) for key in READING_OPTIONS if key in options}
         sampling = {key: options[key] for key in SAMPLING_OPTIONS if key in options}
         self.sampling_config(**sampling)  # refused before anything is read

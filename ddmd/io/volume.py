@@ -123,7 +123,7 @@ class Volume:
         ValueError
             If `skull` or `bias` is none of its choices, or a flag is neither True nor False.
         """
-        _check_choices(skull, bias)
+        check_choices(skull, bias)
         strip = validation.flag("strip", strip)
         if resample is not None and not isinstance(resample, str):
             resample = validation.flag("resample", resample)
@@ -170,8 +170,10 @@ class Volume:
         VolumeError
             If an array is no head MRI, naming its sequence.
         """
-        _check_choices(skull, bias)
+        check_choices(skull, bias)
         strip = validation.flag("strip", strip)
+        if not isinstance(images, Mapping) or not all(isinstance(s, str) for s in images):
+            raise VolumeError(f"{name}: images is a {type(images).__name__}; give {{sequence: array}}")
         if not images:
             raise VolumeError(f"{name}: no image given; give at least one")
         chosen = {s: array_image(a, affine, f"{name} ({s})", s) for s, a in images.items()}
@@ -243,7 +245,14 @@ class Volume:
         Returns
         -------
         (X, Y, Z) float32
+
+        Raises
+        ------
+        VolumeError
+            If there is no such sequence.
         """
+        if sequence not in self.images:
+            raise VolumeError(f"{self.name}: has no {sequence}; there are {', '.join(self.images)}")
         values = self.images[sequence]
         method = "off" if self.skull and self.bias == "auto" else self.bias
         if method != "off":
@@ -447,7 +456,8 @@ def _resampled(
     return resampled
 
 
-def _check_choices(skull: str, bias: str) -> None:
+def check_choices(skull: str, bias: str) -> None:
+    """Raise ValueError where `Volume.read` has no such choice."""
     if skull not in SKULL_CHOICES:
         raise ValueError(f"skull is {skull!r}; allowed are {', '.join(SKULL_CHOICES)}")
     if bias not in BIAS_CHOICES:

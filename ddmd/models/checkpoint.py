@@ -170,6 +170,8 @@ def find(name_or_path: str | os.PathLike[str]) -> Path:
     WeightsError
         If there is none.
     """
+    if not isinstance(name_or_path, str | os.PathLike) or not isinstance(os.fspath(name_or_path), str):
+        raise WeightsError(f"weights is {validation.shown(name_or_path)}; give a name or a path")
     path = Path(name_or_path)
     try:
         if path.is_file():

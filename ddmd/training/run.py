@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from ddmd import validation
 from ddmd.cohort.cases import Case
 from ddmd.cohort.discovery import find_cases
 from ddmd.cohort.splits import split_by_patient, write_split
@@ -120,6 +121,7 @@ def train(
     """
     config = config if isinstance(config, TrainConfig) else read_config(config)
     validate(dataclasses.asdict(config), "the configuration")
+    overwrite = validation.flag("overwrite", overwrite)  # what is no flag must not remove a run
     out = Path(out)
     accelerator = _accelerator()
     try:
