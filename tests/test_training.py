@@ -20,9 +20,10 @@ from ddmd.models.checkpoint import WeightsError
 from ddmd.training import loop, train
 from ddmd.training.config import DataEntry, TrainConfig
 from ddmd.training.loop import DivergedError, Plan, Stage, train_step
+from ddmd.training.run import TrainingWarning, cases_of
 from ddmd.training.run_folder import LOCK, locked
 from tests.training_setup import as_if_stopped, tiny_config, worst_difference
-from tests.volumes import write_slices
+from tests.volumes import head, write, write_slices
 
 pytest.importorskip("accelerate", reason="the extra ddmd[train] is not installed")
 
@@ -371,3 +372,44 @@ def test_a_full_disk_gives_one_line_and_the_run_goes_on_later(config, tmp_path, 
             train(config, tmp_path / "run")
     assert not [p for p in (tmp_path / "run").iterdir() if "partial" in p.name]
     assert train(config, tmp_path / "run").exists()
+
+
+def test_patients_who_are_to_be_kept_out_and_are_nowhere_are_named(config, tmp_path):
+    """Under a misspelt name a test patient would be trained on without a word."""
+    wrong = dataclasses.replace(config, holdout=("p1", "P2"), validation_patients=("p3", "nobody"))
+    with pytest.warns(TrainingWarning) as warned:
+        train(wrong, tmp_path / "run", until="autoencoders_a")
+    assert [str(w.message).split(";")[0] for w in warned if w.category is TrainingWarning] == [
+        "holdout names patients whom no data set has: P2",
+        "validation_patients names patients whom no data set has: nobody",
+    ]
+
+
+def test_what_a_data_set_leaves_aside_is_logged(tmp_path, rng, caplog):
+    for name in ("a/flair.nii.gz", "b/t2.nii.gz", "a/swi.nii.gz"):
+        (tmp_path / "set" / name).parent.mkdir(parents=True, exist_ok=True)
+        write(tmp_path / "set" / name, *head(rng))
+    with caplog.at_level(logging.INFO, "ddmd.training"):
+        cases = cases_of(TrainConfig(data=(DataEntry(str(tmp_path / "set"), name="mine"),)))
+    assert [case.name for case in cases] == ["a"]
+    assert "mine: left aside: 1 cases without the sequences of the configuration" in caplog.text
+    assert "swi.nii.gz" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "given", [("one/data", None, "two/data", None), ("a", "x", "b", "x"), ("a/x", None, "b", "x")]
+)
+def test_data_sets_have_names_of_their_own(given):
+    """By its name a data set is split and weighted: of two with one, the second's settings would hold for both."""
+    entries = (DataEntry(given[0], name=given[1], split=False), DataEntry(given[2], name=given[3]))
+    with pytest.raises(ValueError, match="give each a name of its own"):
+        TrainConfig(data=entries)
+
+
+@pytest.mark.parametrize("wrong", ["no", 0, None])
+def test_a_run_is_not_removed_by_what_is_no_flag(config, tmp_path, wrong):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.json").write_text("precious")
+    with pytest.raises(ValueError, match="overwrite is .*; allowed are true and false"):
+        train(config, tmp_path / "run", overwrite=wrong)
+    assert (tmp_path / "run/config.json").read_text() == "precious"

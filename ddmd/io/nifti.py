@@ -218,7 +218,8 @@ def _header(path: Path, head: bytes) -> nib.Nifti1Header:
 def _stored_pixdim(header: nib.Nifti1Header, head: bytes) -> np.ndarray:
     """The three voxel sizes as they are in the file: nibabel has put 1 where there is 0."""
     stored = np.frombuffer(head, header.template_dtype.newbyteorder(header.endianness), 1)
-    return cast(np.ndarray, stored["pixdim"][0, 1:4])
+    sizes: np.ndarray = stored["pixdim"][0, 1:4]
+    return sizes
 
 
 @contextmanager

@@ -40,6 +40,11 @@ class DataEntry:
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
+    @property
+    def source(self) -> str:
+        """What the data set is called: its name, or that of its folder."""
+        return self.name or Path(self.root).name
+
 
 @dataclass(frozen=True)
 class AutoencoderStage:
@@ -184,6 +189,10 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if not self.data:
             raise ValueError("data is empty; name at least one data set as [[data]]")
+        sources = [entry.source for entry in self.data]
+        twice = sorted({source for source in sources if sources.count(source) > 1})
+        if twice:
+            raise ValueError(f"two [[data]] are called {twice[0]!r}; give each a name of its own")
         if self.size % MULTIPLE:
             raise ValueError(f"size is {self.size}; allowed are multiples of {MULTIPLE}")
         for stage in (self.autoencoder_stage, self.denoiser_stage):

@@ -7,6 +7,7 @@ import logging
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -55,16 +56,31 @@ LOG_EVERY = 100  # steps between lines of the log where there is no terminal
 SHOWN = 8  # samples of a stage that TensorBoard shows
 
 
+class TrainingWarning(UserWarning):
+    """What a user should know of the data before a training is trusted."""
+
+
 def cases_of(config: TrainConfig) -> list[Case]:
     """Every case of the configured data sets that has the sequences."""
     required, _ = sequences_of(config)
-    return [
-        dataclasses.replace(case, source=entry.name or Path(entry.root).name)
-        for entry in config.data
-        for case in find_cases(entry.root, entry.layout, entry.name)
-        if all(sequence in case.files for sequence in required)
-        and any(sequence in case.files for sequence in config.sequences)
-    ]
+    cases = []
+    for entry in config.data:
+        found = find_cases(entry.root, entry.layout, entry.name)
+        usable = [
+            dataclasses.replace(case, source=entry.source)
+            for case in found
+            if all(sequence in case.files for sequence in required)
+            and any(sequence in case.files for sequence in config.sequences)
+        ]
+        notes = [*found.notes]
+        if len(usable) < len(found):
+            notes.append(
+                f"left aside: {len(found) - len(usable)} cases without the sequences of the configuration"
+            )
+        for note in notes:
+            log.info("%s: %s", entry.source, note)
+        cases += usable
+    return cases
 
 
 def split_of(config: TrainConfig, cases: list[Case]) -> dict[str, str]:
@@ -74,11 +90,25 @@ def split_of(config: TrainConfig, cases: list[Case]) -> dict[str, str]:
         "validation": config.validation,
         "test": config.test,
     }
-    whole = {entry.name or Path(entry.root).name for entry in config.data if not entry.split}
+    whole = {entry.source for entry in config.data if not entry.split}
     split = split_by_patient((c for c in cases if c.source not in whole), fractions, config.seed)
     split |= {case.patient: "train" for case in cases if case.source in whole}
     split |= {case.patient: "validation" for case in cases if case.patient in config.validation_patients}
     return split | {case.patient: "test" for case in cases if case.patient in config.holdout}
+
+
+def _warn_of_unknown_patients(config: TrainConfig, cases: list[Case]) -> None:
+    """Warn of patients who are to be kept out of training and are in no data set: under another name, they are in."""
+    there = {case.patient for case in cases}
+    for entry in ("holdout", "validation_patients"):
+        unknown = [patient for patient in getattr(config, entry) if patient not in there]
+        if unknown:
+            warnings.warn(
+                f"{entry} names patients whom no data set has: {', '.join(unknown[:5])}"
+                f"{', ...' if len(unknown) > 5 else ''}; a patient under another name is not kept out of training",
+                TrainingWarning,
+                stacklevel=2,
+            )
 
 
 def stage_names(config: TrainConfig) -> list[str]:
@@ -170,6 +200,7 @@ def _train(config: TrainConfig, out: Path, until: str | None, overwrite: bool, a
         raise ValueError(f"until is {until!r}; allowed are the stages of this run: {', '.join(names)}")
     initial = initial_system(config, out, overwrite)
     cases = cases_of(config)
+    _warn_of_unknown_patients(config, cases)
     split = split_of(config, cases)
     if not overwrite:
         check_split(split, out)
