@@ -311,3 +311,29 @@ def test_a_cohort_killed_twice_ends_with_the_tables_of_an_undisturbed_one(
     assert not list(out.rglob(".*.lock"))
     assert not list(out.rglob(".*.journal"))
     assert validator_errors(out) == []
+
+
+def test_a_result_that_was_damaged_is_a_failure_of_the_group_until_it_is_mended(raw, tiny, tmp_path):
+    out = tmp_path / "out"
+    options = ("--participant-label", "A3", "--weights", tiny, *FAST, "--maps", "mask", "-q")
+    assert invoke(raw, out, "participant", *options)[0] == 0
+    (mask,) = out.rglob("*_mask.nii.gz")
+    whole = mask.read_bytes()
+    for _ in range(2):  # what the group wrote before does not count
+        mask.write_bytes(whole[:-20])
+        assert invoke(raw, out, "group", "-q")[0] == 0
+        assert table(out / "cohort.tsv") == []
+        (row,) = table(out / "failures.tsv")
+        assert (row["case"], row["file"], row["error"]) == (
+            "sub-A3",
+            "sub-A3_result.json",
+            "IncompleteResult",
+        )
+        mask.write_bytes(whole)
+        assert invoke(raw, out, "group", "-q")[0] == 0
+        assert [r["case"] for r in table(out / "cohort.tsv")] == ["sub-A3"]
+        assert table(out / "failures.tsv") == []
+    (out / "failures_sub-x.tsv").write_bytes(b"case\tfile\n\xff\xfe\tx\n")
+    code, text = invoke(raw, out, "group")
+    assert code == 1
+    assert "failures_sub-x.tsv: cannot be read as a table" in text

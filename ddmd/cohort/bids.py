@@ -20,7 +20,7 @@ from ddmd.cohort.run_tables import COHORT_COLUMNS, FAILURE_COLUMNS, cohort_row
 from ddmd.cohort.work import Task
 from ddmd.io.atomic import write_text
 from ddmd.io.naming import name_hash
-from ddmd.io.results import BIDS_NAMES, OutputError, read_result
+from ddmd.io.results import BIDS_NAMES, OutputError, read_result, result_name
 from ddmd.io.text import json_text, printable, table_text
 
 BIDS_VERSION = "1.10.0"
@@ -30,6 +30,9 @@ IGNORED = (
     "*_lesions.tsv", "*_overlay.png", "*_result.json", "*_discrepancy.nii.gz", "*_discrepancy.json",
     "cohort*.tsv", "failures*.tsv", "run*.json", "report*", "*.html",
 )  # fmt: skip
+INCOMPLETE = (
+    "its files are not complete, or were changed after they were written; run the participant level again"
+)
 README = """# Lesions found by ddmd
 
 For research, not diagnosis. Of each image, beside its name:
@@ -212,7 +215,8 @@ def plan_bids(
 def write_group_tables(out: Path) -> tuple[int, int]:
     """Write cohort.tsv and failures.tsv of all results below a folder of derivatives.
 
-    Failures are those that runs over participants wrote down, of images that have no result since.
+    Failures are those that runs over participants wrote down, of images that have no result since, and results
+    whose files are not complete.
 
     Returns
     -------
@@ -226,18 +230,27 @@ def write_group_tables(out: Path) -> tuple[int, int]:
         If the folder cannot be written to.
     """
     rows: dict[str, tuple[str, dict[str, object]]] = {}
+    damaged: dict[str, Mapping[str, str]] = {}
     for path in sorted(out.glob("sub-*/**/*_result.json")):
-        summary = read_result(path.name.removesuffix("_result.json"), path.parent)
-        if summary is not None:
-            name = str(summary.get("Name"))
-            subject = path.relative_to(out).parts[0]
-            rows[name] = (_first_source(summary), cohort_row(name, subject, summary))
-    failures: dict[str, Mapping[str, str]] = {}
+        stem = path.name.removesuffix("_result.json")
+        summary = read_result(stem, path.parent)
+        if summary is None:
+            name = result_name(stem, path.parent) or stem
+            damaged[name] = {
+                "case": name,
+                "file": path.name,
+                "error": "IncompleteResult",
+                "reason": INCOMPLETE,
+            }
+            continue
+        name = str(summary.get("Name"))
+        subject = path.relative_to(out).parts[0]
+        rows[name] = (_first_source(summary), cohort_row(name, subject, summary))
+    failures = {name: row for name, row in damaged.items() if name not in rows}
     for path in sorted(out.glob("failures*.tsv")):
-        with path.open(newline="", encoding="utf-8") as file:
-            for row in csv.DictReader(file, delimiter="\t"):
-                if row.get("case") and row["case"] not in rows:
-                    failures[row["case"]] = row
+        for row in _failure_rows(path):
+            if row["case"] not in rows and row.get("error") != "IncompleteResult":
+                failures[row["case"]] = row
     if not rows and not failures:
         raise DatasetError(f"{out}: no result here; run the participant level first")
     ordered = [row for _, row in sorted(rows.values(), key=lambda item: item[0])]
@@ -248,6 +261,15 @@ def write_group_tables(out: Path) -> tuple[int, int]:
     except OSError as error:
         raise OutputError(f"{out}: cannot be written to ({error})") from None
     return len(ordered), len(failed)
+
+
+def _failure_rows(path: Path) -> list[dict[str, str]]:
+    """The rows of a table of failures that name a case; DatasetError where it cannot be read."""
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            return [row for row in csv.DictReader(file, delimiter="\t") if row.get("case")]
+    except (OSError, UnicodeError, csv.Error) as error:
+        raise DatasetError(f"{path}: cannot be read as a table ({error}); delete it") from None
 
 
 def _first_source(summary: Mapping[str, Any]) -> str:
