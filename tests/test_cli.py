@@ -661,3 +661,38 @@ def test_more_threads_than_a_machine_has_are_refused(tiny, flair, tmp_path):
     for threads in (0, -1, 257, 100_000):
         code, text = _run("detect", flair, "-o", tmp_path, "--weights", tiny, "--threads", threads)
         assert (code, "allowed are 1 to 256" in text) == (2, True), text
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["detect", "FLAIR", "-o", ""], ["detect", "", "-o", "out"], ["detect", "FLAIR", "--output="], ["report", ""],
+        ["evaluate", "FLAIR", "-o", ""], ["", "out", "participant"], ["bids", "in", "", "participant"],
+    ],
+    ids=str,
+)  # fmt: skip
+def test_an_empty_argument_is_not_the_working_directory(flair, tmp_path, monkeypatch, arguments):
+    """As a shell gives it for a variable that is not set."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    write("here_flair.nii.gz", *(nib.load(flair).get_fdata(), nib.load(flair).affine))
+    code, text = _run(*(flair if a == "FLAIR" else a for a in arguments))
+    assert code == 2
+    assert "an argument is empty" in text
+    assert [path.name for path in (tmp_path / "here").iterdir()] == ["here_flair.nii.gz"]
+
+
+@pytest.mark.parametrize("wrong", [["--spacing", 0], ["--spacing", "nan"], ["--seed", -1]], ids=str)
+def test_wrong_options_of_a_phantom_are_bad_usage(tmp_path, wrong):
+    code, text = _run("phantom", tmp_path / "out", *wrong)
+    assert code == 2
+    assert "allowed" in text
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "file").touch()
+    assert _run("phantom", tmp_path / "file")[0] == 2
+
+
+def test_numbers_of_parts_of_thousands_of_digits_are_bad_usage(flair, tmp_path):
+    code, text = _run("detect", flair, "-o", tmp_path / "out", "--part", "9" * 5000 + "/1")
+    assert code == 2
+    assert "write i/n" in text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -25,7 +26,11 @@ class CommandGroup(TyperGroup):
     """The commands, and the form of BIDS Apps without one."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Take the arguments apart."""
+        """Take the arguments apart; an empty one, as a variable that is not set, would be the working directory."""
+        if any(argument == "" or re.fullmatch(r"--?[\w-]+=", argument) for argument in args):
+            raise entry.bad_usage(
+                f"an argument is empty ({shlex.join(args[:20])}); give its value, or leave it out"
+            )
         return super().parse_args(ctx, bids.bids_app_arguments(args, self.commands))
 
 

@@ -233,7 +233,7 @@ def _map_names(text: str | None) -> tuple[str, ...] | None:
 def _part(text: str | None) -> tuple[int, int]:
     if text is None:
         return (1, 1)
-    match = re.fullmatch(r"\s*(\d+)\s*/\s*(\d+)\s*", text, re.ASCII)
+    match = re.fullmatch(r"\s*(\d{1,9})\s*/\s*(\d{1,9})\s*", text, re.ASCII)
     i, n = (int(match[1]), int(match[2])) if match else (0, 0)
     if not 1 <= i <= n:
         raise bad_usage(f"--part is {text!r}; write i/n, counted from 1, as 1/8")

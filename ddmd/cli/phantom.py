@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ddmd.cli import console, startup
-from ddmd.cli.entry import require_extra
+from ddmd.cli.entry import bad_usage, require_extra
 from ddmd.cli.options import Debug
 
 
@@ -27,6 +27,13 @@ def command(
     with startup.quick_imports():
         from ddmd.data.phantom import phantom, write
 
-    made = phantom(seed=seed, spacing_mm=spacing, lesions=0 if healthy else 3)
+    if seed < 0:
+        raise bad_usage(f"--seed is {seed}; allowed is 0 or more")
+    if output.exists() and not output.is_dir():
+        raise bad_usage(f"{output}: is a file; name a folder")
+    try:
+        made = phantom(seed=seed, spacing_mm=spacing, lesions=0 if healthy else 3)
+    except ValueError as error:
+        raise bad_usage(error) from None
     for what, path in write(made, output, f"phantom-{seed}").items():
         console.say(f"{what}: {path}")

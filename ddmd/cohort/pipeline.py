@@ -232,6 +232,8 @@ def plan_cohort(
     for flag, value in flags.items():
         validation.flag(flag, value)
     _check_reading(reading or {})
+    if cases == "" or out == "":
+        raise ValueError("a path is empty; name a file or a folder")
     if engine not in ENGINES:
         raise ValueError(f"engine is {engine!r}; allowed are {', '.join(ENGINES)}")
     listed = [cases] if isinstance(cases, str | os.PathLike) else list(cases)
