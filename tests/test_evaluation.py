@@ -10,7 +10,9 @@ from dataclasses import replace
 import nibabel as nib
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
+from ddmd.cli import app
 from ddmd.cohort.discovery import find_cases
 from ddmd.evaluation.case_metrics import THRESHOLDS, case_metrics
 from ddmd.evaluation.evaluate import EvaluationError, evaluate
@@ -407,6 +409,23 @@ def test_whom_a_split_and_the_data_do_not_share_is_said(data):
     (data / "split.json").write_text(json.dumps({"a": "test", "gone": "test", "elsewhere": "train"}))
     report = run(data, split=data / "split.json")
     assert len(report.patients) == 1
-    notes = " ".join(report.provenance["notes"])
-    assert "left aside: 2 patients who are in no part of the split (b, c)" in notes
-    assert "1 patients of the split's test part have no case with a mask here (gone)" in notes
+    notes = report.provenance["notes"]
+    assert "left aside: patients who are in no part of the split: 2 (b, c)" in notes
+    assert "patients of the split's test part who have no mask here: 1 (gone)" in notes
+
+
+def test_cases_without_a_mask_are_named(data):
+    (data / "data/b/lesion.nii.gz").unlink()
+    arguments = [
+        "evaluate",
+        str(data / "data"),
+        "-o",
+        str(data / "out"),
+        "--weights",
+        str(data / "tiny.safetensors"),
+    ]
+    result = CliRunner().invoke(app, [*arguments, "--samples", "1", "--steps", "1"])
+    assert result.exit_code == 0, result.output
+    note = "left aside: cases without a mask: 1 (b)"
+    assert note in result.output
+    assert note in json.loads((data / "out/metrics.json").read_text())["provenance"]["notes"]

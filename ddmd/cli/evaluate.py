@@ -76,6 +76,8 @@ def command(
     if json:
         console.json_value({"pooled": report.pooled, "intervals": report.intervals, "output": output})
     elif not quiet:
+        for note in report.provenance["notes"]:
+            console.note(note)
         count = len(report.patients)
         console.say(f"{count} patient{'' if count == 1 else 's'}")
         rows = []

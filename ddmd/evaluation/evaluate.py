@@ -25,7 +25,7 @@ from ddmd.inference.ensemble import Maps
 from ddmd.inference.postprocess import LesionCriteria, label_components
 from ddmd.inference.session import SamplingConfig
 from ddmd.inference.volume_maps import Prepared, VolumeMaps
-from ddmd.io.text import without_folders
+from ddmd.io.text import printable, without_folders
 from ddmd.io.volume import Volume
 from ddmd.validation import choice, flag
 
@@ -102,6 +102,9 @@ def evaluate(
     cohort = find_cases(data, layout, require=needs[0], optional=needs[1])
     cases = [c for c in cohort if c.masks is not None or c.has_lesion is False]
     notes = [without_folders(note) for note in cohort.notes]
+    unmarked = [c.name for c in cohort if c.masks is None and c.has_lesion is not False]
+    if unmarked:
+        notes.append(f"left aside: cases without a mask: {len(unmarked)} ({_some(unmarked)})")
     validation: list[Case] = []
     if split is not None:
         parts = read_split(split)
@@ -141,15 +144,20 @@ def _notes_on_split(cases: Sequence[Case], parts: Mapping[str, str], part: str) 
     there = {case.patient for case in cases}
     unknown = sorted(there - parts.keys())
     lacking = sorted(patient for patient, own in parts.items() if own == part and patient not in there)
-    shown = [", ".join(names[:3]) + (", ..." if len(names) > 3 else "") for names in (unknown, lacking)]
     notes = []
     if unknown:
-        notes.append(f"left aside: {len(unknown)} patients who are in no part of the split ({shown[0]})")
+        notes.append(
+            f"left aside: patients who are in no part of the split: {len(unknown)} ({_some(unknown)})"
+        )
     if lacking:
         notes.append(
-            f"{len(lacking)} patients of the split's {part} part have no case with a mask here ({shown[1]})"
+            f"patients of the split's {part} part who have no mask here: {len(lacking)} ({_some(lacking)})"
         )
     return notes
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(map(printable, names[:3])) + (", ..." if len(names) > 3 else "")
 
 
 def evaluate_case(
