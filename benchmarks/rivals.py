@@ -197,7 +197,7 @@ def compare(
     def our_noise(part, first, sample):
         where = index[first : first + len(part)]
         at = Coordinates(seed, torch.full_like(where, sample), where)
-        return from_patches(pure_noise(to_patches(part[:, :1].float()), at)).to(part.dtype)
+        return from_patches(pure_noise(to_patches(part[:, :1]).shape, at)).to(part.dtype)
 
     def torch_noise(part, first, sample):
         return torch.randn_like(part[:, :1])

@@ -46,6 +46,7 @@ py::dict build_info() {
 PYBIND11_MODULE(_C, m) {
   using Release = py::call_guard<py::gil_scoped_release>;
   m.doc() = "The C++ and CUDA core of ddmd; called through ddmd.ops.native.";
+  m.attr("interface") = 2;  // ddmd.ops.native asks for it: one more whenever a function's arguments change
   m.def("build_info", &build_info);
   m.def("use_openmp", &ddmd::use_openmp);
   m.def("philox", [](Address counters, int64_t seed, Address words, int64_t count) {
@@ -76,6 +77,11 @@ PYBIND11_MODULE(_C, m) {
                     Address sample, Address slice, int64_t rows, int64_t row_size, int threads) {
     ddmd::noise(at<void>(x0), at<void>(x), type_of(type), at<int64_t>(t), at<float>(table), step, seed,
                 at<int64_t>(sample), at<int64_t>(slice), rows, row_size, threads);
+  }, Release());
+  m.def("pure_noise", [](Address x, int type, int64_t step, int64_t seed, Address sample, Address slice, int64_t rows,
+                         int64_t row_size, int threads) {
+    ddmd::pure_noise(at<void>(x), type_of(type), step, seed, at<int64_t>(sample), at<int64_t>(slice), rows, row_size,
+                     threads);
   }, Release());
   m.def("discrepancy_maps", [](Address a, Address b, int type, int64_t members_a, int64_t members_b, int64_t slices,
                                int64_t channels, int64_t pixels, Address inter, Address intra, int threads) {
@@ -121,11 +127,12 @@ PYBIND11_MODULE(_C, m) {
   m.def("group_norm_silu_backward", [](Address grad, Address x, int type, bool channels_last, int64_t batch,
                                        int64_t channels, int64_t pixels, int64_t groups, Address weight, Address bias,
                                        Address scale, Address shift, Address mean, Address rstd, Address d_x,
-                                       Address sums_g, Address sums_gh, int threads) {
+                                       Address d_weight, Address d_bias, Address d_scale, Address d_shift,
+                                       int threads) {
     ddmd::group_norm_silu_backward(at<void>(grad), at<void>(x), type_of(type), channels_last, batch, channels, pixels,
                                    groups, at<float>(weight), at<float>(bias), at<float>(scale), at<float>(shift),
-                                   at<float>(mean), at<float>(rstd), at<void>(d_x), at<float>(sums_g),
-                                   at<float>(sums_gh), threads);
+                                   at<float>(mean), at<float>(rstd), at<void>(d_x), at<float>(d_weight),
+                                   at<float>(d_bias), at<float>(d_scale), at<float>(d_shift), threads);
   }, Release());
 #ifdef DDMD_CUDA
   m.def("cuda_ensemble", [](Address x, int type, int64_t samples, int64_t stride, const Sizes &shape,

@@ -28,6 +28,9 @@ struct Kernels {
   void (*noise)(const void *x0, void *x, DType type, const int64_t *t, const float *table, uint32_t step,
                 uint64_t seed, const int64_t *sample, const int64_t *slice, int64_t row_size, int64_t begin,
                 int64_t end);
+  // the same without x_0: the normal draws alone
+  void (*pure_noise)(void *x, DType type, uint32_t step, uint64_t seed, const int64_t *sample, const int64_t *slice,
+                     int64_t row_size, int64_t begin, int64_t end);
   void (*philox)(const uint32_t *counters, uint64_t seed, uint32_t *words, int64_t count);
   void (*discrepancy_maps)(const void *a, const void *b, DType type, int64_t members_a, int64_t members_b, int64_t slices,
                int64_t channels, int64_t pixels, bool non_temporal, float *inter, float *intra, int64_t begin,
@@ -59,6 +62,9 @@ struct Gaussians {
   void *d_mu_q, *d_logvar_q, *d_mu_p, *d_logvar_p;
 };
 
+// Results of more bytes than this are not in a core's cache any more when somebody reads them.
+constexpr int64_t kCacheBytes = 4 << 20;
+
 constexpr int64_t kRowColumns = 1024;  // most columns of a call of row_deviations
 
 // One GroupNorm + SiLU. Work is cut into chunks of `chunk` pixels, whatever the number of threads.
@@ -67,12 +73,11 @@ struct Norm {
   bool channels_last;
   int64_t batch, channels, pixels, groups, chunk, chunks;  // chunks an image
   const void *x, *residual, *grad;
-  void *y;                           // forward: the result; backward: d x
-  const float *gain, *offset;        // (N, C): y = silu(gain x + offset)
-  const float *centre, *rstd;        // (N, groups), backward
-  const float *mean_g, *mean_gh;     // (N, groups), backward, second pass
-  const float *inner;                // (N, C): weight (1 + scale), backward, second pass
-  float *part_one, *part_two;        // (N, chunks, C): forward mean and M2; backward sums of g and g h
+  void *y;                      // forward: the result; backward: d x, which also holds g between the passes of float32
+  const float *gain, *offset;   // (N, C): y = silu(gain x + offset)
+  const float *centre;          // (N, C): mean of the channel's group, backward
+  const float *base, *tilt;     // (N, C): d x = gain g + base + tilt (x - centre), backward, second pass
+  float *part_one, *part_two;   // (N, chunks, C): forward mean and M2; backward sums of g and g (x - centre)
 };
 
 const Kernels &kernels();      // the best set this CPU runs
@@ -90,6 +95,8 @@ void denoise_step(void *x, DType type, const void *output, DType output_type, vo
                   int64_t row_size, int threads);
 void noise(const void *x0, void *x, DType type, const int64_t *t, const float *table, int64_t step, int64_t seed,
            const int64_t *sample, const int64_t *slice, int64_t rows, int64_t row_size, int threads);
+void pure_noise(void *x, DType type, int64_t step, int64_t seed, const int64_t *sample, const int64_t *slice,
+                int64_t rows, int64_t row_size, int threads);
 void discrepancy_maps(const void *a, const void *b, DType type, int64_t members_a, int64_t members_b, int64_t slices,
                       int64_t channels, int64_t pixels, float *inter, float *intra, int threads);
 // the sum over `size` elements times `scale`, or each element's where `each` is true
@@ -100,14 +107,16 @@ void pairwise_sqdist(const void *z, DType type, int64_t rows, int64_t row_size, 
                      float *out, int threads);
 void pairwise_sqdist_backward(float grad, const void *z, DType type, int64_t rows, int64_t row_size,
                               const int64_t *group, int64_t groups, void *d_z, int threads);
+// mean and rstd, (N, groups), may be null
 void group_norm_silu(const void *x, DType type, bool channels_last, int64_t batch, int64_t channels, int64_t pixels,
                      int64_t groups, const float *weight, const float *bias, const float *scale, const float *shift,
                      const void *residual, double eps, void *y, float *mean, float *rstd, int threads);
-// sums_g and sums_gh, (N, C): sums of g = d silu and of g times the normalised x over the pixels
+// d_weight and d_bias (C), d_scale and d_shift (N, C)
 void group_norm_silu_backward(const void *grad, const void *x, DType type, bool channels_last, int64_t batch,
                               int64_t channels, int64_t pixels, int64_t groups, const float *weight,
                               const float *bias, const float *scale, const float *shift, const float *mean,
-                              const float *rstd, void *d_x, float *sums_g, float *sums_gh, int threads);
+                              const float *rstd, void *d_x, float *d_weight, float *d_bias, float *d_scale,
+                              float *d_shift, int threads);
 
 #ifdef DDMD_CUDA
 // Status is a CUDA error's text, or null. Nothing here synchronises.

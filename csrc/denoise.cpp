@@ -142,6 +142,18 @@ void noise(const void *x0, void *x, DType type, const int64_t *t, const float *t
                 });
   });
 }
+
+void pure_noise(void *x, DType type, uint32_t step, uint64_t seed, const int64_t *sample, const int64_t *slice,
+                int64_t row_size, int64_t begin, int64_t end) {
+  with_type(type, [&](auto zero) {
+    using T = decltype(zero);
+    for_each_block(true, step, seed, sample, slice, row_size, begin, end,
+                [&](int64_t, int64_t at, int64_t n, const float *z) {
+                  T *to = static_cast<T *>(x) + at;
+                  for (int64_t i = 0; i < n; ++i) to[i] = downcast<T>(z[i]);
+                });
+  });
+}
 }  // namespace DDMD_ISA
 
 }  // namespace ddmd

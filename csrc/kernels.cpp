@@ -1,4 +1,4 @@
-// The table of one instruction set's kernels, which core.cpp calls by.
+// The table of one instruction set's kernels, which the whole operations (ops_*.cpp) call by.
 #include "kernels.h"
 
 #define DDMD_STRING_(x) #x
@@ -17,6 +17,7 @@ const Kernels DDMD_CONCAT(kernels_, DDMD_ISA) = {
     DDMD_ISA::merge,
     DDMD_ISA::denoise,
     DDMD_ISA::noise,
+    DDMD_ISA::pure_noise,
     DDMD_ISA::philox,
     DDMD_ISA::discrepancy_maps,
     DDMD_ISA::gaussian_kl,

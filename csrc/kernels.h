@@ -16,6 +16,8 @@ void denoise(void *x, DType type, const void *output, DType output_type, void *x
              uint64_t seed, const int64_t *sample, const int64_t *slice, int64_t row_size, int64_t begin, int64_t end);
 void noise(const void *x0, void *x, DType type, const int64_t *t, const float *table, uint32_t step, uint64_t seed,
            const int64_t *sample, const int64_t *slice, int64_t row_size, int64_t begin, int64_t end);
+void pure_noise(void *x, DType type, uint32_t step, uint64_t seed, const int64_t *sample, const int64_t *slice,
+                int64_t row_size, int64_t begin, int64_t end);
 void philox(const uint32_t *counters, uint64_t seed, uint32_t *words, int64_t count);
 void discrepancy_maps(const void *a, const void *b, DType type, int64_t members_a, int64_t members_b, int64_t slices,
                       int64_t channels, int64_t pixels, bool non_temporal, float *inter, float *intra, int64_t begin,

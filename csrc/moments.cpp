@@ -7,24 +7,37 @@ namespace {
 
 // ---- moments over samples: two sweeps over a strip that stays in the nearest cache
 
+// Mean and sum of squared deviations of each column of a strip, over the samples.
+struct Strip {
+  float mean[kStrip] = {}, square[kStrip] = {};
+};
+
 // `whole` strips have a length that the compiler knows.
+template <bool whole, class T>
+__attribute__((always_inline)) inline Strip strip_of(const T *x, int64_t samples, int64_t sample_stride,
+                                                     int64_t length) {
+  const int64_t n = whole ? kStrip : length;
+  const float share = 1.0f / static_cast<float>(samples);
+  Strip strip;
+  for (int64_t s = 0; s < samples; ++s)
+    for (int64_t i = 0; i < n; ++i) strip.mean[i] += upcast(x[s * sample_stride + i]);
+  for (int64_t i = 0; i < n; ++i) strip.mean[i] *= share;
+  for (int64_t s = 0; s < samples; ++s)
+    for (int64_t i = 0; i < n; ++i) {
+      const float d = upcast(x[s * sample_stride + i]) - strip.mean[i];
+      strip.square[i] += d * d;
+    }
+  return strip;
+}
+
 template <bool whole, class T>
 inline void strip_moments(const T *x, int64_t samples, int64_t sample_stride, int64_t length, float scale,
                           bool non_temporal, float *mean, float *m2) {
   const int64_t n = whole ? kStrip : length;
-  const float share = 1.0f / static_cast<float>(samples);
-  float sum[kStrip] = {}, square[kStrip] = {};
-  for (int64_t s = 0; s < samples; ++s)
-    for (int64_t i = 0; i < n; ++i) sum[i] += upcast(x[s * sample_stride + i]);
-  for (int64_t i = 0; i < n; ++i) sum[i] *= share;
-  for (int64_t s = 0; s < samples; ++s)
-    for (int64_t i = 0; i < n; ++i) {
-      const float d = upcast(x[s * sample_stride + i]) - sum[i];
-      square[i] += d * d;
-    }
-  for (int64_t i = 0; i < n; ++i) square[i] *= scale;
-  store(mean, sum, n, non_temporal);
-  store(m2, square, n, non_temporal);
+  Strip strip = strip_of<whole>(x, samples, sample_stride, length);
+  for (int64_t i = 0; i < n; ++i) strip.square[i] *= scale;
+  store(mean, strip.mean, n, non_temporal);
+  store(m2, strip.square, n, non_temporal);
 }
 
 // Mean and M2 of `count` samples before, and the weights with which others are merged in (Chan et al.).
@@ -51,21 +64,12 @@ DDMD_IVDEP
     }
     return;
   }
-  const float share = 1.0f / static_cast<float>(samples);
-  float sum[kStrip] = {}, square[kStrip] = {};
-  for (int64_t s = 0; s < samples; ++s)
-    for (int64_t i = 0; i < n; ++i) sum[i] += upcast(x[s * sample_stride + i]);
-  for (int64_t i = 0; i < n; ++i) sum[i] *= share;
-  for (int64_t s = 0; s < samples; ++s)
-    for (int64_t i = 0; i < n; ++i) {
-      const float d = upcast(x[s * sample_stride + i]) - sum[i];
-      square[i] += d * d;
-    }
+  const Strip strip = strip_of<whole>(x, samples, sample_stride, length);
 DDMD_IVDEP
   for (int64_t i = 0; i < n; ++i) {
-    const float delta = sum[i] - mean[i];
+    const float delta = strip.mean[i] - mean[i];
     mean[i] += delta * w.share;
-    m2[i] += square[i] + delta * delta * w.cross;
+    m2[i] += strip.square[i] + delta * delta * w.cross;
   }
 }
 

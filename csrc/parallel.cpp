@@ -120,7 +120,11 @@ void parallel_for(int64_t size, int64_t grain, int threads, const std::function<
   if (size <= 0) return;
   const int64_t most = (size + grain - 1) / grain;
   const int parts = static_cast<int>(std::min<int64_t>({most, threads < 1 ? 1 : threads, int64_t{256}}));
-  if (const GompParallel parallel = gomp.load(); parallel != nullptr && parts > 1) {
+  if (parts <= 1) {
+    work(0, size);
+    return;
+  }
+  if (const GompParallel parallel = gomp.load(); parallel != nullptr) {
     Team team;
     team.parts = parts;
     team.size = size;
@@ -129,7 +133,7 @@ void parallel_for(int64_t size, int64_t grain, int threads, const std::function<
     return;
   }
   std::unique_lock<std::mutex> lock(owner, std::try_to_lock);
-  if (parts <= 1 || !lock.owns_lock()) {
+  if (!lock.owns_lock()) {
     work(0, size);
     return;
   }

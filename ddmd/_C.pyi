@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+interface: int
+
 def build_info() -> dict[str, Any]: ...
 def use_openmp(gomp_parallel: int) -> None: ...
 def philox(counters: int, seed: int, words: int, count: int) -> None: ...
@@ -25,6 +27,9 @@ def noise(
     x0: int, x: int, type: int, t: int, table: int, step: int, seed: int, sample: int, slice: int, rows: int,
     row_size: int, threads: int,
 ) -> None: ...  # fmt: skip
+def pure_noise(
+    x: int, type: int, step: int, seed: int, sample: int, slice: int, rows: int, row_size: int, threads: int,
+) -> None: ...  # fmt: skip
 def discrepancy_maps(
     a: int, b: int, type: int, members_a: int, members_b: int, slices: int, channels: int, pixels: int,
     inter: int, intra: int, threads: int,
@@ -35,8 +40,8 @@ def group_norm_silu(
 ) -> None: ...  # fmt: skip
 def group_norm_silu_backward(
     grad: int, x: int, type: int, channels_last: bool, batch: int, channels: int, pixels: int, groups: int,
-    weight: int, bias: int, scale: int, shift: int, mean: int, rstd: int, d_x: int, sums_g: int, sums_gh: int,
-    threads: int,
+    weight: int, bias: int, scale: int, shift: int, mean: int, rstd: int, d_x: int, d_weight: int, d_bias: int,
+    d_scale: int, d_shift: int, threads: int,
 ) -> None: ...  # fmt: skip
 
 # Only where it was built with CUDA

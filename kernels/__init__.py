@@ -3,19 +3,17 @@
 With TRITON_INTERPRET=1 set before the import they run on CPU tensors, one element at a time: for tests.
 """
 
-from ddmd.kernels.denoise import denoise_step, noise, philox
+from ddmd.kernels.denoise import denoise_step, noise, philox, pure_noise
 from ddmd.kernels.discrepancy import discrepancy_maps
-from ddmd.kernels.group_norm import group_norm_silu, group_norm_silu_backward
-from ddmd.kernels.losses import (
-    gaussian_kl,
-    gaussian_kl_backward,
-    pairwise_sqdist,
-    pairwise_sqdist_backward,
-)
+from ddmd.kernels.group_norm import group_norm_silu
+from ddmd.kernels.group_norm_backward import group_norm_silu_backward
+from ddmd.kernels.kl_divergence import gaussian_kl, gaussian_kl_backward
+from ddmd.kernels.pairwise_distance import pairwise_sqdist, pairwise_sqdist_backward
 
 __all__ = [
     "denoise_step", "discrepancy_maps", "gaussian_kl", "gaussian_kl_backward", "group_norm_silu",
-    "group_norm_silu_backward", "noise", "pairwise_sqdist", "pairwise_sqdist_backward", "philox", "why_not",
+    "group_norm_silu_backward", "noise", "pairwise_sqdist", "pairwise_sqdist_backward", "philox",
+    "pure_noise", "why_not",
 ]  # fmt: skip
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -151,6 +153,37 @@ def noise_fwd_kernel(
 
 
 @triton.jit
+def pure_noise_fwd_kernel(
+    x_ptr,  # (R, row_size), written
+    step_ptr,  # () int64
+    seed_ptr,  # () int64
+    sample_ptr,  # (R,) int64
+    slice_ptr,  # (R,) int64
+    row_size,
+    BP: tl.constexpr,
+    FAST: tl.constexpr,
+):
+    """x_T: what `noise_fwd_kernel` writes for a signal of 0 and a sigma of 1."""
+    blocks = tl.cdiv(row_size, 4 * BP)
+    row = tl.program_id(0) // blocks
+    block = tl.program_id(0) % blocks
+    first = block.to(tl.int64) * (4 * BP)  # 64-bit starts, 32-bit offsets
+    element = tl.arange(0, 4 * BP)
+    inside = element < tl.minimum(row_size - first, 4 * BP).to(tl.int32)
+    start = row.to(tl.int64) * row_size + first
+    z = _normal(
+        block * BP + tl.arange(0, BP),
+        tl.load(step_ptr),
+        tl.load(sample_ptr + row),
+        tl.load(slice_ptr + row),
+        tl.load(seed_ptr),
+        BP,
+        FAST,
+    )
+    tl.store(x_ptr + start + element, z.to(x_ptr.dtype.element_ty), inside)
+
+
+@triton.jit
 def philox_fwd_kernel(counter_ptr, key_ptr, word_ptr, n, BP: tl.constexpr):
     """Words (4, n) int32 of counters (4, n) int32 under a key () int64: for tests of the stream."""
     i = tl.program_id(0) * BP + tl.arange(0, BP)
@@ -223,4 +256,30 @@ def noise(
             x0.contiguous(), out, t.contiguous(), float32(table), step, seed, sample.contiguous(),
             slice_index.contiguous(), row_size, len(table), POSITIONS, not INTERPRETED,
         )  # fmt: skip
+    return out
+
+
+def pure_noise(
+    shape: Sequence[int],
+    step: Tensor,
+    seed: Tensor,
+    sample: Tensor,
+    slice_index: Tensor,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    out = torch.empty(tuple(shape), dtype=dtype or torch.float32, device=sample.device)
+    if out.numel() == 0:
+        return out
+    grid, row_size = _grid(out)
+    with on(out):
+        pure_noise_fwd_kernel[grid](
+            out,
+            step,
+            seed,
+            sample.contiguous(),
+            slice_index.contiguous(),
+            row_size,
+            POSITIONS,
+            not INTERPRETED,
+        )
     return out

@@ -1,4 +1,4 @@
-"""GroupNorm + SiLU with scale, shift and residual, channels last, forward and backward.
+"""GroupNorm + SiLU with scale, shift and residual, channels last.
 
 Where all pixels of some groups fit into the registers of a program, x is read once. Elsewhere statistics come from
 chunks of pixels (mean and M2 of each channel, merged as Chan et al. do), and x is read twice. Both are as sound
@@ -7,80 +7,30 @@ as a two-pass mean, and the same bits every time.
 
 from __future__ import annotations
 
-import functools
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ddmd.kernels.group_norm_tiles import (
+    Plan,
+    channels_last,
+    gain_and_offset,
+    keep_packed,
+    plan_of,
+    sigmoid,
+    sums_over_groups,
+)
 from ddmd.kernels.launch import INTERPRETED, empty_float32, on, power_of_two
 from ddmd.kernels.tiles import Tile, tile
 from ddmd.ops import reference
-
-TILE = 4096  # elements that a program of the backward pass holds at a time
-
-
-@triton.jit
-def _sigmoid(value, FAST: tl.constexpr):
-    """1 / (1 + exp(-value)); FAST by the special function unit, a few units in the last place off."""
-    if FAST:
-        result = tl.inline_asm_elementwise(
-            "{.reg .f32 t; ex2.approx.ftz.f32 t, $1; add.ftz.f32 t, t, 0f3F800000; rcp.approx.ftz.f32 $0, t;}",
-            "=f,f", [value * -1.4426950408889634], tl.float32, True, 1,
-        )  # fmt: skip
-    else:
-        result = tl.sigmoid(value)
-    return result
-
-
-@triton.jit
-def _silu_slope(value, FAST: tl.constexpr):
-    """Derivative of silu."""
-    s = _sigmoid(value, FAST)
-    return s * (1.0 + value * (1.0 - s))
-
-
-@triton.jit
-def _keep_packed(x, FAST: tl.constexpr):
-    """x itself, which the compiler does not know: 16-bit values are converted again rather than kept as 32 bits."""
-    if FAST and x.dtype.primitive_bitwidth == 16:
-        x = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], x.dtype, False, 2)
-    return x
-
-
-@triton.jit
-def _sums_over_groups(values, c, PER_GROUP: tl.constexpr):
-    """(BC,) for each channel c the sum of values (BC,) over the channels of its group."""
-    same = c[:, None] // PER_GROUP == c[None, :] // PER_GROUP
-    return tl.sum(tl.where(same, values[None, :], 0.0), 1)
-
-
-@triton.jit
-def _gain_and_offset(
-    weight_ptr, bias_ptr, scale_ptr, shift_ptr, mean, rstd, image, channel, channels, inside,
-    HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr,
-):  # fmt: skip
-    """gain and offset of each channel: silu(gain x + offset) is the result."""
-    gain = tl.load(weight_ptr + channel, inside, other=0.0).to(tl.float32)
-    offset = tl.load(bias_ptr + channel, inside, other=0.0).to(tl.float32)
-    if HAS_SCALE:
-        factor = 1.0 + tl.load(scale_ptr + image * channels + channel, inside, other=0.0).to(tl.float32)
-        gain *= factor
-        offset *= factor
-    gain *= rstd
-    offset -= mean * gain
-    if HAS_SHIFT:
-        offset += tl.load(shift_ptr + image * channels + channel, inside, other=0.0).to(tl.float32)
-    return gain, offset
 
 
 @triton.jit
 def _finish(x, gain, offset, residual_ptr, y_ptr, at, where, HAS_RESIDUAL: tl.constexpr, FAST: tl.constexpr):
     """Store silu(gain x + offset) + residual of a tile (pixels, channels)."""
     value = x.to(tl.float32) * gain[None, :] + offset[None, :]
-    y = value * _sigmoid(value, FAST)
+    y = value * sigmoid(value, FAST)
     if HAS_RESIDUAL:
         y += tl.load(residual_ptr + at, where, other=0.0).to(tl.float32)
     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), where)
@@ -128,20 +78,20 @@ def group_norm_resident_fwd_kernel(
         rest = tl.load(x_ptr + start + rest_at, rest_where, other=0.0)
         total += tl.sum(rest.to(tl.float32), 0)
     size = tl.cast(pixels, tl.float32) * PER_GROUP
-    mean = _sums_over_groups(total, c, PER_GROUP) / size
-    x = _keep_packed(x, FAST)
+    mean = sums_over_groups(total, c, PER_GROUP) / size
+    x = keep_packed(x, FAST)
     delta = x.to(tl.float32) - mean[None, :]
     square = tl.sum(delta * delta, 0)
-    x = _keep_packed(x, FAST)
+    x = keep_packed(x, FAST)
     if BR > 0:
         rest_delta = tl.where(rest_where, rest.to(tl.float32) - mean[None, :], 0.0)
         square += tl.sum(rest_delta * rest_delta, 0)
-    rstd = 1.0 / tl.sqrt(_sums_over_groups(square, c, PER_GROUP) / size + eps)
+    rstd = 1.0 / tl.sqrt(sums_over_groups(square, c, PER_GROUP) / size + eps)
     group = image * (channels // PER_GROUP) + channel // PER_GROUP
     first_of_group = inside & (c % PER_GROUP == 0)
     tl.store(mean_ptr + group, mean, first_of_group)
     tl.store(rstd_ptr + group, rstd, first_of_group)
-    gain, offset = _gain_and_offset(
+    gain, offset = gain_and_offset(
         weight_ptr, bias_ptr, scale_ptr, shift_ptr, mean, rstd, image, channel, channels, inside, HAS_SCALE, HAS_SHIFT
     )  # fmt: skip
     if BR > 0:
@@ -255,7 +205,7 @@ def group_norm_merge_fwd_kernel(
     tl.store(rstd_ptr + image * groups + g, rstd)
     channel = g * per_group + c
     inside = c < per_group
-    gain, offset = _gain_and_offset(
+    gain, offset = gain_and_offset(
         weight_ptr, bias_ptr, scale_ptr, shift_ptr, mean, rstd, image, channel, channels, inside, HAS_SCALE, HAS_SHIFT
     )  # fmt: skip
     tl.store(gain_ptr + image * channels + channel, gain, inside)
@@ -289,185 +239,6 @@ def group_norm_silu_fwd_kernel(
     _finish(x, gain, offset, residual_ptr, y_ptr, at, where, HAS_RESIDUAL, FAST)
 
 
-@triton.jit
-def group_norm_sums_bwd_kernel(
-    grad_ptr,  # (N, pixels, C)
-    x_ptr,  # (N, pixels, C)
-    gain_ptr,  # (N, C) float32; offset, multiple and centre likewise
-    offset_ptr,
-    multiple_ptr,
-    centre_ptr,
-    sum_ptr,  # (N, chunks, C) float32, written
-    sum_h_ptr,  # (N, chunks, C) float32, written
-    pixels,
-    channels,
-    chunks,
-    BP: tl.constexpr,
-    BC: tl.constexpr,
-    FAST: tl.constexpr,
-):
-    image = (tl.program_id(0) // chunks).to(tl.int64)
-    chunk = (tl.program_id(0) % chunks).to(tl.int64)
-    c = tl.arange(0, BC)
-    inside = c < channels
-    pixel = chunk * BP + tl.arange(0, BP)
-    where = (pixel < pixels)[:, None] & inside[None, :]
-    at = (image * pixels + pixel[:, None]) * channels + c[None, :]
-    of = image * channels + c
-    gain = tl.load(gain_ptr + of, inside, other=0.0)
-    offset = tl.load(offset_ptr + of, inside, other=0.0)
-    multiple = tl.load(multiple_ptr + of, inside, other=0.0)
-    centre = tl.load(centre_ptr + of, inside, other=0.0)
-    x = tl.load(x_ptr + at, where, other=0.0).to(tl.float32)
-    grad = tl.load(grad_ptr + at, where, other=0.0).to(tl.float32)
-    g = grad * _silu_slope(x * gain[None, :] + offset[None, :], FAST)
-    h = x * multiple[None, :] + centre[None, :]
-    out = (image * chunks + chunk) * channels + c
-    tl.store(sum_ptr + out, tl.sum(g, 0), inside)
-    tl.store(sum_h_ptr + out, tl.sum(g * h, 0), inside)
-
-
-@triton.jit
-def group_norm_silu_bwd_kernel(
-    grad_ptr,  # (N, pixels, C)
-    x_ptr,  # (N, pixels, C)
-    gain_ptr,  # (N, C) float32, as are the next six
-    offset_ptr,
-    multiple_ptr,
-    centre_ptr,
-    inner_ptr,
-    mean_g_ptr,
-    mean_gh_ptr,
-    d_x_ptr,  # (N, pixels, C), written
-    pixels,
-    channels,
-    chunks,
-    BP: tl.constexpr,
-    BC: tl.constexpr,
-    FAST: tl.constexpr,
-):
-    image = (tl.program_id(0) // chunks).to(tl.int64)
-    chunk = (tl.program_id(0) % chunks).to(tl.int64)
-    c = tl.arange(0, BC)
-    inside = c < channels
-    pixel = chunk * BP + tl.arange(0, BP)
-    where = (pixel < pixels)[:, None] & inside[None, :]
-    at = (image * pixels + pixel[:, None]) * channels + c[None, :]
-    of = image * channels + c
-    gain = tl.load(gain_ptr + of, inside, other=0.0)
-    offset = tl.load(offset_ptr + of, inside, other=0.0)
-    multiple = tl.load(multiple_ptr + of, inside, other=0.0)
-    centre = tl.load(centre_ptr + of, inside, other=0.0)
-    inner = tl.load(inner_ptr + of, inside, other=0.0)
-    mean_g = tl.load(mean_g_ptr + of, inside, other=0.0)
-    mean_gh = tl.load(mean_gh_ptr + of, inside, other=0.0)
-    x = tl.load(x_ptr + at, where, other=0.0).to(tl.float32)
-    grad = tl.load(grad_ptr + at, where, other=0.0).to(tl.float32)
-    g = grad * _silu_slope(x * gain[None, :] + offset[None, :], FAST)
-    h = x * multiple[None, :] + centre[None, :]
-    d_x = multiple[None, :] * (g * inner[None, :] - mean_g[None, :] - h * mean_gh[None, :])
-    tl.store(d_x_ptr + at, d_x.to(d_x_ptr.dtype.element_ty), where)
-
-
-def _channels_last(x: Tensor) -> tuple[Tensor, torch.memory_format]:
-    """x with channels last in memory, and the format that the result goes back to."""
-    if x.ndim != 4:
-        flat = x.reshape(*x.shape[:2], -1, 1)
-        return flat.contiguous(memory_format=torch.channels_last), torch.contiguous_format
-    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    return x.contiguous(memory_format=torch.channels_last), (
-        torch.channels_last if last else torch.contiguous_format
-    )
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """How one call is cut: a program for each slab of whole groups, or for each chunk of pixels.
-
-    Parameters
-    ----------
-    slab : int
-        Channels of a program that keeps all pixels of theirs in registers; 0 where they are too many.
-    full, rest : int
-        Pixels of its two tiles, powers of two: the first is full, and the second may be none.
-    chunk_pixels, chunks : int
-        Of a program of the first of two passes, and how many of them make an image.
-    """
-
-    slab: int
-    full: int
-    rest: int
-    chunk_pixels: int
-    chunks: int
-
-
-SECTOR = 32  # bytes of the least that is read
-MANY = 1024  # programs that fill a device
-LONGEST = 8  # tiles of a program of the first of two passes
-
-
-@functools.lru_cache(maxsize=256)
-def _plan(
-    images: int, pixels: int, channels: int, num_groups: int, size: int, resident: int, sums: int
-) -> _Plan:
-    """size: bytes of an element; resident and sums: elements of a program that keeps, and that sums, them."""
-    per_group = channels // num_groups
-    slab = next(
-        (m * per_group for m in range(1, num_groups + 1) if num_groups % m == 0 and m * per_group * size >= SECTOR),
-        channels,
-    )  # fmt: skip
-    full = 1 << (pixels.bit_length() - 1)
-    rest = power_of_two(pixels - full) if pixels > full else 0
-    if (
-        (full + rest) * power_of_two(slab) > resident
-        or power_of_two(slab) > MOST_CHANNELS
-        or pixels * channels >= 2**31
-    ):
-        slab = 0
-    step = max(1, sums // power_of_two(channels))
-    tiles = max(1, min(LONGEST, images * triton.cdiv(pixels, step) // MANY))
-    return _Plan(slab, full, rest, tiles * step, triton.cdiv(pixels, tiles * step))
-
-
-MOST_CHANNELS = 64  # of a slab: their sums over groups take the square of it
-
-
-def _extents(x: Tensor) -> tuple[int, int, int, int, int]:
-    """pixels, channels, chunks, pixels of a tile, channels of a tile."""
-    channels, pixels = x.shape[1], x.shape[2] * x.shape[3]
-    tile_channels = power_of_two(channels)
-    tile_pixels = max(1, TILE // tile_channels)
-    return pixels, channels, triton.cdiv(pixels, tile_pixels), tile_pixels, tile_channels
-
-
-def _coefficients(
-    num_groups: int,
-    weight: Tensor,
-    bias: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """gain, offset, inner, multiple, centre, each (N, C) float32: a few thousand numbers, by torch."""
-    per_group = len(weight) // num_groups
-    multiple = rstd.repeat_interleave(per_group, 1)
-    centre = -mean.repeat_interleave(per_group, 1) * multiple
-    factor = torch.ones_like(multiple) if scale is None else 1.0 + scale.float()
-    inner = weight.float() * factor
-    gain = inner * multiple
-    offset = bias.float() * factor + centre * inner
-    if shift is not None:
-        offset = offset + shift.float()
-    return (
-        gain.contiguous(),
-        offset.contiguous(),
-        inner.contiguous(),
-        multiple.contiguous(),
-        centre.contiguous(),
-    )
-
-
 def group_norm_silu(
     x: Tensor,
     num_groups: int,
@@ -480,11 +251,11 @@ def group_norm_silu(
 ) -> tuple[Tensor, Tensor, Tensor]:
     if x.numel() == 0:
         return reference.group_norm_silu(x, num_groups, weight, bias, scale, shift, residual, eps)
-    last, layout = _channels_last(x)
+    last, layout = channels_last(x)
     n, channels = x.shape[:2]
     pixels = x.numel() // (n * channels)
     resident, sums, whole = tile("resident", x), tile("sums", x), tile("elementwise", x)
-    plan = _plan(
+    plan = plan_of(
         n, pixels, channels, num_groups, x.element_size(), resident.elements, sums.elements * sums.unroll
     )
     statistics = empty_float32((2, n, num_groups), x)
@@ -493,7 +264,7 @@ def group_norm_silu(
     weight, bias = weight.contiguous(), bias.contiguous()
     scale_or_weight = weight if scale is None else scale.contiguous()
     shift_or_weight = weight if shift is None else shift.contiguous()
-    residual_or_x = last if residual is None else _channels_last(residual)[0]
+    residual_or_x = last if residual is None else channels_last(residual)[0]
     has = (scale is not None, shift is not None)
     with on(x):
         if plan.slab:
@@ -527,7 +298,7 @@ def _in_two_passes(
     has_shift: bool,
     has_residual: bool,
     num_groups: int,
-    plan: _Plan,
+    plan: Plan,
     sums: Tile,
     whole: Tile,
 ) -> None:
@@ -553,58 +324,3 @@ def _in_two_passes(
         x, coefficients[0], coefficients[1], residual, y, pixels, channels, chunks, has_residual, tile_pixels,
         tile_channels, not INTERPRETED, num_warps=whole.warps,
     )  # fmt: skip
-
-
-def group_norm_silu_backward(
-    grad: Tensor,
-    x: Tensor,
-    num_groups: int,
-    weight: Tensor,
-    bias: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    if x.numel() == 0:
-        return reference.group_norm_silu_backward(grad, x, num_groups, weight, bias, scale, shift, mean, rstd)
-    last, layout = _channels_last(x)
-    last_grad = _channels_last(grad)[0]
-    n = x.shape[0]
-    pixels, channels, chunks, tile_pixels, tile_channels = _extents(last)
-    part = empty_float32((2, n, chunks, channels), x)
-    d_x = torch.empty_like(last)
-    gain, offset, inner, multiple, centre = _coefficients(num_groups, weight, bias, scale, shift, mean, rstd)
-    with on(x):
-        group_norm_sums_bwd_kernel[(n * chunks,)](
-            last_grad,
-            last,
-            gain,
-            offset,
-            multiple,
-            centre,
-            part[0],
-            part[1],
-            pixels,
-            channels,
-            chunks,
-            tile_pixels,
-            tile_channels,
-            not INTERPRETED,
-        )
-        sums_g, sums_gh = part.sum(2)
-        size = channels // num_groups * pixels
-        mean_g, mean_gh = (
-            ((s * inner).reshape(n, num_groups, -1).sum(2) / size).repeat_interleave(
-                channels // num_groups, 1
-            )
-            for s in (sums_g, sums_gh)
-        )
-        group_norm_silu_bwd_kernel[(n * chunks,)](
-            last_grad, last, gain, offset, multiple, centre, inner, mean_g.contiguous(), mean_gh.contiguous(), d_x,
-            pixels, channels, chunks, tile_pixels, tile_channels, not INTERPRETED,
-        )  # fmt: skip
-    d_scale = sums_gh * weight.float() + sums_g * bias.float()
-    factor = 1.0 if scale is None else 1.0 + scale.float()
-    d_x = d_x.reshape(x.shape).contiguous(memory_format=layout)
-    return d_x, (sums_gh * factor).sum(0), (sums_g * factor).sum(0), d_scale, sums_g

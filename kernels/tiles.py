@@ -39,6 +39,8 @@ TILES: dict[Capability, dict[tuple[str, int], Tile]] = {
         ("sums", 4): Tile(1024, 4, unroll=4),
         ("resident", 2): Tile(16384, 8),  # read once and kept in registers
         ("resident", 4): Tile(16384, 8),
+        ("resident_backward", 2): Tile(8192, 8),  # two tensors are kept
+        ("resident_backward", 4): Tile(8192, 8),
     },
     (8, 0): {
         ("elementwise", 2): Tile(8192, 8),
@@ -47,6 +49,8 @@ TILES: dict[Capability, dict[tuple[str, int], Tile]] = {
         ("sums", 4): Tile(1024, 4, unroll=4),
         ("resident", 2): Tile(40960, 16),
         ("resident", 4): Tile(20480, 8),
+        ("resident_backward", 2): Tile(20480, 16),
+        ("resident_backward", 4): Tile(10240, 8),
     },
     (10, 0): {  # its machine code takes more registers: more elements would not stay in them
         ("elementwise", 2): Tile(8192, 8),
@@ -55,6 +59,8 @@ TILES: dict[Capability, dict[tuple[str, int], Tile]] = {
         ("sums", 4): Tile(1024, 4, unroll=4),
         ("resident", 2): Tile(16384, 8),
         ("resident", 4): Tile(20480, 8),
+        ("resident_backward", 2): Tile(8192, 8),
+        ("resident_backward", 4): Tile(10240, 8),
     },
 }
 INTERPRETED_AS: Capability = (9, 0)  # where there is no device

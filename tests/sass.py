@@ -26,7 +26,16 @@ F, H, I64, I = "*fp32", "*bf16", "*i64", "i32"
 
 def triton_kernels(architecture: int = 90) -> dict[str, tuple[Any, dict[str, str], dict[str, Any], bool]]:
     """name -> kernel, signature, constants, whether 128-bit loads are promised."""
-    from ddmd.kernels import denoise, discrepancy, group_norm, losses, tiles
+    from ddmd.kernels import (
+        denoise,
+        discrepancy,
+        group_norm,
+        group_norm_backward,
+        kl_divergence,
+        pairwise_distance,
+        partial_sums,
+        tiles,
+    )
 
     rows = {
         "table_ptr": F,
@@ -50,6 +59,13 @@ def triton_kernels(architecture: int = 90) -> dict[str, tuple[Any, dict[str, str
             denoise.noise_fwd_kernel, {"x0_ptr": t, "x_ptr": t, "t_ptr": I64, **rows},
             {"BP": denoise.POSITIONS, "FAST": True}, True,
         )  # fmt: skip
+        coordinates = {
+            name: rows[name] for name in ("step_ptr", "seed_ptr", "sample_ptr", "slice_ptr", "row_size")
+        }
+        table[f"pure_noise_{kind}"] = (
+            denoise.pure_noise_fwd_kernel, {"x_ptr": t, **coordinates},
+            {"BP": denoise.POSITIONS, "FAST": True}, False,
+        )  # fmt: skip
         table[f"discrepancy_maps_{kind}"] = (
             discrepancy.discrepancy_maps_fwd_kernel,
             {"a_ptr": t, "b_ptr": t, "inter_ptr": F, "intra_ptr": F, "slices": I, "channels": I, "pixels": I},
@@ -58,18 +74,18 @@ def triton_kernels(architecture: int = 90) -> dict[str, tuple[Any, dict[str, str
         four = {"mu_q_ptr": t, "logvar_q_ptr": t, "mu_p_ptr": t, "logvar_p_ptr": t}
         for reduced in (False, True):
             table[f"gaussian_kl_{kind}{'_sum' if reduced else '_map'}"] = (
-                losses.gaussian_kl_fwd_kernel, {**four, "out_ptr": F, "n": I},
-                {"ELEMENTWISE": not reduced, "BLOCK": losses.BLOCK}, True,
+                kl_divergence.gaussian_kl_fwd_kernel, {**four, "out_ptr": F, "n": I},
+                {"ELEMENTWISE": not reduced, "BLOCK": kl_divergence.BLOCK}, True,
             )  # fmt: skip
         table[f"gaussian_kl_backward_{kind}"] = (
-            losses.gaussian_kl_bwd_kernel,
+            kl_divergence.gaussian_kl_bwd_kernel,
             {"grad_ptr": F, **four, **{f"d_{k}": v for k, v in four.items()}, "scale": "fp32", "n": I},
-            {"ELEMENTWISE": True, "BLOCK": losses.BLOCK}, True,
+            {"ELEMENTWISE": True, "BLOCK": kl_divergence.BLOCK}, True,
         )  # fmt: skip
         of = {"centroid_ptr": F, "count_ptr": F}
         shape, block = {"n": I, "d": I}, {"BN": 32, "BD": 128}
         table[f"centroid_{kind}"] = (
-            losses.centroid_fwd_kernel, {"z_ptr": t, "group_ptr": I64, **of, **shape}, block, True
+            pairwise_distance.centroid_fwd_kernel, {"z_ptr": t, "group_ptr": I64, **of, **shape}, block, True
         )  # fmt: skip
         size = 4 if t == F else 2
         sums, resident, whole = (
@@ -79,14 +95,14 @@ def triton_kernels(architecture: int = 90) -> dict[str, tuple[Any, dict[str, str
         columns = 512 // size
         for split in (False, True):
             table[f"pairwise_sqdist{'_split' if split else ''}_{kind}"] = (
-                losses.pairwise_sqdist_fwd_kernel,
+                pairwise_distance.pairwise_sqdist_fwd_kernel,
                 {"z_ptr": t, "group_ptr": I64, "partial_ptr": F, "mean_ptr": F, "m2_ptr": F, "count_ptr": F, **shape,
                  "groups": I, "chunks": I, "chunk_rows": I},
                 {"SPLIT": split, "BN": sums.elements // columns, "BD": columns, "U": sums.unroll, "IDS": 512,
                  "num_warps": sums.warps}, True,
             )  # fmt: skip
         table[f"pairwise_sqdist_backward_{kind}"] = (
-            losses.pairwise_sqdist_bwd_kernel,
+            pairwise_distance.pairwise_sqdist_bwd_kernel,
             {"grad_ptr": F, "z_ptr": t, "group_ptr": I64, **of, "d_z_ptr": t, **shape, "groups": I}, block, True,
         )  # fmt: skip
         affine = {"weight_ptr": F, "bias_ptr": F, "scale_ptr": F, "shift_ptr": F}
@@ -101,7 +117,24 @@ def triton_kernels(architecture: int = 90) -> dict[str, tuple[Any, dict[str, str
                 {"HAS_SCALE": residual, "HAS_SHIFT": residual, "HAS_RESIDUAL": residual, "PER_GROUP": 8, "SLAB": slab,
                  "BP": full, "BR": rest, "BC": slab, "FAST": True, "num_warps": resident.warps}, True,
             )  # fmt: skip
-        extents = {"BP": group_norm.TILE // 64, "BC": 64}
+        both = tiles.table((architecture // 10, architecture % 10))["resident_backward", size]
+        full = 1 << (both.elements // slab).bit_length() - 1
+        rest = 256 if full + 256 <= both.elements // slab else 0
+        inputs = {"grad_ptr": t, "x_ptr": t, **affine, "mean_ptr": F, "rstd_ptr": F}
+        for modulated in (False, True):
+            table[f"group_norm_resident_backward_{kind}{'_modulated' if modulated else ''}"] = (
+                group_norm_backward.group_norm_resident_bwd_kernel,
+                {**inputs, "sum_ptr": F, "sum_h_ptr": F, "d_x_ptr": t, "pixels": I, "channels": I},
+                {"HAS_SCALE": modulated, "HAS_SHIFT": modulated, "PER_GROUP": 8, "SLAB": slab, "BP": full, "BR": rest,
+                 "BC": slab, "FAST": True, "num_warps": both.warps}, True,
+            )  # fmt: skip
+        extents = {
+            "BP": group_norm_backward.TILE // 64,
+            "BC": 64,
+            "HAS_SCALE": True,
+            "HAS_SHIFT": True,
+            "PER_GROUP": 8,
+        }
         table[f"group_norm_moments_{kind}"] = (
             group_norm.group_norm_moments_fwd_kernel,
             {"x_ptr": t, "mean_ptr": F, "m2_ptr": F, **tile, "chunk_pixels": I},
@@ -114,18 +147,26 @@ def triton_kernels(architecture: int = 90) -> dict[str, tuple[Any, dict[str, str
                 {"HAS_RESIDUAL": residual, "BP": whole.elements // 64, "BC": 64, "FAST": True,
                  "num_warps": whole.warps}, True,
             )  # fmt: skip
-        channels = {"gain_ptr": F, "offset_ptr": F, "multiple_ptr": F, "centre_ptr": F}
         table[f"group_norm_sums_backward_{kind}"] = (
-            group_norm.group_norm_sums_bwd_kernel,
-            {"grad_ptr": t, "x_ptr": t, **channels, "sum_ptr": F, "sum_h_ptr": F, **tile},
-            {**extents, "FAST": True}, True,
+            group_norm_backward.group_norm_sums_bwd_kernel,
+            {**inputs, "part_ptr": F, "part_x_ptr": F, **tile, "chunk_pixels": I}, {**extents, "FAST": True}, True,
         )  # fmt: skip
-        more = {"inner_ptr": F, "mean_g_ptr": F, "mean_gh_ptr": F}
         table[f"group_norm_silu_backward_{kind}"] = (
-            group_norm.group_norm_silu_bwd_kernel,
-            {"grad_ptr": t, "x_ptr": t, **channels, **more, "d_x_ptr": t, **tile},
-            {**extents, "FAST": True}, True,
+            group_norm_backward.group_norm_silu_bwd_kernel,
+            {**inputs, "base_ptr": F, "tilt_ptr": F, "d_x_ptr": t, **tile}, {**extents, "FAST": True}, True,
         )  # fmt: skip
+    table["group_norm_merge_backward"] = (
+        group_norm_backward.group_norm_merge_bwd_kernel,
+        {"part_ptr": F, "part_x_ptr": F, "weight_ptr": F, "scale_ptr": F, "rstd_ptr": F, "sum_ptr": F, "sum_h_ptr": F,
+         "base_ptr": F, "tilt_ptr": F, **tile, "groups": I},
+        {"HAS_SCALE": True, "BK": 8, "BG": 8}, False,
+    )  # fmt: skip
+    table["group_norm_affine_backward"] = (
+        group_norm_backward.group_norm_affine_bwd_kernel,
+        {"sum_ptr": F, "sum_h_ptr": F, "weight_ptr": F, "bias_ptr": F, "scale_ptr": F, "d_weight_ptr": F,
+         "d_bias_ptr": F, "d_scale_ptr": F, "images": I, "channels": I},
+        {"HAS_SCALE": True, "BN": group_norm_backward.AFFINE_IMAGES, "BC": group_norm_backward.AFFINE_CHANNELS}, False,
+    )  # fmt: skip
     table["group_norm_merge"] = (
         group_norm.group_norm_merge_fwd_kernel,
         {"part_mean_ptr": F, "part_m2_ptr": F, "weight_ptr": F, "bias_ptr": F, "scale_ptr": F, "shift_ptr": F,
@@ -134,12 +175,12 @@ def triton_kernels(architecture: int = 90) -> dict[str, tuple[Any, dict[str, str
         {"HAS_SCALE": True, "HAS_SHIFT": True, "BK": 8, "BG": 8}, False,
     )  # fmt: skip
     table["pairwise_sqdist_merge"] = (
-        losses.pairwise_sqdist_merge_fwd_kernel,
+        pairwise_distance.pairwise_sqdist_merge_fwd_kernel,
         {"mean_ptr": F, "m2_ptr": F, "count_ptr": F, "partial_ptr": F, "d": I, "groups": I, "chunks": I},
         {"BD": 128}, False,
     )  # fmt: skip
     table["sum"] = (
-        losses.sum_fwd_kernel,
+        partial_sums.sum_fwd_kernel,
         {"partial_ptr": F, "out_ptr": F, "n": I, "scale": "fp32"},
         {"BLOCK": 2048},
         False,

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ddmd import ops
-from ddmd.ops import checks, reference
+from ddmd.ops import memory, reference
 from tests.shapes import assert_close, rows
 
 D = torch.ops.ddmd
@@ -120,14 +120,14 @@ def test_views_that_interleave_do_not_overlap():
         (buffer[..., ::2], buffer[..., 1::2]),
         (buffer[0], buffer[1:]),
     ):
-        assert not checks.may_overlap(a, b)
-        assert not checks.may_overlap(b, a)
+        assert not memory.may_overlap(a, b)
+        assert not memory.may_overlap(b, a)
     for a, b in (
         (buffer[:, :2], buffer[:, 1:]),
         (buffer[..., ::2], buffer[..., ::3]),
         (buffer, buffer[2, 3, 4, 5:]),
     ):
-        assert checks.may_overlap(a, b)
+        assert memory.may_overlap(a, b)
 
 
 def test_overlap_is_what_a_list_of_addresses_says(rng):
@@ -142,7 +142,7 @@ def test_overlap_is_what_a_list_of_addresses_says(rng):
                 offset + i * strides[0] + j * strides[1] for i in range(shape[0]) for j in range(shape[1])}))  # fmt: skip
         (a, at_a), (b, at_b) = views
         if at_a & at_b:
-            assert checks.may_overlap(a, b), (a.shape, a.stride(), b.shape, b.stride())
+            assert memory.may_overlap(a, b), (a.shape, a.stride(), b.shape, b.stride())
 
 
 @EACH_BACKEND

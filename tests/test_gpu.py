@@ -139,9 +139,7 @@ def test_noise_and_a_whole_detection_are_those_of_the_cpu(device, rng):
     at = rows(3)
     for dtype in TYPES:
         noise = [
-            pure_noise(
-                torch.empty(3, 1, 40, 37, dtype=dtype, device=d), Coordinates(*(a.to(d) for a in at[1:]))
-            )
+            pure_noise((3, 1, 40, 37), Coordinates(*(a.to(d) for a in at[1:])), dtype)
             for d in ("cpu", device)
         ]
         assert_close(noise[1].cpu(), noise[0], dtype)

@@ -88,6 +88,17 @@ def test_noise(dtype):
     assert_close(kernels.noise(x0, t, table, *at), reference.noise(x0, t, table, *at), dtype)
 
 
+@each_type
+@pytest.mark.parametrize("shape", [(3, 1, 21, 13), (1, 1), (2, 1500), (0, 4)])
+def test_pure_noise_is_the_noise_of_zeros_to_the_bit(dtype, shape):
+    at = rows(shape[0], DEVICE)
+    ours = kernels.pure_noise(shape, *at, dtype)
+    t = torch.zeros(shape[0], dtype=torch.int64, device=DEVICE)
+    table = torch.tensor([[0.0, 1.0]], device=DEVICE)
+    assert torch.equal(ours, kernels.noise(torch.zeros(shape, dtype=dtype, device=DEVICE), t, table, *at))
+    assert_close(ours, reference.pure_noise(shape, *at, dtype), dtype)
+
+
 def test_rows_cut_into_batches_give_the_same_bits():
     x, out, table = randn(5, 1, 9, 11), randn(5, 1, 9, 11), torch.rand(3, 8, device=DEVICE) + 0.1
     step, seed, sample, place = rows(5, DEVICE)
@@ -244,6 +255,35 @@ def test_group_norm_silu_reads_once_what_fits_into_registers(dtype, shape, group
         results, reference.group_norm_silu(x, groups, w, b, None, None, residual, 1e-5), strict=True
     ):
         assert_close(ours, wanted, dtype)
+
+
+@each_type
+@pytest.mark.parametrize("modulated", [False, True])
+@pytest.mark.parametrize(("shape", "groups", "times"), [
+    ((1, 64, 32, 32), 8, 1), ((2, 96, 15, 15), 8, 1), ((1, 24, 17, 13), 2, 1), ((1, 160, 19, 20), 2, 2),
+])  # fmt: skip
+def test_group_norm_silu_gradients_read_once_what_fits_into_registers(
+    dtype, shape, groups, times, modulated, reads
+):
+    n, c = shape[:2]
+    x = (randn(*shape) * 2 + 3).to(dtype).contiguous(memory_format=torch.channels_last)
+    grad, w, b = torch.randn_like(x), randn(c), randn(c)
+    extra = (randn(n, c), randn(n, c)) if modulated else (None, None)
+    statistics = reference.group_norm_silu(x, groups, w, b, *extra, None, 1e-5)[1:]
+    ours = []
+
+    def gradients():
+        ours[:] = kernels.group_norm_silu_backward(grad, x, groups, w, b, *extra, *statistics)
+
+    for tensor in (x, grad):
+        assert (reads(tensor, gradients) == times).all()
+    wanted = reference.group_norm_silu_backward(
+        grad.double(), x.double(), groups, w.double(), b.double(),
+        *(None if e is None else e.double() for e in extra), *(s.double() for s in statistics),
+    )  # fmt: skip
+    size = n * x[0, 0].numel() ** 0.5
+    for a, r in zip(ours, wanted, strict=True):
+        assert_close(a / size, r / size, dtype)
 
 
 @pytest.mark.parametrize("pixels", [(20, 20), (90, 50)])

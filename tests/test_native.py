@@ -48,6 +48,17 @@ def test_noise(dtype):
     assert_close(native.noise(x0, t, table, *at), reference.noise(x0, t, table, *at), dtype)
 
 
+@each_type
+@pytest.mark.parametrize("shape", [(1, 1), (5, 1, 3, 3), (2, 1, 33, 31), (4, 1023), (0, 1, 4, 4), (2, 0)])
+def test_pure_noise_is_the_noise_of_zeros_to_the_bit(dtype, shape):
+    at = rows(shape[0])
+    ours = native.pure_noise(shape, *at, dtype)
+    assert ours.dtype == dtype
+    t, table = torch.zeros(shape[0], dtype=torch.int64), torch.tensor([[0.0, 1.0]])
+    assert torch.equal(ours, native.noise(torch.zeros(shape, dtype=dtype), t, table, *at))
+    assert_close(ours, reference.pure_noise(shape, *at, dtype), dtype)
+
+
 def test_denoise_step_updates_a_strided_state_in_place():
     base = torch.randn(4, 1, 8, 16)
     view, out, table, at = base[..., ::2], torch.randn(4, 1, 8, 8), torch.rand(2, 8), rows(4)
@@ -89,6 +100,52 @@ def test_group_norm_silu_forward_and_backward(dtype, layout, shape, groups):
         size = n * x[0, 0].numel() ** 0.5
         for a, r in zip(grads[1:], wanted[1:], strict=True):
             assert_close(a / size, r / size, dtype)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    n=st.integers(1, 3),
+    groups=st.sampled_from([1, 2, 3, 8]),
+    per_group=st.sampled_from([1, 2, 4, 5, 8, 16]),
+    h=st.integers(1, 40),
+    w=st.integers(1, 19),
+    mean=st.sampled_from([0.0, 3.0, 300.0]),
+    modulated=st.booleans(),
+    layouts=st.lists(st.sampled_from(["contiguous", "last", "strided"]), min_size=2, max_size=2),
+    seed=st.integers(0, 2**31),
+)
+def test_gradients_of_group_norm_are_autograds_of_the_formula_in_float64(
+    n, groups, per_group, h, w, mean, modulated, layouts, seed
+):
+    torch.manual_seed(seed)
+    c = groups * per_group
+
+    def laid_out(layout):
+        if layout == "strided":
+            return torch.randn(n, c, h, 2 * w)[..., ::2]
+        last = torch.channels_last if layout == "last" else torch.contiguous_format
+        return torch.randn(n, c, h, w).contiguous(memory_format=last)
+
+    x, grad = laid_out(layouts[0]) * 2, laid_out(layouts[1])
+    x += mean
+    weight, bias = torch.randn(c), torch.randn(c)
+    extra = (torch.randn(n, c), torch.randn(n, c)) if modulated else (None, None)
+    leaves = [t.double().requires_grad_() for t in (x, weight, bias, *(e for e in extra if e is not None))]
+    grouped = leaves[0].reshape(n, groups, -1)
+    centre = grouped.mean(2, keepdim=True)
+    r = (grouped.var(2, correction=0, keepdim=True) + 1e-2).rsqrt()
+    value = ((grouped - centre) * r).reshape(x.shape) * leaves[1][:, None, None] + leaves[2][:, None, None]
+    if modulated:
+        value = value * (1 + leaves[3][..., None, None]) + leaves[4][..., None, None]
+    wanted = torch.autograd.grad(torch.nn.functional.silu(value), leaves, grad.double())
+    statistics = (centre.detach().flatten(1).float(), r.detach().flatten(1).float())
+    ours = native.group_norm_silu_backward(grad, x, groups, weight, bias, *extra, *statistics)
+    # float32 keeps values of a large mean, and the mean, to 2^-24 of them
+    scale = 1 + mean * float(r.max())
+    assert_close(ours[0] / scale, wanted[0] / scale)
+    size = n * (h * w) ** 0.5 * scale
+    for a, b in zip(ours[1:], wanted[1:], strict=False):
+        assert_close(a / size, b / size)
 
 
 def test_group_norm_keeps_its_precision_under_a_large_mean():

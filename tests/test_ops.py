@@ -22,6 +22,7 @@ def _arguments(op: str, dtype=torch.float32):
     image = torch.randn(2, 8, 5, 6).to(dtype).contiguous(memory_format=torch.channels_last)
     return {
         "noise": (x, torch.tensor([0, 1, 3]), torch.rand(4, 2), *rows(3)),
+        "pure_noise": ([3, 1, 5, 6], *rows(3), dtype),
         "denoise_step": (x, torch.randn(3, 1, 5, 6), table, *rows(3), torch.randn(3, 1, 5, 6).to(dtype)),
         "discrepancy_maps": (torch.randn(2, 3, 1, 4, 5).to(dtype), torch.randn(3, 3, 1, 4, 5).to(dtype)),
         "gaussian_kl": (*(torch.randn(4, 3).to(dtype) for _ in range(4)), "mean"),
@@ -226,6 +227,16 @@ def test_triton_without_a_compiler_is_found_out_before_the_first_launch(tmp_path
     (noise,) = [row for row in done.stdout.splitlines() if row.startswith("noise ")]
     assert noise.split()[:3] == ["noise", "C++", "reference"]
     assert "install a C compiler" in noise
+
+
+def test_an_extension_whose_functions_take_other_arguments_is_not_called(monkeypatch):
+    from ddmd.ops import native
+
+    class Other:
+        interface = native._INTERFACE - 1
+
+    monkeypatch.setattr(native.importlib, "import_module", lambda name: Other)
+    assert native._load() == (None, "the extension ddmd._C is of another version of ddmd; run pip install .")
 
 
 def test_an_extension_of_an_older_version_serves_what_it_has(monkeypatch):

@@ -44,7 +44,7 @@ def test_the_condition_once_is_the_plain_network(slices, sampler, eta):
     sample = torch.arange(config.samples).repeat_interleave(z)
     seed = torch.tensor(config.seed)
     like = to_patches(torch.zeros(len(planes), 1, *planes.shape[2:]))
-    x = pure_noise(like, Coordinates(seed, sample, index))
+    x = pure_noise(like.shape, Coordinates(seed, sample, index))
     x0 = torch.zeros_like(x) if sampler == "dpm++2m" else None
     table = system.schedule.coefficients(config.steps, sampler, eta)
     for i, t in enumerate(system.schedule.timesteps(config.steps)):
@@ -118,11 +118,13 @@ def test_the_check_above_notices_a_batch_that_waits(monkeypatch):
     arguments = on_meta(torch.float32, steps=1)
     plain = pure_noise
     with monkeypatch.context() as patch:
-        patch.setattr(ensemble, "pure_noise", lambda like, at: plain(like, at) * float(at.sample[0]))
+        patch.setattr(ensemble, "pure_noise", lambda shape, at: plain(shape, at) * float(at.sample[0]))
         with pytest.raises(RuntimeError, match="meta"):
             compute_batch(*arguments, rows_at_once=12)
     monkeypatch.setattr(
-        ensemble, "pure_noise", lambda like, at: plain(like, at) * torch.tensor(2.0, device=like.device)
+        ensemble,
+        "pure_noise",
+        lambda shape, at: plain(shape, at) * torch.tensor(2.0, device=at.sample.device),
     )
     with Watch() as watch:
         compute_batch(*arguments, rows_at_once=12)

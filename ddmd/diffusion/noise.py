@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,10 +23,32 @@ class Coordinates:
     slice_index: Tensor  # (R,) int64
 
 
-def pure_noise(like: Tensor, at: Coordinates) -> Tensor:
-    """x_T for every row of `like` (R, 1, H, W): standard normal, the same however rows are batched."""
-    device = like.device
-    t = torch.zeros(like.shape[0], dtype=torch.int64, device=device)
-    table = torch.eye(2, dtype=torch.float32, device=device)[1:]  # made on the device: a copy would wait
-    step = torch.full((), FIRST_STEP, dtype=torch.int64, device=device)
-    return ops.noise(torch.zeros_like(like), t, table, step, at.seed, at.sample, at.slice_index)
+def pure_noise(shape: Sequence[int] | Tensor, at: Coordinates, dtype: torch.dtype = torch.float32) -> Tensor:
+    """x_T for R rows: standard normal, the same however rows are batched.
+
+    Parameters
+    ----------
+    shape : (R, ...) of int
+        A tensor, whose shape and type were taken in 0.1, still works, with a FutureWarning.
+    at : Coordinates
+    dtype : float32, bfloat16 or float16
+
+    Returns
+    -------
+    (R, ...) tensor on the device of the coordinates
+
+    Examples
+    --------
+    >>> row = torch.zeros(1, dtype=torch.int64)
+    >>> pure_noise((1, 1, 8, 8), Coordinates(row[0], row, row)).shape
+    torch.Size([1, 1, 8, 8])
+    """
+    if isinstance(shape, Tensor):
+        warnings.warn(
+            "pure_noise(tensor, at) becomes pure_noise(tensor.shape, at, dtype=tensor.dtype)",
+            FutureWarning,
+            stacklevel=2,
+        )
+        dtype, shape = shape.dtype, shape.shape
+    step = torch.full((), FIRST_STEP, dtype=torch.int64, device=at.sample.device)
+    return ops.pure_noise(shape, step, at.seed, at.sample, at.slice_index, dtype)

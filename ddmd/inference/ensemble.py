@@ -161,8 +161,7 @@ def draw_samples(
     s, z = len(samples), len(index)
     rows = Coordinates(seed, samples[:, None].expand(s, z).reshape(-1), index.repeat(s))
     evidence = to_patches(condition.evidence)
-    shape = (s * z, *evidence.shape[1:])
-    x = pure_noise(torch.empty(shape, dtype=torch.float32, device=evidence.device), rows)
+    x = pure_noise((s * z, *evidence.shape[1:]), rows)
     if config.rater_sd or config.rater_mean:
         evidence = evidence + table.shifts[samples].view(s, 1, 1, 1, 1)
     x0 = torch.zeros_like(x) if config.sampler == "dpm++2m" else None

@@ -6,17 +6,19 @@ under these names and which backend serves which device, `ddmd.ops.reference` th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from ddmd.ops.checks import require_int, require_tensors
+from ddmd.ops.arguments import require_float, require_int
 from ddmd.ops.reference import COLUMNS
-from ddmd.ops.registry import OPS, SCHEMAS, backend, serving
+from ddmd.ops.registry import OPS, SCHEMAS, backend, call, serving
 
 __all__ = [
     "COLUMNS", "OPS", "SCHEMAS", "backend", "denoise_step", "discrepancy_maps", "ensemble_merge",
     "ensemble_update", "ensemble_variance", "gaussian_kl", "group_norm_silu", "noise", "pairwise_sqdist",
-    "serving",
+    "pure_noise", "serving",
 ]  # fmt: skip
 
 
@@ -47,12 +49,45 @@ def noise(
     TypeError, ValueError
         Naming the argument, its value and what is allowed.
     """
-    require_tensors(
-        "noise",
-        ("x0", "t", "table", "step", "seed", "sample", "slice_index"),
-        (x0, t, table, step, seed, sample, slice_index),
-    )
-    result: Tensor = torch.ops.ddmd.noise(x0, t, table, step, seed, sample, slice_index)
+    names = ("x0", "t", "table", "step", "seed", "sample", "slice_index")
+    tensors = (x0, t, table, step, seed, sample, slice_index)
+    result: Tensor = call("noise", names, tensors, *tensors)
+    return result
+
+
+def pure_noise(
+    shape: Sequence[int],
+    step: Tensor,
+    seed: Tensor,
+    sample: Tensor,
+    slice_index: Tensor,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Standard normal noise z alone, as `noise` adds it to x_0: x_T, from which sampling starts.
+
+    Parameters
+    ----------
+    shape : (R, ...) of int
+        One row for each sample of a slice.
+    step, seed : () int64
+        Third coordinate and key of the noise (see `reference.normal`), on the device of `sample`.
+    sample, slice_index : (R,) int64
+        The other coordinates of the noise. The result is on the device of `sample`.
+    dtype : float32, bfloat16 or float16
+        Of the result; float32 by default.
+
+    Returns
+    -------
+    (R, ...) tensor
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the argument, its value and what is allowed.
+    """
+    names, tensors = ("sample", "step", "seed", "slice_index"), (sample, step, seed, slice_index)
+    shape = [require_int("pure_noise", "shape", size) for size in shape]
+    result: Tensor = call("pure_noise", names, tensors, shape, step, seed, sample, slice_index, dtype)
     return result
 
 
@@ -97,12 +132,9 @@ def denoise_step(
     TypeError, ValueError
         Naming the argument, its value and what is allowed.
     """
-    require_tensors(
-        "denoise_step",
-        ("x", "output", "table", "step", "seed", "sample", "slice_index", "x0"),
-        (x, output, table, step, seed, sample, slice_index, x0),
-    )
-    torch.ops.ddmd.denoise_step(x, output, table, step, seed, sample, slice_index, x0)
+    names = ("x", "output", "table", "step", "seed", "sample", "slice_index", "x0")
+    tensors = (x, output, table, step, seed, sample, slice_index, x0)
+    call("denoise_step", names, tensors, *tensors)
     return x
 
 
@@ -127,8 +159,8 @@ def discrepancy_maps(recon_a: Tensor, recon_b: Tensor) -> tuple[Tensor, Tensor]:
     TypeError, ValueError
         Naming the argument, its value and what is allowed.
     """
-    require_tensors("discrepancy_maps", ("recon_a", "recon_b"), (recon_a, recon_b))
-    result: tuple[Tensor, Tensor] = torch.ops.ddmd.discrepancy_maps(recon_a, recon_b)
+    tensors = (recon_a, recon_b)
+    result: tuple[Tensor, Tensor] = call("discrepancy_maps", ("recon_a", "recon_b"), tensors, *tensors)
     return result
 
 
@@ -153,8 +185,8 @@ def gaussian_kl(
     TypeError, ValueError
         Naming the argument, its value and what is allowed.
     """
-    require_tensors("gaussian_kl", ("mu_q", "logvar_q", "mu_p", "logvar_p"), (mu_q, logvar_q, mu_p, logvar_p))
-    result: Tensor = torch.ops.ddmd.gaussian_kl(mu_q, logvar_q, mu_p, logvar_p, reduction)
+    names, tensors = ("mu_q", "logvar_q", "mu_p", "logvar_p"), (mu_q, logvar_q, mu_p, logvar_p)
+    result: Tensor = call("gaussian_kl", names, tensors, *tensors, reduction)
     return result
 
 
@@ -180,9 +212,8 @@ def pairwise_sqdist(z: Tensor, group: Tensor, num_groups: int) -> Tensor:
     TypeError, ValueError
         Naming the argument, its value and what is allowed.
     """
-    require_tensors("pairwise_sqdist", ("z", "group"), (z, group))
     num_groups = require_int("pairwise_sqdist", "num_groups", num_groups)
-    result: Tensor = torch.ops.ddmd.pairwise_sqdist(z, group, num_groups)
+    result: Tensor = call("pairwise_sqdist", ("z", "group"), (z, group), z, group, num_groups)
     return result
 
 
@@ -204,9 +235,9 @@ def ensemble_variance(samples: Tensor, *, correction: int = 1) -> tuple[Tensor, 
     TypeError, ValueError
         Naming the argument, its value and what is allowed.
     """
-    require_tensors("ensemble_variance", ("samples",), (samples,))
-    correction = require_int("ensemble_variance", "correction", correction)
-    result: tuple[Tensor, Tensor] = torch.ops.ddmd.ensemble_variance(samples, correction=correction)
+    op = "ensemble_variance"
+    correction = require_int(op, "correction", correction)
+    result: tuple[Tensor, Tensor] = call(op, ("samples",), (samples,), samples, correction=correction)
     return result
 
 
@@ -229,9 +260,9 @@ def ensemble_update(mean: Tensor, m2: Tensor, count: int, samples: Tensor) -> in
     TypeError, ValueError
         Naming the argument, its value and what is allowed.
     """
-    require_tensors("ensemble_update", ("mean", "m2", "samples"), (mean, m2, samples))
-    count = require_int("ensemble_update", "count", count)
-    torch.ops.ddmd.ensemble_update(mean, m2, count, samples)
+    op, names = "ensemble_update", ("mean", "m2", "samples")
+    count = require_int(op, "count", count)
+    call(op, names, (mean, m2, samples), mean, m2, count, samples)
     return count + samples.shape[0]
 
 
@@ -254,10 +285,10 @@ def ensemble_merge(
     TypeError, ValueError
         Naming the argument, its value and what is allowed.
     """
-    op = "ensemble_merge"
-    require_tensors(op, ("mean", "m2", "other_mean", "other_m2"), (mean, m2, other_mean, other_m2))
+    op, names = "ensemble_merge", ("mean", "m2", "other_mean", "other_m2")
+    tensors = (mean, m2, other_mean, other_m2)
     count, other_count = require_int(op, "count", count), require_int(op, "other_count", other_count)
-    torch.ops.ddmd.ensemble_merge(mean, m2, count, other_mean, other_m2, other_count)
+    call(op, names, tensors, mean, m2, count, other_mean, other_m2, other_count)
     return count + other_count
 
 
@@ -294,11 +325,11 @@ def group_norm_silu(
     TypeError, ValueError
         Naming the argument, its value and what is allowed.
     """
-    require_tensors(
-        "group_norm_silu",
-        ("x", "weight", "bias", "scale", "shift", "residual"),
-        (x, weight, bias, scale, shift, residual),
-    )
+    names = ("x", "weight", "bias", "scale", "shift", "residual")
+    tensors = (x, weight, bias, scale, shift, residual)
     num_groups = require_int("group_norm_silu", "num_groups", num_groups)
-    y: Tensor = torch.ops.ddmd.group_norm_silu(x, num_groups, weight, bias, scale, shift, residual, eps)[0]
+    eps = require_float("group_norm_silu", "eps", eps)
+    y: Tensor = call(
+        "group_norm_silu", names, tensors, x, num_groups, weight, bias, scale, shift, residual, eps
+    )[0]
     return y

@@ -16,13 +16,21 @@ from torch import Tensor
 
 from ddmd.ops import reference
 
-_C: Any = None
-try:
-    _C = importlib.import_module("ddmd._C")
-except ImportError as error:
-    _REASON: str | None = f"the extension ddmd._C is not built ({error}); run pip install ."
-else:
-    _REASON = None
+_INTERFACE = 2  # of csrc/bindings.cpp: functions of another one take other arguments
+
+
+def _load() -> tuple[Any, str | None]:
+    """The extension, or why there is none that can be called."""
+    try:
+        extension = importlib.import_module("ddmd._C")
+    except ImportError as error:
+        return None, f"the extension ddmd._C is not built ({error}); run pip install ."
+    if getattr(extension, "interface", None) != _INTERFACE:
+        return None, "the extension ddmd._C is of another version of ddmd; run pip install ."
+    return extension, None
+
+
+_C, _REASON = _load()
 
 
 def _use_torch_threads() -> bool:
@@ -194,6 +202,26 @@ def noise(
     return out
 
 
+def pure_noise(
+    shape: Sequence[int],
+    step: Tensor,
+    seed: Tensor,
+    sample: Tensor,
+    slice_index: Tensor,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    dtype = dtype or torch.float32
+    out = torch.empty(tuple(shape), dtype=dtype, device=sample.device)
+    if out.numel() == 0:
+        return out
+    sample, slice_index = sample.contiguous(), slice_index.contiguous()
+    _C.pure_noise(
+        out.data_ptr(), _TYPES[dtype], int(step), int(seed), sample.data_ptr(), slice_index.data_ptr(),
+        out.shape[0], _row_size(out), torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
 def discrepancy_maps(
     recon_a: Tensor, recon_b: Tensor, out: tuple[Tensor, Tensor] | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -273,24 +301,66 @@ def group_norm_silu(
     residual: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if x.shape[1] > _MAX_CHANNELS:
+    shape = x.shape
+    if shape[1] > _MAX_CHANNELS or 0 in shape:
         return reference.group_norm_silu(x, num_groups, weight, bias, scale, shift, residual, eps)
-    layout = reference.norm_layout(x)
-    n, channels = x.shape[:2]
-    y = torch.empty_like(x, memory_format=layout)
-    mean, rstd = _empty((n, num_groups), x), _empty((n, num_groups), x)
-    if x.numel() == 0:
-        return y, mean.zero_(), rstd.zero_()
-    x = x.contiguous(memory_format=layout)
+    mean = _empty((shape[0], num_groups), x)
+    rstd = torch.empty_like(mean)
+    y = _normalised(
+        x, num_groups, weight, bias, scale, shift, residual, eps, mean.data_ptr(), rstd.data_ptr()
+    )
+    return y, mean, rstd
+
+
+def group_norm_silu_result(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, ...]:
+    """`group_norm_silu` without the statistics, which only its gradient needs."""
+    shape = x.shape
+    if shape[1] > _MAX_CHANNELS or 0 in shape:
+        return reference.group_norm_silu(x, num_groups, weight, bias, scale, shift, residual, eps)
+    return (_normalised(x, num_groups, weight, bias, scale, shift, residual, eps, 0, 0),)
+
+
+def _normalised(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    mean: int,
+    rstd: int,
+) -> Tensor:
+    """The result; its statistics are written to the addresses mean and rstd, where those are not 0."""
+    shape = x.shape
+    n, channels = shape[0], shape[1]
+    if x.is_contiguous():
+        last = False
+        y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    else:
+        layout = reference.norm_layout(x)
+        last = layout is torch.channels_last
+        x = x.contiguous(memory_format=layout)
+        y = torch.empty_like(x, memory_format=layout)
     if residual is not None:
-        residual = residual.contiguous(memory_format=layout)
+        residual = residual.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
     weight, bias, scale, shift = _float(weight), _float(bias), _float_or_none(scale), _float_or_none(shift)
     _C.group_norm_silu(
-        x.data_ptr(), _TYPES[x.dtype], layout == torch.channels_last, n, channels, x.numel() // (n * channels), num_groups,
-        _pointer(weight), _pointer(bias), _pointer(scale), _pointer(shift), _pointer(residual), eps,
-        y.data_ptr(), mean.data_ptr(), rstd.data_ptr(), torch.get_num_threads(),
+        x.data_ptr(), _TYPES[x.dtype], last, n, channels, x.numel() // (n * channels), num_groups,
+        weight.data_ptr(), bias.data_ptr(), _pointer(scale), _pointer(shift), _pointer(residual), eps,
+        y.data_ptr(), mean, rstd, torch.get_num_threads(),
     )  # fmt: skip
-    return y, mean, rstd
+    return y
 
 
 def group_norm_silu_backward(
@@ -304,24 +374,21 @@ def group_norm_silu_backward(
     mean: Tensor,
     rstd: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    if x.shape[1] > _MAX_CHANNELS:
-        return reference.group_norm_silu_backward(grad, x, num_groups, weight, bias, scale, shift, mean, rstd)
-    if x.numel() == 0:
+    n, channels = x.shape[:2]
+    if channels > _MAX_CHANNELS or x.numel() == 0:
         return reference.group_norm_silu_backward(grad, x, num_groups, weight, bias, scale, shift, mean, rstd)
     layout = reference.norm_layout(x)
     x = x.contiguous(memory_format=layout)
-    n, channels = x.shape[:2]
     grad = grad.to(x.dtype).contiguous(memory_format=layout)
-    w, b, mean, rstd = _float(weight), _float(bias), _float(mean), _float(rstd)
+    weight, bias, mean, rstd = _float(weight), _float(bias), _float(mean), _float(rstd)
     scale, shift = _float_or_none(scale), _float_or_none(shift)
     d_x = torch.empty_like(x, memory_format=layout)
-    sums_g, sums_gh = _empty((n, channels), x), _empty((n, channels), x)
+    d_weight, d_scale = _empty((channels,), x), _empty((n, channels), x)
+    d_bias, d_shift = torch.empty_like(d_weight), torch.empty_like(d_scale)
     _C.group_norm_silu_backward(
-        grad.data_ptr(), x.data_ptr(), _TYPES[x.dtype], layout == torch.channels_last, n, channels, x.numel() // (n * channels),
-        num_groups, _pointer(w), _pointer(b), _pointer(scale), _pointer(shift),
-        mean.data_ptr(), rstd.data_ptr(), d_x.data_ptr(), sums_g.data_ptr(), sums_gh.data_ptr(),
-        torch.get_num_threads(),
+        grad.data_ptr(), x.data_ptr(), _TYPES[x.dtype], layout is torch.channels_last, n, channels,
+        x.numel() // (n * channels), num_groups, weight.data_ptr(), bias.data_ptr(), _pointer(scale), _pointer(shift),
+        mean.data_ptr(), rstd.data_ptr(), d_x.data_ptr(), d_weight.data_ptr(), d_bias.data_ptr(), d_scale.data_ptr(),
+        d_shift.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
-    d_scale = sums_gh * w + sums_g * b
-    gain = 1.0 if scale is None else 1.0 + scale
-    return d_x, (sums_gh * gain).sum(0), (sums_g * gain).sum(0), d_scale, sums_g
+    return d_x, d_weight, d_bias, d_scale, d_shift

@@ -9,6 +9,7 @@ channels, K members, H, W.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -94,6 +95,21 @@ def noise(
     rows = table.to(x.dtype)[t]
     x_t = _per_row(rows[:, 0], x) * x + _per_row(rows[:, 1], x) * z.reshape(x.shape)
     return x_t.to(x0.dtype).contiguous()
+
+
+def pure_noise(
+    shape: Sequence[int],
+    step: Tensor,
+    seed: Tensor,
+    sample: Tensor,
+    slice_index: Tensor,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """x_T, which is z from `normal` itself; float32 where no type is given."""
+    dtype = dtype or torch.float32
+    accumulated = torch.float64 if dtype == torch.float64 else torch.float32
+    z = normal(math.prod(shape[1:]), step, seed, sample, slice_index, accumulated)
+    return z.reshape(tuple(shape)).to(dtype).contiguous()
 
 
 def denoise_step(

@@ -22,13 +22,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._functorch import autograd_function as functorch_autograd
 
-from ddmd.ops import checks, reference
+from ddmd.ops import checks, memory, reference
+from ddmd.ops.arguments import require_tensors
+from ddmd.ops.direct import is_unobserved
+from ddmd.ops.gradients import GRADIENTS, register_gradient
+from ddmd.ops.result_shapes import RESULTS
 
 SCHEMAS = {
     "noise": "(Tensor x0, Tensor t, Tensor table, Tensor step, Tensor seed, Tensor sample, "
     "Tensor slice_index) -> Tensor",
+    "pure_noise": "(SymInt[] shape, Tensor step, Tensor seed, Tensor sample, Tensor slice_index, "
+    "ScalarType? dtype=None) -> Tensor",
     "denoise_step": "(Tensor(a!) x, Tensor output, Tensor table, Tensor step, Tensor seed, "
     "Tensor sample, Tensor slice_index, Tensor(b!)? x0=None) -> ()",
     "discrepancy_maps": "(Tensor recon_a, Tensor recon_b) -> (Tensor, Tensor)",
@@ -52,7 +57,7 @@ OPS = tuple(name for name in SCHEMAS if not name.endswith("_backward"))
 
 # Which module has the fast version of an op, by device; everything not named is the reference's.
 _NATIVE_CPU = {
-    "noise", "denoise_step", "discrepancy_maps", "ensemble_variance", "ensemble_update",
+    "noise", "pure_noise", "denoise_step", "discrepancy_maps", "ensemble_variance", "ensemble_update",
     "ensemble_merge", "gaussian_kl", "gaussian_kl_backward", "group_norm_silu", "group_norm_silu_backward",
     "pairwise_sqdist", "pairwise_sqdist_backward",
 }  # fmt: skip
@@ -151,12 +156,14 @@ def no_triton() -> str | None:
 
 @functools.cache
 def _route(op: str, device: str) -> tuple[Callable[..., Any], str, str | None]:
+    """What serves an op on a device, its name, and why it is not something faster (or None)."""
     plain = getattr(reference, op)
     if device == "cuda" and (reason := unsupported_gpu()):
         return plain, "reference", reason
     if op in {"cpu": _NATIVE_CPU, "cuda": _NATIVE_CUDA}.get(device, ()):
         from ddmd.ops import native
 
+        _WITHOUT_GRADIENT[native.group_norm_silu] = native.group_norm_silu_result
         reason = native.why_not(device, op)
         return (plain, "reference", reason) if reason else (getattr(native, op), "C++", None)
     if device == "cuda" and op in _TRITON:
@@ -173,19 +180,34 @@ def _route(op: str, device: str) -> tuple[Callable[..., Any], str, str | None]:
 _library: Any = torch.library.Library("ddmd", "DEF")
 
 
-def _implementation(op: str, device: str) -> Callable[..., Any]:
+# What serves a call of which nobody takes a gradient, where that leaves out what only the gradient needs.
+_WITHOUT_GRADIENT: dict[Callable[..., Any], Callable[..., Any]] = {}
+
+
+def _dispatched_route(op: str, device: str) -> Callable[..., Any]:
+    return _route(op, device)[0]
+
+
+def _direct_route(op: str, device: str) -> Callable[..., Any]:
+    function = _route(op, device)[0]
+    return _WITHOUT_GRADIENT.get(function, function)
+
+
+def _implementation(
+    op: str, device: str, route: Callable[[str, str], Callable[..., Any]]
+) -> Callable[..., Any]:
     """Check the arguments, then call the backend that serves the op on "cpu", "cuda" or "other"."""
     plain = getattr(reference, op)
     check = getattr(checks, op)
     check_values = checks.VALUES.get(op) if device == "cpu" else None
     names = tuple(a.name for a in getattr(torch.ops.ddmd, op).default._schema.arguments)
-    written = checks.WRITTEN.get(op, ())
+    written = memory.WRITTEN.get(op, ())
     running = op in ("ensemble_update", "ensemble_merge")
 
     def call(*args: Any, **kwargs: Any) -> Any:
         use_reference = check(*args, **kwargs)
         if written:
-            checks.memory(op, names, args)
+            memory.require_disjoint(op, names, args)
         if check_values is not None:
             check_values(*args)
         if written:
@@ -199,7 +221,7 @@ def _implementation(op: str, device: str) -> Callable[..., Any]:
             args[1].zero_()
         if use_reference or _chosen() == "reference":
             return plain(*args, **kwargs)
-        return _route(op, device)[0](*args, **kwargs)
+        return route(op, device)(*args, **kwargs)
 
     return call
 
@@ -215,7 +237,7 @@ def _resolved(op: str) -> Callable[..., Any]:
     """The op on views with a negative or conjugate bit: kernels read memory, where the bit is not."""
     overload = getattr(torch.ops.ddmd, op).default
     names = tuple(a.name for a in overload._schema.arguments)
-    written = checks.WRITTEN.get(op, ())
+    written = memory.WRITTEN.get(op, ())
 
     def plain(value: Any) -> Any:
         return value.resolve_conj().resolve_neg() if isinstance(value, Tensor) else value
@@ -233,7 +255,7 @@ def _resolved(op: str) -> Callable[..., Any]:
 
 def _fake(op: str) -> Callable[..., Any]:
     """Shapes, dtypes and strides of the result, by the same checks as a call's."""
-    check, rule = getattr(checks, op), _FAKES[op]
+    check, rule = getattr(checks, op), RESULTS[op]
 
     def fake(*args: Any, **kwargs: Any) -> Any:
         check(*args, **kwargs)
@@ -242,169 +264,50 @@ def _fake(op: str) -> Callable[..., Any]:
     return fake
 
 
-def _accumulator(like: Tensor, shape: tuple[int, ...] | torch.Size) -> Tensor:
-    return like.new_empty(shape, dtype=torch.float64 if like.dtype == torch.float64 else torch.float32)
-
-
-def _contiguous(like: Tensor) -> Tensor:
-    return torch.empty_like(like, memory_format=torch.contiguous_format)
-
-
-def _fake_maps(recon_a: Tensor, recon_b: Tensor) -> tuple[Tensor, Tensor]:
-    _, z, _, h, w = recon_a.shape
-    return _accumulator(recon_a, (z, 1, h, w)), _accumulator(recon_a, (z, 1, h, w))
-
-
-def _fake_kl(
-    mu_q: Tensor, logvar_q: Tensor, mu_p: Tensor, logvar_p: Tensor, reduction: str = "sum"
-) -> Tensor:
-    return _accumulator(mu_q, mu_q.shape if reduction == "none" else ())
-
-
-def _fake_kl_backward(
-    grad: Tensor, mu_q: Tensor, logvar_q: Tensor, mu_p: Tensor, logvar_p: Tensor, reduction: str
-) -> tuple[Tensor, ...]:
-    return tuple(_contiguous(t) for t in (mu_q, logvar_q, mu_p, logvar_p))
-
-
-def _fake_variance(samples: Tensor, *, correction: int = 1) -> tuple[Tensor, Tensor]:
-    return _accumulator(samples, samples.shape[1:]), _accumulator(samples, samples.shape[1:])
-
-
-def _fake_norm(
-    x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, scale: Tensor | None,
-    shift: Tensor | None, residual: Tensor | None, eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    statistics = (x.shape[0], num_groups)
-    y = torch.empty_like(x, memory_format=reference.norm_layout(x))
-    return y, _accumulator(x, statistics), _accumulator(x, statistics)
-
-
-def _fake_norm_backward(
-    grad: Tensor, x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, scale: Tensor | None,
-    shift: Tensor | None, mean: Tensor, rstd: Tensor,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    n, channels = x.shape[:2]
-    shapes = ((channels,), (channels,), (n, channels), (n, channels))
-    d_x = torch.empty_like(x, memory_format=reference.norm_layout(x))
-    return d_x, *(_accumulator(x, shape) for shape in shapes)
-
-
-_FAKES: dict[str, Callable[..., Any]] = {
-    "noise": lambda x0, *_: _contiguous(x0),
-    "denoise_step": lambda *_, **__: None,
-    "discrepancy_maps": _fake_maps,
-    "gaussian_kl": _fake_kl,
-    "gaussian_kl_backward": _fake_kl_backward,
-    "pairwise_sqdist": lambda z, group, num_groups: _accumulator(z, ()),
-    "pairwise_sqdist_backward": lambda grad, z, group, num_groups: _contiguous(z),
-    "ensemble_variance": _fake_variance,
-    "ensemble_update": lambda *_: None,
-    "ensemble_merge": lambda *_: None,
-    "group_norm_silu": _fake_norm,
-    "group_norm_silu_backward": _fake_norm_backward,
-}
+_OVERLOADS: dict[str, Any] = {}
+_REQUIRED: dict[str, int] = {}  # tensors of an op that may not be None
+_DIRECT: dict[tuple[str, str], Callable[..., Any]] = {}  # an op on "cpu" or "cuda", past the dispatcher
 
 for _name, _schema in SCHEMAS.items():
     _library.define(_name + _schema, tags=torch.Tag.pt2_compliant_tag)
-    _library.impl(_name, _implementation(_name, "cpu"), "CPU")
-    _library.impl(_name, _implementation(_name, "cuda"), "CUDA")
-    # every other device, and layouts such as sparse, which the checks refuse in plain words
-    _library.impl(_name, _implementation(_name, "other"), "CompositeExplicitAutograd")
+    _OVERLOADS[_name] = getattr(torch.ops.ddmd, _name).default
+    _REQUIRED[_name] = sum(str(a.type) == "Tensor" for a in _OVERLOADS[_name]._schema.arguments)
+    # "other": every other device, and layouts such as sparse, which the checks refuse in plain words
+    for _device, _key in (("cpu", "CPU"), ("cuda", "CUDA"), ("other", "CompositeExplicitAutograd")):
+        _library.impl(_name, _implementation(_name, _device, _dispatched_route), _key)
+        _DIRECT[_name, _device] = _implementation(_name, _device, _direct_route)
     for _key in ("Negative", "Conjugate"):
         _library.impl(_name, _resolved(_name), _key)
     torch.library.register_fake(f"ddmd::{_name}", _fake(_name), lib=_library)
+for _name in GRADIENTS:
+    register_gradient(_library, _name, _chosen, backend)
+
+# --------------------------------------------------------------------------- calls by the functions of ddmd.ops
 
 
-def _register_gradient(
-    op: str, setup: Callable[..., None], backward: Callable[..., tuple[Tensor | None, ...]]
-) -> None:
-    """Give an op its gradient: what `torch.library.register_autograd` does, and for torch.func.grad too.
+def call(
+    op: str, names: tuple[str, ...], tensors: tuple[Tensor | None, ...], *args: Any, **kwargs: Any
+) -> Any:
+    """Call an op: directly where nothing beside it takes part, or else through PyTorch's dispatcher.
 
-    The gradient is run by the backend of its forward call, since autograd may run it in another thread.
+    Parameters
+    ----------
+    op : str
+    names, tensors
+        The tensors among its arguments, and their names; those that may be None last.
+    args, kwargs
+        All its arguments, in the order of its schema.
+
+    Raises
+    ------
+    TypeError
+        If one of the tensors is not a tensor.
     """
-    overload = getattr(torch.ops.ddmd, op).default
-    defaults = [a.default_value if a.has_default_value() else None for a in overload._schema.arguments]
-
-    def below(keys: Any, args: tuple[Any, ...]) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
-            return overload.redispatch(keys & torch._C._after_autograd_keyset, *args)
-
-    class Gradient(torch.autograd.function._SingleLevelFunction):
-        @staticmethod
-        def forward(ctx: Any, keys: Any, *args: Any) -> Any:
-            result = below(keys, args)
-            ctx.backend = _chosen()
-            setup(ctx, args, result)
-            return result
-
-        @staticmethod
-        def backward(ctx: Any, *grads: Any) -> Any:
-            if ctx.backend == _chosen():
-                return None, *backward(ctx, *grads)
-            with backend(ctx.backend):
-                return None, *backward(ctx, *grads)
-
-    Gradient.__name__ = Gradient.__qualname__ = f"{op}_gradient"
-    apply = Gradient.apply  # type: ignore[attr-defined]
-
-    def call(keys: Any, *args: Any) -> Any:
-        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
-            args = (*args, *defaults[len(args) :])  # the dispatcher leaves out what is the default
-            if torch._C._are_functorch_transforms_active():
-                with functorch_autograd.enable_single_level_autograd_function():  # type: ignore[attr-defined]
-                    return apply(keys, *args)
-            return apply(keys, *args)
-        return below(keys, args)
-
-    _library.impl(op, call, "Autograd", with_keyset=True)
-
-
-def _kl_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:4])
-    ctx.reduction = inputs[4]
-
-
-def _kl_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return *torch.ops.ddmd.gaussian_kl_backward(grad, *ctx.saved_tensors, ctx.reduction), None
-
-
-def _pairs_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:2])
-    ctx.num_groups = inputs[2]
-
-
-def _pairs_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return torch.ops.ddmd.pairwise_sqdist_backward(grad, *ctx.saved_tensors, ctx.num_groups), None, None
-
-
-def _norm_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, ctx.num_groups, weight, bias, scale, shift, residual, _ = inputs
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(output[1], output[2])
-    ctx.save_for_backward(x, weight, bias, scale, shift, output[1], output[2])
-    ctx.residual_dtype = None if residual is None else residual.dtype
-
-
-def _norm_backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    if grad is None:
-        return (None,) * 8
-    x, weight, bias, scale, shift, mean, rstd = ctx.saved_tensors
-    d_x, d_weight, d_bias, d_scale, d_shift = torch.ops.ddmd.group_norm_silu_backward(
-        grad, x, ctx.num_groups, weight, bias, scale, shift, mean, rstd
-    )
-    return (
-        d_x,
-        None,
-        d_weight.to(weight.dtype),
-        d_bias.to(bias.dtype),
-        None if scale is None else d_scale.to(scale.dtype),
-        None if shift is None else d_shift.to(shift.dtype),
-        None if ctx.residual_dtype is None else grad.to(ctx.residual_dtype),
-        None,
-    )
-
-
-_register_gradient("gaussian_kl", _kl_setup, _kl_backward)
-_register_gradient("pairwise_sqdist", _pairs_setup, _pairs_backward)
-_register_gradient("group_norm_silu", _norm_setup, _norm_backward)
+    if not torch.compiler.is_compiling() and is_unobserved(tensors, _REQUIRED[op]):
+        first = tensors[0]
+        if first.is_cpu:  # type: ignore[union-attr]
+            return _DIRECT[op, "cpu"](*args, **kwargs)
+        if first.is_cuda:  # type: ignore[union-attr]
+            return _DIRECT[op, "cuda"](*args, **kwargs)
+    require_tensors(op, names, tensors, _REQUIRED[op])
+    return _OVERLOADS[op](*args, **kwargs)

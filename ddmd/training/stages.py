@@ -167,7 +167,7 @@ class DenoiserLosses(nn.Module):
         drawn = []
         for sample in range(TEACHER_DRAWS):
             at = Coordinates(key, torch.full_like(index, sample), index)
-            noise = pure_noise(torch.zeros_like(condition.evidence, dtype=torch.float32), at)
+            noise = pure_noise(condition.evidence.shape, at)
             drawn.append(0.5 + 0.5 * predicted_sample(self.denoiser(noise, condition, t).float()))
         return torch.stack(drawn)
 
