@@ -49,7 +49,7 @@ TILES: dict[Capability, dict[tuple[str, int], Tile]] = {
         ("sums", 4): Tile(1024, 4, unroll=4),
         ("resident", 2): Tile(40960, 16),
         ("resident", 4): Tile(20480, 8),
-        ("resident_backward", 2): Tile(20480, 16),
+        ("resident_backward", 2): Tile(16384, 16),
         ("resident_backward", 4): Tile(10240, 8),
     },
     (10, 0): {  # its machine code takes more registers: more elements would not stay in them

@@ -332,7 +332,7 @@ def test_torch_is_imported_even_where_the_ops_cannot_be(monkeypatch):
 
 
 @EACH_BACKEND
-@pytest.mark.parametrize("op", sorted(checks.WRITTEN))
+@pytest.mark.parametrize("op", sorted(memory.WRITTEN))
 def test_a_backward_that_needs_what_an_op_has_overwritten_raises(op, backend):
     calls = {
         "denoise_step": lambda t: step(t, torch.randn(3, 8)),
