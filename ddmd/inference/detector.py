@@ -27,10 +27,12 @@ from ddmd.inference.provenance import provenance, without_folders
 from ddmd.inference.session import SamplingConfig, Session, callers_state_aside
 from ddmd.inference.slices import extract
 from ddmd.inference.volume_maps import (
+    DetectionError,
     Prepared,
     VolumeMaps,
     draws_image,
     draws_in_part,
+    maps_on_volume,
     smooth_through_plane,
 )
 from ddmd.io.volume import Volume, VolumeError
@@ -50,10 +52,6 @@ __all__ = [
 DEVICES = "auto, cpu, cuda, cuda:N, and gpu for cuda"
 SAMPLING_OPTIONS = ("samples", "steps", "sampler", "seed", "batch", "eta", "stop", "quality")
 READING_OPTIONS = ("affine", "sequences", "resample", "skull", "brain", "bias", "strip")  # of `Volume.read`
-
-
-class DetectionError(VolumeError):
-    """Maps of a case that are not finite; the message names the case and says what to do."""
 
 
 def pick_device(device: str | int | torch.device) -> torch.device:
@@ -232,7 +230,8 @@ class Detector:
     ) -> Prepared:
         """Read a volume and cut it into slices, so that `detect` has only to compute.
 
-        Needs no device: it can be done for the next volume while this one is computed.
+        It can be done for the next volume while this one is computed. Files, the estimate of the brain and bias fields
+        are the host's; on a GPU, normalising and resampling are the device's.
 
         Parameters
         ----------
@@ -272,7 +271,7 @@ class Detector:
                 f"{volume.name}: the weights need {', '.join(self.description.required_sequences)}, and the volume "
                 f"has {', '.join(volume.images)}; read it with {', '.join(missing)}, too"
             )
-        slices = extract(volume, self.description.sequences, self.description.slice_grid)
+        slices = extract(volume, self.description.sequences, self.description.slice_grid, self.system.device)
         absent = [s for s in self.description.sequences if s not in volume.images]
         if absent:
             note = f"{volume.name}: without {', '.join(absent)}, which the weights take where they are there"
@@ -350,8 +349,8 @@ class Detector:
         if maps.draws is None:
             return None
         sigma = self.description.through_plane_mm / prepared.volume.spacing[2]
-        with callers_state_aside(maps.draws.device):
-            return draws_in_part(prepared, maps.draws, sigma)
+        with callers_state_aside(self.system.device):
+            return draws_in_part(prepared, maps.draws, sigma, self.system.device)
 
     def to_volume(self, prepared: Prepared, maps: Maps) -> VolumeMaps:
         """Maps of slices on the volume they are of; probability and uncertainty smoothed through the plane.
@@ -371,30 +370,8 @@ class Detector:
         DetectionError
             If a map is not finite, naming the volume.
         """
-        volume, slices = prepared.volume, prepared.slices
-        sigma = self.description.through_plane_mm / volume.spacing[2]
         with callers_state_aside(maps.probability.device):
-            smoothed = (
-                smooth_through_plane(values, sigma) for values in (maps.probability, maps.uncertainty)
-            )
-            values = torch.cat((*smoothed, maps.inter, maps.intra), 1)
-            if not bool(torch.isfinite(values).all()):
-                names = [n for n, v in maps.named().items() if not bool(torch.isfinite(v).all())]
-                raise DetectionError(
-                    f"{volume.name}: its maps of {', '.join(names)} are not finite: the weights "
-                    f"{self.description.name} overflow in {str(self.system.dtype).removeprefix('torch.')}; "
-                    "use precision float32, or other weights"
-                )
-            brain = torch.from_numpy(slices.part_of(volume.search_region)).to(values.device).permute(2, 1, 0)
-            part = slices.to_canonical(values)  # (4, x, y, Z), in memory (Z, 4, y, x)
-            part[0].clamp_(0.0, 1.0)
-            part[1].clamp_(min=0.0)
-            part.permute(3, 0, 2, 1).mul_(brain.contiguous()[:, None])
-            part = part.contiguous() if part.is_cuda else part  # one copy from the device
-            probability, uncertainty, inter, intra = (
-                slices.place(p, volume.empty_map()) for p in part.cpu().numpy()
-            )
-        return VolumeMaps(probability, uncertainty, inter, intra)
+            return maps_on_volume(prepared, maps, self.system)
 
     def detect_all(self, volumes: Iterable[Any], **options: Any) -> Iterator[Detection]:
         """Find lesions in many volumes: the next one is read and prepared while this one is computed.

@@ -113,21 +113,32 @@ def label_components(
     np.int32(1)
     """
     labels = np.zeros_like(probability, dtype=np.int32)
+    found = _components(probability, voxel_ml, criteria)
+    if found is not None:
+        box, inside = found
+        labels[box] = inside
+    return labels
+
+
+def _components(
+    probability: NDArray[np.floating], voxel_ml: float, criteria: LesionCriteria
+) -> tuple[tuple[slice, ...], NDArray[np.int32]] | None:
+    """The box that holds all candidates, and `label_components` in it; None where there are no candidates."""
     candidates = probability >= criteria.threshold
     # scipy visits every voxel it is given: only the box that holds the candidates is
     box = bounding_box(candidates)
     if box is None:
-        return labels
-    components, count = ndimage.label(candidates[box], NEIGHBOURS_26)
-    numbers = np.arange(1, count + 1)
-    sizes = np.bincount(components.ravel(), minlength=count + 1)[1:]
-    peaks = ndimage.maximum(probability[box], components, numbers)
+        return None
+    candidates = candidates[box]
+    components, count = ndimage.label(candidates, NEIGHBOURS_26)
+    numbers, component = np.arange(1, count + 1), components[candidates]
+    sizes = np.bincount(component, minlength=count + 1)[1:]
+    peaks = ndimage.maximum(probability[box][candidates], component, numbers)
     accepted = np.flatnonzero((sizes * voxel_ml >= criteria.min_ml) & (peaks >= criteria.min_peak))
     accepted = accepted[np.argsort(-sizes[accepted], kind="stable")]
     new_number = np.zeros(count + 1, np.int32)
     new_number[accepted + 1] = np.arange(1, len(accepted) + 1)
-    labels[box] = new_number[components]
-    return labels
+    return box, new_number[components]
 
 
 def find_lesions(
@@ -149,9 +160,14 @@ def find_lesions(
     LesionMap
     """
     voxel_ml = abs(float(np.linalg.det(affine[:3, :3]))) / 1000
-    labels = label_components(probability, voxel_ml, criteria)
-    lesions = []
-    for number, box in enumerate(ndimage.find_objects(labels), 1):
+    labels, lesions = np.zeros_like(probability, dtype=np.int32), []
+    found = _components(probability, voxel_ml, criteria)
+    boxes = []
+    if found is not None:
+        outer, part = found
+        labels[outer] = part
+        boxes = [_within(box, outer) for box in ndimage.find_objects(part)]
+    for number, box in enumerate(boxes, 1):
         inside = labels[box] == number
         voxel = np.argwhere(inside).mean(0) + [axis.start for axis in box]
         x, y, z = (float(v) for v in affine[:3, :3] @ voxel + affine[:3, 3])
@@ -166,6 +182,11 @@ def find_lesions(
             )
         )
     return LesionMap(labels, tuple(lesions))
+
+
+def _within(box: tuple[slice, ...], outer: tuple[slice, ...]) -> tuple[slice, ...]:
+    """A box counted from the corner of another one, counted from where that one is."""
+    return tuple(slice(b.start + o.start, b.stop + o.start) for b, o in zip(box, outer, strict=True))
 
 
 def lesion_evidence(probability: NDArray[np.floating], voxel_ml: float) -> float:

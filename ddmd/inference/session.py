@@ -186,10 +186,13 @@ class Session:
                 callers = torch.cuda.current_stream(self.device)
                 self._stream.wait_stream(callers)
                 with torch.cuda.stream(self._stream):
+                    slices.used_by(self._stream)
                     maps = self._run(slices, config, progress, keep_draws)
                 callers.wait_stream(self._stream)
                 for values in maps.tensors():
                     values.record_stream(callers)
+                if maps.draws is not None:
+                    self._stream.synchronize()  # they are on the CPU, where no stream is waited for
                 return maps
 
     def _run(
@@ -203,7 +206,9 @@ class Session:
         maps = torch.zeros(shape, dtype=torch.float32, device=self.device)
         draws = None
         if keep_draws:
-            draws = torch.zeros((config.samples, *shape[1:]), dtype=torch.uint8, device="cpu")
+            draws = torch.empty(
+                (config.samples, *shape[1:]), dtype=torch.uint8, device="cpu", pin_memory=image.is_cuda
+            )
         batch = config.batch or default_batch_size(self.system, height, width, self._pool_bytes)
         first = 0
         while first < count:
@@ -219,7 +224,8 @@ class Session:
             for target, values in zip(maps, part.tensors(), strict=True):
                 target[first : first + size].copy_(values[:size])
             if draws is not None and part.draws is not None:
-                draws[:, first : first + size].copy_(part.draws[:, :size])
+                for target, values in zip(draws, part.draws, strict=True):  # each in one piece of memory
+                    target[first : first + size].copy_(values[:size], non_blocking=True)
             first += size
             if progress is not None:
                 progress(first, count)

@@ -10,6 +10,7 @@ SAMPLE = 1 << 16  # voxels looked at to see where the values lie
 OFFSET_BITS = 12  # an offset over 2^12 times the spread takes too many of float32's 24 bits
 EXPONENT = 100  # spreads from 2^-100 to 2^100 are computed with safely in float32
 TARGET_EXPONENT = 8  # what other spreads are scaled to
+LOWEST, HIGHEST = -4.0, 6.0  # robust z-scores are clipped to this; air is LOWEST
 
 
 @dataclass(frozen=True)

@@ -46,10 +46,7 @@ def draw_overlay(
         A PNG file.
     """
     mask = np.asarray(mask) > 0
-    image, probability, uncertainty = (
-        np.nan_to_num(np.asarray(a, np.float32), posinf=0.0, neginf=0.0)
-        for a in (image, probability, uncertainty)
-    )
+    image, probability, uncertainty = (_finite(a) for a in (image, probability, uncertainty))
     shown = slices_to_show(mask, image)
     height = int(
         np.clip(round(CELL * image.shape[1] * spacing[1] / (image.shape[0] * spacing[0])), 40, 4 * CELL)
@@ -84,6 +81,15 @@ def draw_overlay(
     file = io.BytesIO()
     canvas.save(file, "PNG")
     return file.getvalue()
+
+
+def _finite(values: NDArray[Any]) -> NDArray[np.float32]:
+    """The values as float32 with 0 for what is no finite number; not copied where all are."""
+    values = np.asarray(values, np.float32)
+    if np.isfinite((values.min(), values.max())).all():  # both are NaN where one value is
+        return values
+    cleaned: NDArray[np.float32] = np.nan_to_num(values, posinf=0.0, neginf=0.0)
+    return cleaned
 
 
 def _resized(

@@ -20,7 +20,7 @@ from ddmd.io.dicom import DicomSeries
 from ddmd.io.errors import VolumeError
 from ddmd.io.geometry import GRID_TOLERANCE_MM, Geometry, grid_gap
 from ddmd.io.inputs import InputImage, array_image, input_images
-from ddmd.io.intensities import intensities_of
+from ddmd.io.intensities import LOWEST, intensities_of
 from ddmd.io.sequences import SEQUENCES, sequence_of, stem
 from ddmd.io.strip import stripped
 
@@ -28,7 +28,6 @@ __all__ = ["SEQUENCES", "Volume", "VolumeError", "estimate_brain", "sequence_of"
 
 SURE = 0.9  # less sure than this whether the skull is on, a note says so
 MIN_VALUES = 8  # different intensities in the brain; a mask or a label map has fewer
-LOWEST, HIGHEST = -4.0, 6.0  # robust z-scores are clipped to this; air is LOWEST
 
 
 @dataclass(frozen=True)
@@ -202,7 +201,7 @@ class Volume:
         orientation = io_orientation(grid.affine)
         canonical = {}
         for s, image in chosen.items():
-            values = _intensities(image, notes)
+            values, raw = _intensities(image, notes)
             if (difference := differences[s]) is not None:
                 values = _resampled(values, image.geometry.affine, grid.shape, grid.affine)
                 notes.append(
@@ -210,6 +209,8 @@ class Volume:
                     "them: a patient who moved between the two is not corrected for"
                 )
             canonical[s] = np.ascontiguousarray(apply_orientation(values, orientation))
+            if np.may_share_memory(canonical[s], raw):  # which may be an array of the caller
+                canonical[s] = canonical[s].copy()
         labels = {s: image.label for s, image in chosen.items()}
         mask = None if brain is None else _brain_mask(brain, grid, label, orientation)
         estimate, images = _clean(canonical, labels, notes, grid.affine, skull, mask)
@@ -232,11 +233,36 @@ class Volume:
             dicom=dicom,
         )
 
+    def bias_corrected(self, sequence: str) -> np.ndarray:
+        """A sequence without its bias field, as `bias` says; the image itself where none is taken away.
+
+        Where the skull is on, the brain is a guess, and "auto" fits no field to it.
+
+        Parameters
+        ----------
+        sequence : one of `images`
+
+        Returns
+        -------
+        (X, Y, Z) float32, in the image's own intensities
+
+        Raises
+        ------
+        VolumeError
+            If there is no such sequence.
+        """
+        if sequence not in self.images:
+            raise VolumeError(f"{self.name}: has no {sequence}; there are {', '.join(self.images)}")
+        values = self.images[sequence]
+        method = "off" if self.skull and self.bias == "auto" else self.bias
+        if method == "off":
+            return values
+        return correct_bias(values, self.brain, self.spacing, self.zero_signal(sequence), method)[0]
+
     def normalised(self, sequence: str) -> np.ndarray:
         """Robust z-scores float32 (X, Y, Z) of a sequence over the brain, in [LOWEST, HIGHEST].
 
-        Without the bias field, as `bias` says; where the skull is on, the brain is a guess, and "auto" fits no
-        field to it. Outside a stripped brain, LOWEST, what air is.
+        Without the bias field; see `bias_corrected`. Outside a stripped brain, LOWEST, what air is.
 
         Parameters
         ----------
@@ -251,13 +277,15 @@ class Volume:
         VolumeError
             If there is no such sequence.
         """
-        if sequence not in self.images:
-            raise VolumeError(f"{self.name}: has no {sequence}; there are {', '.join(self.images)}")
-        values = self.images[sequence]
-        method = "off" if self.skull and self.bias == "auto" else self.bias
-        if method != "off":
-            values, _ = correct_bias(values, self.brain, self.spacing, self.zero_signal(sequence), method)
-        z = self._robust_z_scores(values)
+        import torch
+
+        from ddmd.io.z_scores import robust_z_scores_
+
+        z, inside = (
+            self.bias_corrected(sequence).copy(),
+            self.brain if self.reference is None else self.reference,
+        )
+        robust_z_scores_(torch.from_numpy(z), torch.from_numpy(inside), int(np.count_nonzero(inside)))
         if not self.skull:
             z[~self.brain] = LOWEST
         return z
@@ -294,15 +322,6 @@ class Volume:
             if len(beside)
             else float(values.min())
         )
-
-    def _robust_z_scores(self, values: np.ndarray) -> np.ndarray:
-        """(x - median) / (interquartile range / 1.349) over `reference`: a z-score of normal values."""
-        inside = values[self.brain if self.reference is None else self.reference]
-        low, median, high = np.percentile(inside, (25, 50, 75))
-        scale = (high - low) / 1.349 or float(inside.std(dtype=np.float64)) or 1.0
-        z: np.ndarray = (values - np.float32(median)) / np.float32(scale)
-        clipped: np.ndarray = np.clip(z, LOWEST, HIGHEST).astype(np.float32, copy=False)
-        return clipped
 
     def empty_map(self) -> np.ndarray:
         """Zeros float32 (X, Y, Z), which lie in memory as the input's own grid does: `to_native` need not copy."""
@@ -397,14 +416,14 @@ def _taken(
     return {s: chosen[s] for s in (*taken, *others)}
 
 
-def _intensities(image: InputImage, notes: list[str]) -> np.ndarray:
-    """float32 (X, Y, Z) on the image's own grid; may hold NaN and Inf."""
+def _intensities(image: InputImage, notes: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """float32 (X, Y, Z) on the image's own grid, which may hold NaN and Inf; and the voxels that they were made of."""
     stored = image.stored()
     values, rescaled = intensities_of(stored)
     notes += [*image.notes, *image.geometry.notes, *stored.notes]
     if rescaled:
         notes.append(f"{image.label}: {rescaled}")
-    return values
+    return values, stored.raw
 
 
 def _refuse_differences(
@@ -523,25 +542,30 @@ def _clean(
     estimate: BrainEstimate | None = None
     images = {}
     for s, values in data.items():
-        finite = np.isfinite(values)
+        low, high = float(values.min()), float(values.max())
+        whole = bool(
+            np.isfinite((low, high)).all()
+        )  # NaN is the least and the greatest value, where there is one
+        finite = np.ones(values.shape, bool) if whole else np.isfinite(values)
         if not finite.any():
             raise VolumeError(f"{labels[s]}: no voxel is a number; export it again")
-        low, high = float(values[finite].min()), float(values[finite].max())
+        if not whole:
+            low, high = float(values[finite].min()), float(values[finite].max())
         if low == high:
             what = "all zero" if low == 0 else f"constant ({low:g})"
             raise VolumeError(f"{labels[s]}: the volume is {what}; there is no image in it; export it again")
         background = background_value(values, finite)
-        filled = np.where(finite, values, np.float32(background))
+        filled = values if whole else np.where(finite, values, np.float32(background))
         if estimate is None:
             spacing = np.linalg.norm(affine[:3, :3], axis=0)
             estimate = estimate_brain(filled, spacing, background, skull=skull, mask=mask)
             if not estimate.mask.any():
                 raise VolumeError(f"{labels[s]}: no brain found in the volume; check that it is a head MRI")
         _check_contrast(filled[estimate.mask], labels[s])
-        bad = int((~finite & estimate.mask).sum())
+        bad = 0 if whole else int((~finite & estimate.mask).sum())
         if bad:
             raise VolumeError(f"{labels[s]}: {bad} voxels inside the brain are NaN or Inf; export it again")
-        if not finite.all():
+        if not whole:
             notes.append(
                 f"{labels[s]}: {int((~finite).sum())} NaN or Inf voxels outside the brain, set to background"
             )
