@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 from scipy import ndimage
 
-from ddmd.io.volume import LOWEST, Volume
+from ddmd.io.intensities import LOWEST
+from ddmd.io.volume import Volume
 
 SMOOTHING_MM = 1.5
 

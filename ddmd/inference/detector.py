@@ -19,27 +19,26 @@ from numpy.typing import NDArray
 from ddmd import validation
 from ddmd.diffusion.samplers import QUALITIES
 from ddmd.inference.detection import Detection
-from ddmd.inference.draws import summarise_draws
+from ddmd.inference.devices import DEVICES, pick_device
 from ddmd.inference.ensemble import Maps, Progress
-from ddmd.inference.postprocess import LesionCriteria, find_lesions, lesion_score
+from ddmd.inference.make_detection import make_detection
+from ddmd.inference.postprocess import LesionCriteria
 from ddmd.inference.prefetch import prefetch
-from ddmd.inference.provenance import provenance, without_folders
+from ddmd.inference.preparing import READING_OPTIONS, check_prepared, prepare_volume, refuse_reading
 from ddmd.inference.session import SamplingConfig, Session, callers_state_aside
-from ddmd.inference.slices import extract
 from ddmd.inference.volume_maps import (
     DetectionError,
     Prepared,
     VolumeMaps,
-    draws_image,
     draws_in_part,
     maps_on_volume,
     smooth_through_plane,
 )
-from ddmd.io.volume import Volume, VolumeError
 from ddmd.models import checkpoint
 
 __all__ = [
     "DEVICES",
+    "READING_OPTIONS",
     "DetectionError",
     "Detector",
     "Prepared",
@@ -49,39 +48,7 @@ __all__ = [
     "smooth_through_plane",
 ]
 
-DEVICES = "auto, cpu, cuda, cuda:N, and gpu for cuda"
 SAMPLING_OPTIONS = ("samples", "steps", "sampler", "seed", "batch", "eta", "stop", "quality")
-READING_OPTIONS = ("affine", "sequences", "resample", "skull", "brain", "bias", "strip")  # of `Volume.read`
-
-
-def pick_device(device: str | int | torch.device) -> torch.device:
-    """The device of a name; "auto" is CUDA where there is one, "gpu" is CUDA, and a number its index.
-
-    Raises
-    ------
-    ValueError
-        If there is no such device.
-    """
-    name = str(device)
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    name = f"cuda:{name}" if name.isdecimal() else name
-    if name == "gpu" or name.startswith("gpu:"):
-        name = name.replace("gpu", "cuda", 1)
-    try:
-        picked = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"device is {validation.shown(device)}; allowed are {DEVICES}") from None
-    if picked.type not in ("cpu", "cuda") or (picked.type == "cpu" and picked.index):
-        raise ValueError(f"device is {validation.shown(device)}; allowed are {DEVICES}")
-    if picked.type == "cuda":
-        if not torch.cuda.is_available():
-            raise ValueError(f"device is {str(device)!r} and torch sees no CUDA device; use cpu")
-        if (picked.index or 0) >= torch.cuda.device_count():
-            raise ValueError(
-                f"device is {str(device)!r}; torch sees {torch.cuda.device_count()} CUDA devices"
-            )
-    return picked
 
 
 RENAMED = {"configured": "sampling_config", "rule": "lesion_criteria", "restored": "to_volume"}  # since 0.2
@@ -250,42 +217,10 @@ class Detector:
         ValueError
             If an option is given that has no effect on a `Volume`.
         """
-        if not isinstance(volume, Volume):
-            volume = Volume.read(
-                volume,
-                affine=affine,
-                sequences=sequences,
-                require=self.description.required_sequences,
-                optional=self.description.optional_sequences,
-                resample=resample,
-                skull=skull,
-                brain=brain,
-                bias=bias,
-                strip=strip,
-            )
-        else:
-            _refuse_reading("Volume", affine, sequences, resample, skull, brain, bias, strip)
-        missing = [s for s in self.description.required_sequences if s not in volume.images]
-        if missing:  # of a Volume that was read for other weights
-            raise VolumeError(
-                f"{volume.name}: the weights need {', '.join(self.description.required_sequences)}, and the volume "
-                f"has {', '.join(volume.images)}; read it with {', '.join(missing)}, too"
-            )
-        slices = extract(volume, self.description.sequences, self.description.slice_grid, self.system.device)
-        absent = [s for s in self.description.sequences if s not in volume.images]
-        if absent:
-            note = f"{volume.name}: without {', '.join(absent)}, which the weights take where they are there"
-            volume = replace(volume, notes=(*volume.notes, note))
-        return Prepared(volume, slices)
-
-    def _check_prepared(self, prepared: Prepared) -> None:
-        """Raise ValueError where slices were cut for other weights."""
-        wanted = (self.description.sequences, self.description.slice_grid)
-        if (prepared.slices.sequences, prepared.slices.grid) != wanted:
-            raise ValueError(
-                f"{prepared.volume.name}: was prepared for weights of other sequences or another grid; use the "
-                "`prepare` of this detector"
-            )
+        return prepare_volume(
+            volume, self.description, self.system.device, affine=affine, sequences=sequences, resample=resample,
+            skull=skull, brain=brain, bias=bias, strip=strip,
+        )  # fmt: skip
 
     def lesion_criteria(self, threshold: float | None = None) -> LesionCriteria:
         """Which components of a probability map are lesions, by the weights; the threshold may be another.
@@ -484,82 +419,18 @@ class Detector:
         keep_image = validation.flag("draws", draws)
         if not isinstance(volume, Prepared):
             volume = self.prepare(
-                volume,
-                affine=affine,
-                sequences=sequences,
-                resample=resample,
-                skull=skull,
-                brain=brain,
-                bias=bias,
-                strip=strip,
-            )
+                volume, affine=affine, sequences=sequences, resample=resample, skull=skull, brain=brain,
+                bias=bias, strip=strip,
+            )  # fmt: skip
         else:
-            _refuse_reading("Prepared", affine, sequences, resample, skull, brain, bias, strip)
-            self._check_prepared(volume)
-        prepared, volume = volume, volume.volume
+            refuse_reading("Prepared", affine, sequences, resample, skull, brain, bias, strip)
+            check_prepared(volume, self.description)
+        prepared: Prepared = volume
         sampled = self.maps(prepared, config, progress, keep_draws=keep_image or quality == "draws")
         maps = self.to_volume(prepared, sampled)
-        found = find_lesions(maps.probability, maps.uncertainty, volume.affine, criteria)
-        lesions, interval, image = found.lesions, None, None
         kept = self.draws(prepared, sampled)
         del sampled  # its memory is needed for the images
-        if kept is not None:
-            labels = prepared.slices.part_of(found.labels)
-            summary = summarise_draws(kept, labels, volume.spacing)
-            interval = summary.volume_interval_ml
-            lesions = tuple(
-                replace(lesion, existence=share, volume_interval_ml=ends)
-                for lesion, share, ends in zip(
-                    lesions, summary.existence, summary.lesion_intervals_ml, strict=True
-                )
-            )
-            image = draws_image(prepared, kept) if keep_image else None
-        return Detection(
-            mask=volume.to_native(found.mask, np.uint8),
-            probability=volume.to_native(maps.probability, copy=False),
-            uncertainty=volume.to_native(maps.uncertainty, copy=False),
-            inter_discrepancy=volume.to_native(maps.inter, copy=False),
-            intra_discrepancy=volume.to_native(maps.intra, copy=False),
-            image=volume.to_native(_shown_image(self.description, volume)),
-            score=lesion_score(maps.probability, float(np.prod(volume.spacing)) / 1000, bool(found.lesions)),
-            lesions=lesions,
-            notes=tuple(without_folders(note, volume.sources) for note in volume.notes),
-            provenance=provenance(
-                self.description,
-                self.weights_sha256,
-                self.system.device,
-                self.system.dtype,
-                config,
-                criteria,
-                volume,
-                maps.probability,
-                time.perf_counter() - begun,
-            ),
-            name=volume.name,
-            labels=volume.to_native(found.labels, np.min_scalar_type(len(found.lesions))),
-            dicom=volume.dicom,
-            draws=image,
-            volume_interval_ml=interval,
-        )
-
-
-def _refuse_reading(kind: str, *values: Any) -> None:
-    """Raise ValueError where options of reading are given for what was read before, and would have no effect."""
-    given = [
-        name
-        for name, value in zip(READING_OPTIONS, values, strict=True)
-        if not (value is None or value is False or (isinstance(value, str) and value == "auto"))
-    ]
-    if given:
-        raise ValueError(
-            f"{', '.join(given)}: without effect on a {kind}, which was read before; give it to Volume.read, or "
-            "give the file"
-        )
-
-
-def _shown_image(description: checkpoint.Description, volume: Volume) -> NDArray[np.float32]:
-    """The first of the weights' sequences that is there."""
-    return next(volume.images[s] for s in description.sequences if s in volume.images)
+        return make_detection(self.system, prepared, maps, kept, config, criteria, keep_image, begun)
 
 
 @lru_cache(maxsize=2)
