@@ -113,6 +113,20 @@ def test_a_wrong_argument_is_named_before_a_kernel_sees_it(case, backend):
         call()
 
 
+@pytest.mark.parametrize("count", [1, 64, 65, 3000])
+@pytest.mark.parametrize("outside", [-1, 5])
+def test_one_index_outside_among_many_is_found(count, outside, rng):
+    where = torch.randint(0, 5, (count,))
+    x, at = z(count, 2), rows(count)
+    D.noise(x, where, z(5, 2), *at)
+    D.pairwise_sqdist(x, where, 5)
+    where[int(rng.integers(count))] = outside
+    with pytest.raises(IndexError, match=f"t holds {outside}"):
+        D.noise(x, where, z(5, 2), *at)
+    with pytest.raises(ValueError, match=f"group holds {outside}"):
+        D.pairwise_sqdist(x, where, 5)
+
+
 def test_views_that_interleave_do_not_overlap():
     buffer = torch.zeros(3, 4, 5, 6)
     for a, b in (

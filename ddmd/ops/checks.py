@@ -316,10 +316,19 @@ def _step_value(*args: Any) -> None:
         raise IndexError(f"denoise_step: step is {step}; allowed are 0 to {len(table) - 1}")
 
 
+def _least_and_greatest(numbers: Tensor) -> tuple[int, int]:
+    """Of a vector that is not empty; a few numbers take less time as a list."""
+    if numbers.numel() <= 64:
+        few = numbers.tolist()
+        return min(few), max(few)
+    low, high = numbers.aminmax()
+    return int(low), int(high)
+
+
 def _t_values(*args: Any) -> None:
     t, table = args[1], args[2]
     if t.numel():
-        low, high = (int(v) for v in t.aminmax())
+        low, high = _least_and_greatest(t)
         if low < 0 or high >= len(table):
             raise IndexError(
                 f"noise: t holds {low if low < 0 else high}, which is outside the table; "
@@ -329,7 +338,7 @@ def _t_values(*args: Any) -> None:
 
 def _group_values(op: str, group: Tensor, num_groups: int) -> None:
     if group.numel():
-        low, high = (int(v) for v in group.aminmax())
+        low, high = _least_and_greatest(group)
         if low < 0 or high >= num_groups:
             raise ValueError(
                 f"{op}: group holds {low if low < 0 else high}; allowed are 0 to {num_groups - 1}"
