@@ -1,25 +1,33 @@
 """`ddmd detect` from the shell in two checkouts, in turn: CPU seconds, wall time, peak memory, and whether masks agree.
 
 `python -m benchmarks.shell BASE INPUT... [--now CHECKOUT] [--rounds R] [--threads T] [--weights FILE]`. BASE and CHECKOUT
-are folders that hold the package `ddmd`, built; each INPUT is a volume, or a folder of volumes that is one run.
+are folders that hold the package `ddmd`, built; each INPUT is a volume, or a folder of volumes that is one run. Every
+pair of runs is written to shell-MACHINE-DATE.json at once; a run that was stopped goes on.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
+import torch
 
-ROOT = Path(__file__).parents[1]
+from benchmarks.result_file import ROOT, ResultFile, commit
+from benchmarks.timing import machine
+
+RESULTS = Path(__file__).with_name("results")
 
 
 @dataclass(frozen=True)
@@ -81,26 +89,76 @@ def lowest_dice(one: list[np.ndarray], other: list[np.ndarray]) -> float:
     return min(values)
 
 
-def compare(
-    base: Path, now: Path, source: Path, rounds: int, threads: int, weights: Path | None = None
-) -> str:
-    """A row of the table: medians of rounds that run both checkouts, one after the other."""
-    costs: dict[Path, list[Cost]] = {base: [], now: []}
+def run_pair(
+    base: Path, now: Path, source: Path, threads: int, weights: Path | None = None
+) -> dict[str, Any]:
+    """One run of each checkout, one after the other: the cost of both, how many masks, and their lowest Dice."""
     with tempfile.TemporaryDirectory() as folder:
-        for number in range(rounds):
-            for which, checkout in enumerate((base, now)):
-                output = Path(folder) / f"{which}-{number}"
-                costs[checkout].append(run(checkout, source, output, threads, weights))
-        dice = lowest_dice(masks(Path(folder) / "0-0"), masks(Path(folder) / "1-0"))
-    old, new = (
-        Cost(*(statistics.median(getattr(c, name) for c in costs[checkout]) for name in Cost.__annotations__))
-        for checkout in (base, now)
-    )
-    cells = [f"{old.wall_s:.1f} / {new.wall_s:.1f}", f"{old.wall_s / new.wall_s:.2f}x"]
-    cells += [f"{old.cpu_s:.1f} / {new.cpu_s:.1f}", f"{old.cpu_s / new.cpu_s:.2f}x"]
-    cells += [f"{old.peak_mib:.0f} / {new.peak_mib:.0f}", f"{dice:.4f}"]
-    name = source.name if source.is_dir() else f"{source.parent.name}/{source.name}"
-    return f"| {name} | {' | '.join(cells)} |"
+        outputs = {"base": Path(folder) / "base", "now": Path(folder) / "now"}
+        costs = {
+            which: run(checkout, source, outputs[which], threads, weights)
+            for which, checkout in (("base", base), ("now", now))
+        }
+        first, second = masks(outputs["base"]), masks(outputs["now"])
+    both = {which: asdict(cost) for which, cost in costs.items()}
+    return {"input": name_of(source), "volumes": len(second), **both, "dice": lowest_dice(first, second)}
+
+
+def name_of(source: Path) -> str:
+    """What an input is called in the results, without the folders above it."""
+    return source.name if source.is_dir() else f"{source.parent.name}/{source.name}"
+
+
+def medians(pairs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Medians over the rounds of one input, a volume: seconds, ratios of the rounds, MiB, and the lowest Dice.
+
+    Examples
+    --------
+    >>> pair = {"volumes": 2, "dice": 1.0, "base": {"wall_s": 8.0, "cpu_s": 6.0, "peak_mib": 900.0}}
+    >>> pair["now"] = {"wall_s": 4.0, "cpu_s": 2.0, "peak_mib": 800.0}
+    >>> figures = medians([pair])
+    >>> figures["base_cpu_s"], figures["now_cpu_s"], figures["cpu_s_ratio"]
+    (3.0, 1.0, 3.0)
+    """
+    volumes = pairs[0]["volumes"]
+    figures: dict[str, Any] = {"volumes": volumes, "rounds": len(pairs)}
+    for field in ("wall_s", "cpu_s", "peak_mib"):
+        share = 1 if field == "peak_mib" else volumes
+        for which in ("base", "now"):
+            figures[f"{which}_{field}"] = statistics.median(pair[which][field] for pair in pairs) / share
+        figures[f"{field}_ratio"] = statistics.median(p["base"][field] / p["now"][field] for p in pairs)
+    return figures | {"dice": min(pair["dice"] for pair in pairs)}
+
+
+def compare(
+    base: Path,
+    now: Path,
+    sources: Sequence[Path],
+    rounds: int,
+    threads: int,
+    weights: Path | None = None,
+    output: Path = RESULTS,
+) -> Path:
+    """Run both checkouts on every input, `rounds` times in turn; returns the path of the results."""
+    settings = {
+        "kind": "shell", "machine": machine("cpu", threads), "torch": torch.__version__, "threads": threads,
+        "base_commit": commit(base), "now_commit": commit(now),
+        "weights": "what each ships" if weights is None else weights.stem,
+    }  # fmt: skip
+    path = output / f"shell-{settings['machine']}-{datetime.date.today()}.json"
+    results = ResultFile(path, settings)
+    for _ in range(rounds):
+        for source in sources:
+            pairs = results.get("pairs", [])
+            if sum(pair["input"] == name_of(source) for pair in pairs) >= rounds:
+                continue
+            pair = run_pair(base, now, source, threads, weights)
+            results.put("pairs", [*pairs, pair])
+            costs = ", ".join(
+                f"{k} {pair[k]['cpu_s']:.1f} CPU s, {pair[k]['wall_s']:.1f} s" for k in ("base", "now")
+            )
+            print(f"{pair['input']}: {costs}", flush=True)
+    return path
 
 
 def main() -> None:
@@ -113,12 +171,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--weights", type=Path, help="a file for both; by default what each ships")
+    parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
-    print("| input | wall (s) | ratio | CPU (s) | ratio | peak (MiB) | lowest Dice of the masks |")
-    print("|---|---|---|---|---|---|---|")
-    for source in options.inputs:
-        row = compare(options.base, options.now, source, options.rounds, options.threads, options.weights)
-        print(row, flush=True)
+    path = compare(
+        options.base, options.now, options.inputs, options.rounds, options.threads, options.weights,
+        options.output,
+    )  # fmt: skip
+    print(path)
 
 
 if __name__ == "__main__":

@@ -52,12 +52,19 @@ def agree(ours: torch.Tensor, reference: torch.Tensor, tolerance: float) -> None
         raise RuntimeError(f"the op is off by {error:.1e} from the reference (tolerance {tolerance:.0e})")
 
 
-def machine() -> str:
-    """A short name of the processor or GPU, for file names."""
-    if torch.cuda.is_available():
+def machine(device: str = "auto", threads: int | None = None) -> str:
+    """A short name of the processor or GPU, for file names.
+
+    Parameters
+    ----------
+    device : "cpu", "cuda", or "auto" for a GPU where there is one
+    threads : of a CPU that were used, by default torch's
+    """
+    if device != "cpu" and torch.cuda.is_available():
         name = torch.cuda.get_device_name(0)
     else:
         text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
         found = re.search(r"model name\s*:\s*(.+)", text)
-        name = f"{found[1] if found else platform.machine()} {torch.get_num_threads()} threads"
+        threads = torch.get_num_threads() if threads is None else threads
+        name = f"{found[1] if found else platform.machine()} {threads} thread{'s' if threads > 1 else ''}"
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from benchmarks import cards, shell, table, timing
+from benchmarks.result_file import ResultFile
 from ddmd.cohort.discovery import find_cases
 from ddmd.inference.detector import Detector
 from ddmd.inference.session import SamplingConfig
@@ -260,12 +261,27 @@ def test_two_checkouts_are_run_in_turn_with_their_own_package(tmp_path, monkeypa
     )
     monkeypatch.chdir(shell.ROOT)
     base = package("base", 1.0, [[[1, 1, 0]]])
-    row = shell.compare(base, package("now", 0.0, [[[1, 0, 0]]]), tmp_path, rounds=2, threads=1)
-    cells = [cell.strip() for cell in row.strip("|").split("|")]
-    assert ran == ["base", "now", "base", "now"]
-    old, new = (float(value) for value in cells[3].split("/"))
-    assert 0.5 < old - new < 2.0
-    assert float(cells[6]) == pytest.approx(2 / 3, abs=1e-4)
+    now, volumes = package("now", 0.0, [[[1, 0, 0]]]), tmp_path / "volumes"
+    volumes.mkdir()
+    path = shell.compare(base, now, [volumes], rounds=1, threads=1, output=tmp_path)
+    assert shell.compare(base, now, [volumes], rounds=2, threads=1, output=tmp_path) == path
+    assert ran == ["base", "now", "base", "now"], "the first round was kept, and the second added"
+    pairs = json.loads(path.read_text())["pairs"]
+    figures = shell.medians(pairs)
+    assert [pair["input"] for pair in pairs] == ["volumes", "volumes"]
+    assert 0.5 < figures["base_cpu_s"] - figures["now_cpu_s"] < 2.0
+    assert figures["dice"] == pytest.approx(2 / 3, abs=1e-4)
+
+
+def test_results_are_kept_when_a_run_is_stopped_and_never_mixed_with_those_of_other_settings(tmp_path):
+    path = tmp_path / "results.json"
+    for threads, value, kept in ((1, 0.5, None), (1, 0.25, 0.5), (2, 1.0, None)):
+        results = ResultFile(path, {"threads": threads, "sizes": (1, 2)})
+        assert results.get("read") == kept
+        results.put("read", value)
+        assert json.loads(path.read_text()) == {"threads": threads, "sizes": [1, 2], "read": value}
+    path.write_text("{")
+    assert "read" not in ResultFile(path, {"threads": 2})
 
 
 def test_tables_in_the_texts_are_those_of_the_last_evaluations():
