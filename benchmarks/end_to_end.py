@@ -1,52 +1,50 @@
 """One 240 x 240 x 155 volume from file to written maps, part by part, from the shell, and against MONAI and diffusers.
 
-`python -m benchmarks.end_to_end [--weights W] [--device D] [--output FOLDER] [--slices Z|all] [--steps N ...]
-[--cohort K] [--no-compile]`.
+`python -m benchmarks.end_to_end [--sections NAME ...] [--slices Z ...] [--steps N ...] [--rivals WORD ...] [--without WORD ...]
+[--rounds R] [--limit SECONDS] [--weights W] [--device D] [--output FOLDER]`.
+
+Everything goes into volume-MACHINE-DATE.json as soon as it is measured. With the same options a run that was stopped,
+or that reached its limit, goes on. Networks are made once; first calls, which compile and capture, are kept apart.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import dataclasses
 import datetime
 import resource
 import shutil
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import nibabel as nib
 import numpy as np
 import torch
-from torch.nn import functional
-from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.rivals import autoencoders_one_by_one, compare, compared
-from benchmarks.timing import alternate, machine
-from ddmd import ops
-from ddmd.inference import detector as detecting
-from ddmd.inference import ensemble
+from benchmarks import comparison, network_work, shell
+from benchmarks.result_file import ROOT, ResultFile, commit
+from benchmarks.rivals import Rivals, chosen_names, compared
+from benchmarks.timing import cost, machine
+from benchmarks.volume_parts import split_in_parts
 from ddmd.inference.detector import Detector, pick_device
-from ddmd.inference.session import SamplingConfig, Session, detect_slices
+from ddmd.inference.session import SamplingConfig
 from ddmd.inference.slices import Slices, extract
-from ddmd.io.atomic import write_text
-from ddmd.io.text import json_text
 from ddmd.io.volume import Volume
 from ddmd.models import checkpoint
 from ddmd.models.autoencoder import AutoencoderConfig
 from ddmd.models.denoiser import DenoiserConfig
-from ddmd.models.fused_convolution import FusedConv2d
 
 SHAPE = (240, 240, 155)
-STEPS = (1, 5, 10)  # N at which rivals are compared
-PROFILE_RUNS = 3
 RESULTS = Path(__file__).with_name("results")
+COMPUTED = ((6, 1), (5, 10), (64, 1))  # (S, N) of a whole volume's computation
+# What is affordable on each device
+SLOW = {"cpu": ("every step", "compiled"), "cuda": ()}  # words in the names of rivals that are left out
+DEFAULT_STEPS = {"cpu": (1, 5), "cuda": (1, 5, 10)}
+DEFAULT_SLICES = {"cpu": ("32",), "cuda": ("32", "all")}
+DEFAULT_ROUNDS = {"cpu": 3, "cuda": 9}
 
 
 def volume_file(folder: Path) -> Path:
@@ -90,86 +88,6 @@ def load(name: str, device: str) -> tuple[Detector, str]:
         return Detector.load(path, str(pick_device(device))), "untrained"
 
 
-class Parts:
-    """Seconds spent inside named parts; on a GPU each part ends with a synchronisation."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.seconds: dict[str, float] = {}
-        self.wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-
-    @contextmanager
-    def part(self, name: str) -> Iterator[None]:
-        self.wait()
-        begun = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.wait()
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begun
-
-    @contextmanager
-    def inside(self, owner: Any, attribute: str, name: str) -> Iterator[None]:
-        """Every call of owner.attribute is the part `name`."""
-        with self._replaced(owner, attribute, lambda plain: self._timed(plain, name)):
-            yield
-
-    @contextmanager
-    def returned(self, owner: Any, attribute: str, name: str) -> Iterator[None]:
-        """Every call of what owner.attribute returns is the part `name`."""
-
-        def wrapped(plain: Callable[..., Any]) -> Callable[..., Any]:
-            return lambda *args, **kwargs: self._timed(plain(*args, **kwargs), name)
-
-        with self._replaced(owner, attribute, wrapped):
-            yield
-
-    def _timed(self, plain: Callable[..., Any], name: str) -> Callable[..., Any]:
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            with self.part(name):
-                return plain(*args, **kwargs)
-
-        return timed
-
-    @staticmethod
-    @contextmanager
-    def _replaced(owner: Any, attribute: str, by: Callable[[Any], Any]) -> Iterator[None]:
-        plain = getattr(owner, attribute)
-        setattr(owner, attribute, by(plain))
-        try:
-            yield
-        finally:
-            setattr(owner, attribute, plain)
-
-
-def split_in_parts(detector: Detector, path: Path, folder: Path) -> dict[str, float]:
-    """Seconds of each part of one detection. On a GPU the sampling loop is one graph, and one part."""
-    system = detector.system
-    parts = Parts(system.device)
-    with ExitStack() as loop, parts.part("whole, file to files"):
-        with parts.part("read"):
-            volume = Volume.read(path, require=detector.description.sequences)
-        if system.device.type == "cuda":
-            loop.enter_context(parts.inside(Session, "run", "networks, one graph a batch"))
-        else:
-            loop.enter_context(parts.inside(system.denoiser, "patches", "denoiser"))
-            loop.enter_context(parts.inside(ops, "denoise_step", "update"))
-        before = dict(parts.seconds)
-        with (
-            parts.inside(detecting, "extract", "prepare"),
-            parts.inside(ensemble, "discrepancies", "auto-encoders, X and Y"),
-            parts.inside(system.condition, "forward", "condition network"),
-            parts.inside(ops, "ensemble_update", "statistics"),
-            parts.part("detect"),
-        ):
-            detection = detector.detect(volume)
-        named = sum(parts.seconds.values()) - sum(before.values()) - parts.seconds["detect"]
-        with parts.part("write"):
-            detection.save(folder, overwrite=True)
-            detection.overlay(folder / "overlay.png")
-    parts.seconds["everything else"] = parts.seconds.pop("detect") - named
-    return parts.seconds
-
-
 def middle(slices: Slices, count: int) -> Slices:
     """The middle `count` slices."""
     first = max(0, (len(slices) - count) // 2)
@@ -179,94 +97,160 @@ def middle(slices: Slices, count: int) -> Slices:
     )
 
 
-def peaks(device: str) -> dict[str, float]:
-    """FLOP/s of a convolution like the network's and of a matrix product, in float32 and bfloat16."""
-    rates = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        x = torch.randn(8, 64, 96, 96, device=device).to(dtype, memory_format=torch.channels_last)
-        w = torch.randn(64, 64, 3, 3, device=device).to(dtype, memory_format=torch.channels_last)
-        m = torch.randn(2048, 2048, device=device).to(dtype)
-        with torch.inference_mode():
-            seconds = alternate(
-                {
-                    "convolution": lambda x=x, w=w: functional.conv2d(x, w, padding=1),
-                    "matrix product": lambda m=m: m @ m,
-                },
-                device,
-                7,
-            )
-        work = {"convolution": 2 * x.numel() * 64 * 9, "matrix product": 2 * 2048**3}
-        rates |= {f"{name}, {str(dtype)[6:]}": work[name] / seconds[name] for name in work}
-    return rates
+class Measurement:
+    """One run of the benchmark: a detector, a volume, and the file that takes the results.
+
+    Parameters
+    ----------
+    detector : Detector
+    weights : its name
+    results : ResultFile
+    rounds : of everything that is repeated
+    end : time.monotonic() after which nothing more is begun
+    """
+
+    def __init__(
+        self, detector: Detector, weights: str, results: ResultFile, rounds: int, end: float
+    ) -> None:
+        self.detector, self.weights, self.results = detector, weights, results
+        self.rounds, self.end = rounds, end
+        self.device = detector.system.device.type
+        self._folder = tempfile.TemporaryDirectory()
+        self.folder = Path(self._folder.name)
+        self.path = volume_file(self.folder)
+        self.rivals = Rivals(detector.system)
+        description = detector.description
+        volume = Volume.read(self.path, require=description.sequences)
+        self.slices = extract(volume, description.sequences, description.slice_grid)
+
+    @property
+    def over(self) -> bool:
+        """Whether the time is used up."""
+        return time.monotonic() > self.end
+
+    def compare(self, counts: Sequence[str], steps: Sequence[int], names: Sequence[str]) -> None:
+        """Ours against the rivals: seconds of every round."""
+        default = self.detector.sampling_config()
+        for count in counts:
+            chosen = self.slices if count == "all" else middle(self.slices, int(count))
+            for n in steps:
+                key = f"{len(chosen)} slices, N = {n}"
+                print(f"rivals, {key}", flush=True)
+                stored = self.results.get("comparisons", {})
+
+                def keep(result: comparison.Stored, stored: Any = stored, key: str = key) -> None:
+                    self.results.put("comparisons", stored | {key: result})
+
+                config = dataclasses.replace(default, steps=n)
+                comparison.compare(
+                    self.rivals, chosen, config, names, self.rounds, stored.get(key), keep, self.end
+                )
+
+    def parts(self) -> None:
+        """Wall and CPU seconds of each part of a detection, in the median run; peak memory."""
+        if "parts" in self.results:
+            return
+        print("parts of one volume", flush=True)
+        self.detector.detect(self.path)  # compiles, captures, fills the caches
+        runs = [split_in_parts(self.detector, self.path, self.folder / "maps") for _ in range(self.rounds)]
+        clock = 0 if self.device == "cuda" else 1
+        middle_run = sorted(runs, key=lambda run: run["whole, file to files"][clock])[len(runs) // 2]
+        self.results.put("parts", {name: wall for name, (wall, _) in middle_run.items()})
+        self.results.put("parts_cpu", {name: cpu for name, (_, cpu) in middle_run.items()})
+        peak = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+        if self.device == "cuda":
+            peak["device"] = torch.cuda.max_memory_allocated(self.detector.system.device) / 2**20
+        self.results.put("peak_MiB", peak)
+
+    def shell(self, cohort: int) -> None:
+        """`ddmd detect` as processes of their own: one volume, and a folder of `cohort` copies of it."""
+        if "shell" in self.results or not cohort or self.weights not in checkpoint.available():
+            return
+        print(f"from the shell: one volume, a folder of {cohort}", flush=True)
+        self.results.put("shell", from_shell(self.weights, self.device, self.path, self.folder, cohort))
+
+    def computation(self) -> None:
+        """Seconds of `Session.run` for a whole volume, from slices to maps on the CPU, for some S and N."""
+        chosen = self.slices if self.device == "cuda" else middle(self.slices, 32)
+        default = self.detector.sampling_config()
+        for samples, steps in COMPUTED:
+            config = dataclasses.replace(default, samples=samples, steps=steps)
+            self._once("computation", f"{len(chosen)} slices, S = {samples}, N = {steps}", config, chosen)
+
+    def scaling(self) -> None:
+        """Seconds over S, N, slices and batch, one changed at a time."""
+        default = self.detector.sampling_config()
+        chosen = middle(self.slices, 32)
+
+        def changed(**options: int) -> SamplingConfig:
+            return dataclasses.replace(default, **options)
+
+        name = f"{len(chosen)} slices, S = {default.samples}, N = {default.steps}"
+        self._once("scaling", name, default, chosen)
+        for samples in (1, 2 * default.samples):
+            self._once("scaling", f"S = {samples}", changed(samples=samples), chosen)
+        for steps in sorted({1, 5, 10} - {default.steps}):
+            self._once("scaling", f"N = {steps}", changed(steps=steps), chosen)
+        for count in (len(chosen) // 4, len(chosen) // 2):
+            self._once("scaling", f"{count} slices", default, middle(self.slices, count))
+        for batch in (1, 4, 16):
+            self._once("scaling", f"batch = {batch}", changed(batch=batch), chosen)
+
+    def work(self) -> None:
+        """What batching and fusing save, and how near the networks come to the device's own peak."""
+        chosen = middle(self.slices, 32)
+        steps = compared(self.detector.sampling_config())
+
+        def share_of_peak() -> dict[str, float]:
+            _, cpu = cost(lambda: self.detector.session.run(chosen, steps).cpu(), self.device)
+            wall, cpu = cost(lambda: self.detector.session.run(chosen, steps).cpu(), self.device)
+            seconds = wall if self.device == "cuda" else cpu / torch.get_num_threads()
+            flops, peaks = network_work.flops(self.detector, chosen, steps), network_work.peaks(self.device)
+            best = max(peaks[f"convolution, {kind}"] for kind in ("float32", "bfloat16"))
+            return {
+                "flops": flops,
+                "seconds": seconds,
+                "share_of_convolution_peak": flops / seconds / best,
+                **peaks,
+            }
+
+        self._kept("work", share_of_peak)
+        one_by_one = "auto-encoders, one slice and member at a time"
+        ratios: dict[str, Callable[[], float]] = {
+            one_by_one: lambda: network_work.autoencoders_one_by_one(self.detector.system, chosen),
+            "auto-encoders and condition network, no convolution fused": lambda: network_work.fusion(
+                self.detector, chosen
+            ),
+        }
+        for name, measure in ratios.items():
+            done = self.results.get("networks", {})
+            if name not in done and not self.over:
+                print(name, flush=True)
+                self.results.put("networks", done | {name: measure()})
+
+    def _kept(self, key: str, measure: Callable[[], Any]) -> None:
+        if key not in self.results and not self.over:
+            print(key, flush=True)
+            self.results.put(key, measure())
+
+    def _once(self, section: str, name: str, config: SamplingConfig, slices: Slices) -> None:
+        """Seconds of `Session.run`, the median of the rounds after a warm one: wall, and on a CPU those of its cores."""
+        done = self.results.get(section, {})
+        if name in done or self.over:
+            return
+
+        def run() -> object:
+            return self.detector.session.run(slices, config).cpu()
+
+        run()
+        costs = [cost(run, self.device) for _ in range(self.rounds)]
+        wall, cpu = (float(np.median(values)) for values in zip(*costs, strict=True))
+        print(f"{section}, {name}: {wall:.3f} s, {cpu:.3f} CPU s", flush=True)
+        self.results.put(section, done | {name: {"wall_s": wall, "cpu_s": cpu}})
 
 
-@contextmanager
-def fused_on(*devices: str) -> Iterator[None]:
-    """Convolutions are fused on these devices, and on no other."""
-    kept, FusedConv2d.fused_on = FusedConv2d.fused_on, devices
-    try:
-        yield
-    finally:
-        FusedConv2d.fused_on = kept
-
-
-def flops(detector: Detector, slices: Slices, config: SamplingConfig) -> int:
-    """Multiplications and additions of the networks in one `detect_slices`; counted on the CPU, where no
-    replayed graph hides them, with convolutions fused as on the detector's device."""
-    system = detector.system
-    parts = {name: copy.deepcopy(part).cpu() for name, part in system.parts().items()}
-    fused = ("cpu",) if system.device.type in FusedConv2d.fused_on else ()
-    with FlopCounterMode(display=False) as counter, fused_on(*fused):
-        detect_slices(dataclasses.replace(system, **parts), slices, config)
-    return int(counter.get_total_flops())
-
-
-def fusion(detector: Detector, slices: Slices) -> float:
-    """Time of auto-encoders and condition network without fused convolutions, over their time with them."""
-    system, condition = detector.system, detector.system.condition.config
-    planes = slices.planes(condition.context, condition.mirrored).to(system.device)
-
-    def run(*devices: str) -> None:
-        with fused_on(*devices):
-            ensemble.condition_on(system, planes)
-
-    kind = system.device.type
-    with torch.inference_mode():
-        seconds = alternate({"plain": run, "fused": lambda: run(kind)}, kind, 7)
-    return seconds["plain"] / seconds["fused"]
-
-
-def scaling(detector: Detector, slices: Slices) -> dict[str, float]:
-    """Seconds of `detect_slices` over S, N, slices, batch and threads, one changed at a time."""
-    default = detector.sampling_config()
-    results: dict[str, float] = {}
-
-    def measure(name: str, config: SamplingConfig, part: Slices) -> None:
-        work = {name: lambda: detector.session.run(part, config).cpu()}
-        results[name] = alternate(work, detector.system.device.type, 1, warm=1)[name]
-
-    def changed(**options: int) -> SamplingConfig:
-        return dataclasses.replace(default, **options)
-
-    measure(f"{len(slices)} slices, S = {default.samples}, N = {default.steps}", default, slices)
-    for samples in (1, 2 * default.samples):
-        measure(f"S = {samples}", changed(samples=samples), slices)
-    for steps in sorted(set(STEPS) - {default.steps}):
-        measure(f"N = {steps}", changed(steps=steps), slices)
-    for count in (len(slices) // 4, len(slices) // 2):
-        measure(f"{count} slices", default, middle(slices, count))
-    for batch in (1, 4, 16):
-        measure(f"batch = {batch}", changed(batch=batch), slices)
-    threads = torch.get_num_threads()
-    if detector.system.device.type == "cpu" and threads > 1:
-        torch.set_num_threads(1)
-        measure("1 thread", default, slices)
-        torch.set_num_threads(threads)
-    return results
-
-
-def from_shell(weights: str, device: str, path: Path, folder: Path, cohort: int) -> dict[str, float]:
-    """Wall time of `ddmd detect` as processes of their own: one volume, and a folder of `cohort` copies of it.
+def from_shell(weights: str, device: str, path: Path, folder: Path, cohort: int) -> dict[str, Any]:
+    """Cost of `ddmd detect` as processes of their own: one volume, and a folder of `cohort` copies of it.
 
     Volumes a minute are those of the folder beyond the first: what the start costs is in neither.
     """
@@ -275,96 +259,71 @@ def from_shell(weights: str, device: str, path: Path, folder: Path, cohort: int)
     for number in range(cohort):
         (inputs / f"case{number}").mkdir(parents=True)
         shutil.copy(path, inputs / f"case{number}" / f"flair{suffix}")
-    seconds = []
-    for name, source in (("one", path), ("many", inputs)):
-        command = [sys.executable, "-m", "ddmd", "detect", str(source), "-o", str(folder / f"results-{name}"),
-                   "--weights", weights, "--device", device]  # fmt: skip
-        begun = time.perf_counter()
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        seconds.append(time.perf_counter() - begun)
-    one, many = seconds
-    results = {"one volume, from the shell (s)": one, f"a cohort of {cohort}, from the shell (s)": many}
-    if cohort > 1 and many > one:
-        results["volumes a minute, beyond the first"] = 60 * (cohort - 1) / (many - one)
+    options = ("--weights", weights, "--device", device)
+    one, many = (
+        shell.run(ROOT, source, folder / f"results-{name}", torch.get_num_threads(), options=options)
+        for name, source in (("one", path), ("many", inputs))
+    )
+    results: dict[str, Any] = {
+        "one volume": dataclasses.asdict(one), f"a folder of {cohort} volumes": dataclasses.asdict(many),
+    }  # fmt: skip
+    if cohort > 1 and many.wall_s > one.wall_s:
+        results["volumes a minute, beyond the first"] = 60 * (cohort - 1) / (many.wall_s - one.wall_s)
     return results
 
 
-def measured(
-    detector: Detector, name: str, count: int | None, steps: tuple[int, ...], cohort: int, compiling: bool
-) -> dict[str, Any]:
-    """Everything that goes into the results file.
-
-    Parameters
-    ----------
-    detector : Detector
-    name : of its weights
-    count : slices that are compared with the rivals, the middle ones; None for all
-    steps : N of the comparisons
-    cohort : volumes of the folder that is detected from the shell; 0 leaves the shell out
-    compiling : whether torch.compile takes part
-    """
-    device = detector.system.device.type
-    shell: dict[str, float] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        path = volume_file(Path(folder))
-        if cohort and name in checkpoint.available():
-            shell = from_shell(name, device, path, Path(folder), cohort)
-        detector.detect(path)  # compiles, captures, fills the caches
-        runs = [split_in_parts(detector, path, Path(folder)) for _ in range(PROFILE_RUNS)]
-        volume = Volume.read(path, require=detector.description.sequences)
-    parts = sorted(runs, key=lambda run: run["whole, file to files"])[len(runs) // 2]
-    peak_memory = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
-    if device == "cuda":
-        peak_memory["device"] = torch.cuda.max_memory_allocated(detector.system.device) / 2**20
-    slices = extract(volume, detector.description.sequences, detector.description.slice_grid)
-    chosen = slices if count is None else middle(slices, count)
-    default = detector.sampling_config()
-    own_seconds: dict[int, float] = {}
-    ratios: dict[str, float] = {}
-    missing: dict[str, str] = {}
-    for n in sorted({default.steps, *steps}):
-        seconds, reasons = compare(detector.system, chosen, dataclasses.replace(default, steps=n), compiling)
-        own_seconds[n] = seconds.pop("ours")
-        ratios |= {f"{rival}, N = {n}": value / own_seconds[n] for rival, value in seconds.items()}
-        missing |= {f"{rival}, N = {n}": reason for rival, reason in reasons.items()}
-    ours = own_seconds[default.steps]
-    ratios["auto-encoders, one slice and member at a time"] = autoencoders_one_by_one(detector.system, chosen)
-    ratios["auto-encoders and condition network, no convolution fused"] = fusion(detector, chosen)
-    work, limits = flops(detector, chosen, compared(default)), peaks(device)
-    with fused_on():
-        plain = flops(detector, chosen, compared(default))
-    best = max(limits[f"convolution, {kind}"] for kind in ("float32", "bfloat16"))
-    return {
-        "machine": machine(), "date": str(datetime.date.today()), "device": device, "shape": SHAPE,
-        "torch": torch.__version__, "threads": torch.get_num_threads(), "weights": name,
-        "sampling": dataclasses.asdict(default), "parts": parts, "shell": shell, "peak_MiB": peak_memory,
-        "slices_compared": len(chosen), "ours_seconds": ours,
-        "ours_seconds_by_steps": {str(n): value for n, value in own_seconds.items()}, "rivals": ratios,
-        "missing": missing, "flops": work, "flops_per_second": work / ours, "peaks": limits,
-        "share_of_convolution_peak": work / ours / best,
-        "share_of_convolution_peak, counting what fusing saves": plain / ours / best,
-        "scaling": scaling(detector, chosen),
-    }  # fmt: skip
+SECTIONS = ("rivals", "computation", "parts", "shell", "work", "scaling")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--weights", default=checkpoint.DEFAULT)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--output", type=Path, default=RESULTS)
-    parser.add_argument("--slices", default="32", help="slices compared with the rivals, or all")
-    parser.add_argument("--steps", type=int, nargs="+", default=list(STEPS), help="N of the comparisons")
-    parser.add_argument("--cohort", type=int, default=4, help="volumes of a folder; 0 leaves the shell out")
-    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--sections", nargs="+", choices=SECTIONS, default=SECTIONS)
+    add("--slices", nargs="+", help="slices compared with the rivals: numbers, or all")
+    add("--steps", type=int, nargs="+", help="N of the comparisons")
+    add("--rivals", nargs="+", default=[], metavar="WORD", help="those whose names contain one; default: all")
+    add(
+        "--without",
+        nargs="+",
+        metavar="WORD",
+        help="rivals that are left out; on a CPU the slowest, by default",
+    )
+    add("--rounds", type=int, help="of everything that is repeated")
+    add("--limit", type=float, default=float("inf"), metavar="SECONDS", help="nothing is begun after them")
+    add("--cohort", type=int, default=4, help="volumes of the folder; 0 leaves the shell out")
+    add("--weights", default=checkpoint.DEFAULT)
+    add("--device", default="auto")
+    add("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
+    end = time.monotonic() + options.limit
     detector, name = load(options.weights, options.device)
-    count = None if options.slices == "all" else int(options.slices)
-    result = measured(detector, name, count, tuple(options.steps), options.cohort, not options.no_compile)
-    options.output.mkdir(parents=True, exist_ok=True)
-    target = options.output / f"volume-{result['machine']}-{result['date']}.json"
-    write_text(target, json_text(result))
-    peak = ", ".join(f"{value:.0f} MiB ({where})" for where, value in result["peak_MiB"].items())
-    print(f"{result['parts']['whole, file to files']:.1f} s, peak {peak}: {target}")
+    device = detector.system.device.type
+    without = (() if options.rivals else SLOW[device]) if options.without is None else options.without
+    names = chosen_names(options.rivals, without)
+    rounds = options.rounds or DEFAULT_ROUNDS[device]
+    settings = {
+        "kind": "volume", "machine": machine(device), "device": device, "torch": torch.__version__,
+        "threads": torch.get_num_threads(), "commit": commit(), "weights": name, "shape": SHAPE,
+        "sampling": dataclasses.asdict(detector.sampling_config()), "sides": names,
+    }  # fmt: skip
+    path = options.output / f"volume-{settings['machine']}-{datetime.date.today()}.json"
+    measurement = Measurement(detector, name, ResultFile(path, settings), rounds, end)
+    run: dict[str, Callable[[], None]] = {
+        "rivals": lambda: measurement.compare(
+            options.slices or DEFAULT_SLICES[device], options.steps or DEFAULT_STEPS[device], names
+        ),
+        "computation": measurement.computation, "parts": measurement.parts,
+        "shell": lambda: measurement.shell(options.cohort), "work": measurement.work,
+        "scaling": measurement.scaling,
+    }  # fmt: skip
+    for section in options.sections:
+        if measurement.over:
+            print(f"left out after {options.limit:.0f} s: {section}")
+            continue
+        run[section]()
+    print(path)
 
 
 if __name__ == "__main__":

@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from benchmarks.timing import Work, alternate
 from ddmd import ops
 from ddmd.diffusion.noise import Coordinates, pure_noise
 from ddmd.inference import ensemble
-from ddmd.inference.session import SamplingConfig, Session, default_batch_size
+from ddmd.inference.session import CPU_ROWS, CUDA_ROWS, SamplingConfig, Session, default_batch_size
 from ddmd.inference.slices import Slices
 from ddmd.models.autoencoder import NormSiLU
 from ddmd.models.checkpoint import System
 from ddmd.models.denoiser import Condition, from_patches, predicted_sample, to_patches
 from ddmd.models.fused_convolution import FusedConv2d
 
-QUICK_ROUNDS, SLOW_ROUNDS = 9, 3
-TOLERANCE = 0.1  # largest `_difference` at which two loops count as doing the same work
+Noise = Callable[[Tensor, int, int], Tensor]  # (planes, number of the first, sample) -> x_T
+Drive = Callable[[nn.Module, Tensor], Tensor]  # (network, x_T) -> x_0
 
 
 class TorchNormSiLU(nn.Module):
@@ -79,7 +80,10 @@ def condition(system: System, planes: Tensor) -> tuple[Condition, Tensor, Tensor
 
 
 class _Network(nn.Module):
-    """The network as the inferers call it; the condition kept, or computed again at every step."""
+    """The network as the inferers call it; the condition kept, or computed again at every step.
+
+    Rows are samples of the slices, sample after sample.
+    """
 
     def __init__(self, system: System, planes: Tensor, keep: bool, denoiser=None) -> None:
         super().__init__()
@@ -90,11 +94,19 @@ class _Network(nn.Module):
         )  # in a list: no submodules are registered
         self.denoiser = [system.denoiser if denoiser is None else denoiser]
         self.condition, self.inter, self.intra = condition(system, planes)
+        self._of_rows: dict[int, Condition] = {}
 
     def forward(self, x, timesteps, context=None):
-        kept = self.condition if self.keep else condition(self.system[0], self.planes)[0]
-        t = timesteps.expand(len(x)).to(x.device)
-        return predicted_sample(self.denoiser[0](x, kept, t))
+        kept = self._rows(len(x)) if self.keep else condition(self.system[0], self.planes)[0]
+        return predicted_sample(self.denoiser[0](x, kept, timesteps.reshape(1).to(x.device)))
+
+    def _rows(self, rows: int) -> Condition:
+        """The condition of some samples of each slice, made once."""
+        if rows not in self._of_rows:
+            samples = rows // len(self.planes)
+            evidence = self.condition.evidence.repeat(samples, 1, 1, 1)
+            self._of_rows[rows] = Condition(self.condition.features, evidence)
+        return self._of_rows[rows]
 
 
 def _scheduler(kind, system: System, steps: int, **options):
@@ -128,11 +140,20 @@ def _drive(library: str, system: System, steps: int):
     return loop
 
 
-def _maps(drive, make_network, slices: Slices, system: System, config: SamplingConfig, noise, batch: int):
+def _maps(
+    drive: Drive,
+    make_network: Callable[[Tensor], _Network],
+    slices: Slices,
+    system: System,
+    config: SamplingConfig,
+    noise: Noise,
+    batch: int,
+    rows_at_once: int,
+) -> ensemble.Maps:
     """The four maps of `Session.run`, from the same slices on the CPU back to the CPU.
 
-    As ours, a rival gathers the planes, copies them to the device batch by batch, and copies probability,
-    uncertainty, X and Y back.
+    As ours, a rival gathers the planes, copies them to the device batch by batch, draws several samples of them as
+    one batch, and copies probability, uncertainty, X and Y back.
     """
     own = system.condition.config
     planes = slices.planes(own.context, own.mirrored)
@@ -141,8 +162,13 @@ def _maps(drive, make_network, slices: Slices, system: System, config: SamplingC
         where = slice(first, min(first + batch, len(planes)))
         part = planes[where].to(system.device, system.dtype)
         network = make_network(part)
-        draws = [(drive(network, noise(part, first, s)).float() + 1) / 2 for s in range(config.samples)]
-        stacked = torch.stack(draws).clamp(0, 1)
+        at_once = max(1, rows_at_once // len(part)) if network.keep else 1
+        draws = []
+        for samples in torch.arange(config.samples).split(at_once):
+            x = torch.cat([noise(part, first, s) for s in samples.tolist()])
+            drawn = (drive(network, x).float() + 1) / 2
+            draws.append(drawn.unflatten(0, (len(samples), len(part))))
+        stacked = torch.cat(draws).clamp(0, 1)
         maps.probability[where] = stacked.mean(0)
         maps.uncertainty[where] = stacked.var(0, correction=min(1, config.samples - 1))
         maps.inter[where] = network.inter
@@ -155,138 +181,138 @@ def compared(config: SamplingConfig) -> SamplingConfig:
     return dataclasses.replace(config, sampler="ddim", eta=0.0, stop=0.0, mirror=False)
 
 
-CONDITIONS = ("at every step", "kept", "kept, our fused convolutions", "kept, compiled")
+@dataclass(frozen=True)
+class Variant:
+    """One way in which a library drives our networks.
 
-
-def _variants(compiling: bool) -> list[tuple[str, torch.dtype, str]]:
-    """(library, dtype, what becomes of the condition) of every rival."""
-    return [
-        (library, dtype, kept)
-        for library in ("diffusers", "MONAI")
-        for dtype in (torch.float32, torch.bfloat16)
-        for kept in CONDITIONS
-        if not ("compiled" in kept and (library == "MONAI" or not compiling))
-        and not (kept == "at every step" and dtype == torch.bfloat16)
-        and not ("fused" in kept and dtype == torch.float32)
-    ]
-
-
-def _ours(system: System, slices: Slices, config: SamplingConfig) -> Callable[[], ensemble.Maps]:
-    """Our own side: a session that is kept, as a detector keeps it, and its maps on the CPU."""
-    session = Session(system)
-    return lambda: session.run(slices, config).cpu()
-
-
-def compare(
-    system: System, slices: Slices, config: SamplingConfig, compiling: bool
-) -> tuple[dict[str, float], dict[str, str]]:
-    """Seconds of `Session.run` ("ours") and of each rival, and why a rival is missing.
-
-    All sides do the same work: slices on the CPU in, four maps on the CPU out. They run alternately, the slowest
-    in rounds of their own with ours. A rival whose probabilities from the same x_T differ from ours is not reported.
+    library : "diffusers" or "MONAI"
+    dtype : of the networks, which then call torch's ops alone
+    condition : whether it is kept or computed at every step, and what else is fused or compiled
     """
-    config = compared(config)
-    device = system.device
-    batch = config.batch or default_batch_size(system, *slices.image.shape[2:])
-    index, seed = slices.index.to(device), torch.tensor(config.seed, device=device)
-    ours = _ours(system, slices, config)
-    expected = ours()
-    work: dict[str, Work] = {"ours": ours}
-    missing: dict[str, str] = {}
 
-    def our_noise(part, first, sample):
-        where = index[first : first + len(part)]
-        at = Coordinates(seed, torch.full_like(where, sample), where)
-        return from_patches(pure_noise(to_patches(part[:, :1]).shape, at)).to(part.dtype)
+    library: str
+    dtype: torch.dtype
+    condition: str
 
-    def torch_noise(part, first, sample):
-        return torch.randn_like(part[:, :1])
-
-    for library, dtype, kept in _variants(compiling):
-        name = f"{library}, {str(dtype)[6:]}, condition {kept}"
-        try:
-            drive = _drive(library, system, config.steps)
-            plain = with_torchs_ops(system, dtype, "fused" in kept)
-            faster = torch.compile(plain.denoiser, dynamic=False) if "compiled" in kept else None
-
-            def run(noise, plain=plain, drive=drive, kept=kept, faster=faster):
-                def network(part):
-                    return _Network(plain, part, kept != "at every step", faster)
-
-                with torch.inference_mode():
-                    return _maps(drive, network, slices, plain, config, noise, batch)
-
-            difference = _difference(run(our_noise).probability, expected.probability)
-        except Exception as error:  # a rival that does not run here is reported as missing
-            missing[name] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-            continue
-        if difference <= TOLERANCE:
-            work[name] = lambda run=run: run(torch_noise)
-        else:
-            missing[name] = f"its probabilities differ from ours by {difference:.3f} of their sum"
-    if compiling:
-        name = "ours, the denoiser compiled"
-        try:
-            fast = compiled(system)
-            other = _ours(fast, slices, config)
-            probability = other().probability
-            if _difference(probability, expected.probability) <= TOLERANCE:
-                work[name] = other
-            else:
-                missing[name] = "its probabilities are not ours"
-        except Exception as error:
-            missing[name] = type(error).__name__
-    slow = {name: run for name, run in work.items() if "every step" in name}
-    quick = {name: run for name, run in work.items() if name not in slow}
-    seconds = alternate(quick, device.type, QUICK_ROUNDS, warm=1)
-    with_slow = alternate({"ours": work["ours"], **slow}, device.type, SLOW_ROUNDS, warm=1)
-    seconds |= {name: with_slow[name] / with_slow["ours"] * seconds["ours"] for name in slow}
-    seconds["ours, DDMD_BACKEND=reference"] = _by_reference(system, slices, config)
-    return seconds, missing
+    @property
+    def name(self) -> str:
+        """As it is called in the results."""
+        return f"{self.library}, {str(self.dtype)[6:]}, condition {self.condition}"
 
 
-def _difference(probability: Tensor, expected: Tensor) -> float:
+VARIANTS = tuple(
+    Variant(library, dtype, kept)
+    for library in ("diffusers", "MONAI")
+    for dtype in (torch.float32, torch.bfloat16)
+    for kept in ("at every step", "kept", "kept, our fused convolutions", "kept, compiled")
+    if not ("compiled" in kept and library == "MONAI")
+    and not (kept == "at every step" and dtype == torch.bfloat16)
+    and not ("fused" in kept and dtype == torch.float32)
+)
+OURS, REFERENCE, COMPILED = "ours", "ours, DDMD_BACKEND=reference", "ours, the denoiser compiled"
+NAMES = (OURS, REFERENCE, COMPILED, *(variant.name for variant in VARIANTS))
+
+
+def chosen_names(words: Sequence[str] = (), without: Sequence[str] = ()) -> list[str]:
+    """Ours, and the rivals whose names contain one of the words (all where there are none) and none of `without`.
+
+    Examples
+    --------
+    >>> chosen_names(["reference", "MONAI"], ["every step", "bfloat16"])
+    ['ours', 'ours, DDMD_BACKEND=reference', 'MONAI, float32, condition kept']
+    """
+    rest = [
+        name
+        for name in NAMES[1:]
+        if (not words or any(word in name for word in words)) and not any(word in name for word in without)
+    ]
+    return [OURS, *rest]
+
+
+class Rivals:
+    """Ours and its rivals on one system. Networks, sessions and compiled code are made once and kept.
+
+    Parameters
+    ----------
+    system : System
+    """
+
+    def __init__(self, system: System) -> None:
+        self.system = system
+        self._systems: dict[tuple[torch.dtype, bool], System] = {}
+        self._compiled: dict[torch.dtype, Any] = {}
+        self._sessions: dict[str, Session] = {}
+
+    def work(
+        self, name: str, slices: Slices, config: SamplingConfig
+    ) -> tuple[Callable[[], ensemble.Maps], Callable[[], ensemble.Maps]]:
+        """What one side does with the slices: once from our noise, for comparison, and as it is measured.
+
+        Ours makes the same noise in both. `config` is one of `compared`.
+        """
+        if name in (OURS, REFERENCE, COMPILED):
+            run = self._ours(name, slices, config)
+            return run, run
+        variant = next(variant for variant in VARIANTS if variant.name == name)
+        drive = _drive(variant.library, self.system, config.steps)
+        plain = self._with_torchs_ops(variant.dtype, "fused" in variant.condition)
+        faster = self._compiled_denoiser(variant.dtype) if "compiled" in variant.condition else None
+        batch = config.batch or default_batch_size(self.system, *slices.image.shape[2:])
+        rows = CPU_ROWS if self.system.device.type == "cpu" else CUDA_ROWS
+
+        def network(part: Tensor) -> _Network:
+            return _Network(plain, part, variant.condition != "at every step", faster)
+
+        def run_from(noise: Noise) -> ensemble.Maps:
+            with torch.inference_mode():
+                return _maps(drive, network, slices, plain, config, noise, batch, rows)
+
+        return lambda: run_from(self._our_noise(slices, config)), lambda: run_from(_torch_noise)
+
+    def _ours(self, name: str, slices: Slices, config: SamplingConfig) -> Callable[[], ensemble.Maps]:
+        """A session that is kept, as a detector keeps it, and its maps on the CPU.
+
+        The reference backend has a session of its own: a graph captured before would replay our kernels.
+        """
+        if name not in self._sessions:
+            system = compiled(self.system) if name == COMPILED else dataclasses.replace(self.system)
+            self._sessions[name] = Session(system)
+        session = self._sessions[name]
+
+        def run() -> ensemble.Maps:
+            with ops.backend("reference" if name == REFERENCE else "auto"):
+                return session.run(slices, config).cpu()
+
+        return run
+
+    def _with_torchs_ops(self, dtype: torch.dtype, fused: bool) -> System:
+        if (dtype, fused) not in self._systems:
+            self._systems[dtype, fused] = with_torchs_ops(self.system, dtype, fused)
+        return self._systems[dtype, fused]
+
+    def _compiled_denoiser(self, dtype: torch.dtype) -> Any:
+        if dtype not in self._compiled:
+            plain = self._with_torchs_ops(dtype, fused=False).denoiser
+            mode = "max-autotune" if self.system.device.type == "cuda" else "default"
+            self._compiled[dtype] = torch.compile(plain, dynamic=False, mode=mode)
+        return self._compiled[dtype]
+
+    def _our_noise(self, slices: Slices, config: SamplingConfig) -> Noise:
+        device = self.system.device
+        index, seed = slices.index.to(device), torch.tensor(config.seed, device=device)
+
+        def noise(part: Tensor, first: int, sample: int) -> Tensor:
+            where = index[first : first + len(part)]
+            at = Coordinates(seed, torch.full_like(where, sample), where)
+            return from_patches(pure_noise(to_patches(part[:, :1]).shape, at)).to(part.dtype)
+
+        return noise
+
+
+def _torch_noise(part: Tensor, first: int, sample: int) -> Tensor:
+    return torch.randn_like(part[:, :1])
+
+
+def difference(probability: Tensor, expected: Tensor) -> float:
     """Sum of absolute differences over the sum of the expected probabilities."""
     return float((probability - expected).abs().sum() / expected.sum())
-
-
-def _by_reference(system: System, slices: Slices, config: SamplingConfig) -> float:
-    """Seconds of ours with every op in plain torch.
-
-    The copy of the system has no captured graphs yet: a graph captured before would replay our kernels.
-    """
-    fresh = dataclasses.replace(system)
-    with ops.backend("reference"):
-        work = {"reference": _ours(fresh, slices, config)}
-        return alternate(work, system.device.type, SLOW_ROUNDS, warm=1)["reference"]
-
-
-def one_member(system: System, number: int) -> nn.Module:
-    """Auto-encoder `number` of ensemble A on its own, by torch's ops."""
-    whole = system.autoencoders_a
-    members = whole.config.members
-    alone = type(whole)(dataclasses.replace(whole.config, members=1))
-    state = {key: value.chunk(members)[number] for key, value in whole.state_dict().items()}
-    alone.load_state_dict(state)
-    return by_torch(alone.to(system.device, system.dtype).eval())
-
-
-def autoencoders_one_by_one(system: System, slices: Slices) -> float:
-    """Time of the K auto-encoders of A, one slice and one member at a time, over their time all together."""
-    b = slices.image.to(system.device, system.dtype, memory_format=torch.channels_last)
-    members = [one_member(system, k) for k in range(system.autoencoders_a.config.members)]
-    batch = default_batch_size(system, *b.shape[2:])
-    with torch.inference_mode():
-        together = torch.cat([system.autoencoders_a(part) for part in b.split(batch)], 1)
-        apart = torch.stack([torch.cat([m(s)[0] for s in b.split(1)]) for m in members])
-        if float((together - apart).float().abs().mean()) > 1e-2:
-            raise RuntimeError("the members alone do not give what the ensemble gives")
-        seconds = alternate(
-            {
-                "together": lambda: [system.autoencoders_a(part) for part in b.split(batch)],
-                "apart": lambda: [m(s) for m in members for s in b.split(1)],
-            },
-            system.device.type,
-            3,
-        )
-    return seconds["apart"] / seconds["together"]

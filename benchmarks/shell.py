@@ -39,7 +39,14 @@ class Cost:
     peak_mib: float
 
 
-def run(checkout: Path, source: Path, output: Path, threads: int, weights: Path | None = None) -> Cost:
+def run(
+    checkout: Path,
+    source: Path,
+    output: Path,
+    threads: int,
+    weights: Path | None = None,
+    options: Sequence[str] = (),
+) -> Cost:
     """Detect in a new process with the package of one checkout.
 
     Parameters
@@ -49,9 +56,10 @@ def run(checkout: Path, source: Path, output: Path, threads: int, weights: Path 
     output : for the results
     threads : of torch
     weights : a file that both checkouts take, by default what each ships
+    options : of the command, besides
     """
     environment = {**os.environ, "PYTHONPATH": str(checkout.resolve()), "OMP_NUM_THREADS": str(threads)}
-    command = [sys.executable, "-m", "ddmd", "detect", str(source.resolve()), "-o", str(output)]
+    command = [sys.executable, "-m", "ddmd", "detect", str(source.resolve()), "-o", str(output), *options]
     if weights is not None:
         command += ["--weights", str(weights.resolve())]
     begun = time.perf_counter()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import re
 import statistics
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,6 +30,19 @@ def _seconds(work: Work, device: str, calls: int) -> float:
     for _ in range(calls):
         work()
     return (timer() - begun) / calls
+
+
+def cost(work: Work, device: str) -> tuple[float, float]:
+    """Wall and CPU seconds of one call; CPU seconds are those of all threads of this process.
+
+    Wall seconds count other work on the machine, too; CPU seconds hardly do.
+    """
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    wait()
+    cpu, wall = time.process_time(), time.perf_counter()
+    work()
+    wait()
+    return time.perf_counter() - wall, time.process_time() - cpu
 
 
 def alternate(

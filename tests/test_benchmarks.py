@@ -156,52 +156,100 @@ def test_the_ablation_changes_one_part_at_a_time_and_shares_what_is_the_same(tmp
     assert ablation.measure("whole", replace(whole, seed=1), tmp_path / "whole") == [row], "trained again"
 
 
-def test_monai_and_diffusers_find_what_we_find(rng, monkeypatch):
-    """From the same x_T, their loops on the same networks give our probabilities, or are not reported."""
+def _few_slices(rng):
+    values, affine = head(rng, (40, 48, 6))
+    return extract(Volume.from_array({"flair": values}, affine), ("flair",), SliceGrid(4.0, 16))
+
+
+def test_rivals_take_the_same_steps_with_the_same_network(rng, monkeypatch):
+    """From the same noise they find what ours finds; one that does other work has no figure."""
     pytest.importorskip("diffusers", reason="diffusers is not installed")
     pytest.importorskip("monai", reason="MONAI is not installed")
-    from benchmarks import rivals
+    from benchmarks import comparison, rivals
 
-    system = tiny_system()
-    values, affine = head(rng, (40, 48, 6))
-    slices = extract(Volume.from_array({"flair": values}, affine), ("flair",), SliceGrid(4.0, 16))
-    for name in ("QUICK_ROUNDS", "SLOW_ROUNDS"):
-        monkeypatch.setattr(rivals, name, 1)
     config = SamplingConfig(samples=2, steps=4)
-    seconds, missing = rivals.compare(system, slices, config, False)
-    assert missing == {}
-    assert {name.split(",")[0] for name in seconds} >= {"ours", "diffusers", "MONAI"}
-    assert rivals.autoencoders_one_by_one(system, slices) > 0
+    names = rivals.chosen_names(without=["compiled"])
+    slices, contest = _few_slices(rng), rivals.Rivals(tiny_system())
+    stored = comparison.compare(contest, slices, config, names, 2)
+    assert stored["missing"] == {}
+    assert list(stored["rounds"][0]) == names
+    assert {name.split(",")[0] for name in names} == {"ours", "diffusers", "MONAI"}
+    figures = comparison.medians(stored)
+    assert figures["ours"]["cpu_ratio"] == 1.0
+    assert all(of_name["wall_s"] > 0 for of_name in figures.values())
     monkeypatch.setattr(rivals, "_drive", lambda *_: lambda network, x: torch.full_like(x, -1.0))
-    seconds, missing = rivals.compare(system, slices, config, False)
-    assert all("differ from ours by 1.000 of their sum" in why for why in missing.values())
-    assert {name.split(",")[0] for name in missing} == {"diffusers", "MONAI"}
+    stored = comparison.compare(contest, slices, config, names, 1)
+    assert all("differ from ours by 1.000 of their sum" in why for why in stored["missing"].values())
+    assert {name.split(",")[0] for name in stored["missing"]} == {"diffusers", "MONAI"}
+    assert "MONAI, float32, condition kept" not in stored["rounds"][0]
 
 
-def test_rivals_bring_back_the_four_maps_that_ours_do(rng, monkeypatch):
+def test_a_comparison_that_was_stopped_goes_on(rng):
+    """What was measured is kept round by round; no round begins after the end."""
+    from benchmarks import comparison, rivals
+
+    contest, slices, config = rivals.Rivals(tiny_system()), _few_slices(rng), SamplingConfig(samples=1)
+    names, kept = rivals.chosen_names(["reference"]), []
+
+    def keep(stored):
+        kept.append(json.loads(json.dumps(stored)))
+        if len(stored["rounds"]) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        comparison.compare(contest, slices, config, names, 3, keep=keep)
+    stopped = kept[-1]
+    assert len(stopped["rounds"]) == 2
+    whole = comparison.compare(contest, slices, config, names, 3, json.loads(json.dumps(stopped)))
+    assert whole["rounds"][:2] == stopped["rounds"]
+    assert len(whole["rounds"]) == 3
+    assert comparison.compare(contest, slices, config, names, 9, whole, end=0.0)["rounds"] == whole["rounds"]
+
+
+@pytest.mark.parametrize("samples", [1, 3])
+def test_rivals_bring_back_the_four_maps_that_ours_do(rng, samples):
     """All sides start from slices on the CPU and end with probability, uncertainty, X and Y there."""
     pytest.importorskip("diffusers", reason="diffusers is not installed")
     from benchmarks import rivals
     from ddmd.inference.session import detect_slices
 
-    system = tiny_system()
-    values, affine = head(rng, (40, 48, 6))
-    slices = extract(Volume.from_array({"flair": values}, affine), ("flair",), SliceGrid(4.0, 16))
-    config = rivals.compared(SamplingConfig(samples=3, steps=2))
-    kept, plain = [], rivals._maps
-    monkeypatch.setattr(rivals, "_maps", lambda *a: kept.append(plain(*a)) or kept[-1])
-    for name in ("QUICK_ROUNDS", "SLOW_ROUNDS"):
-        monkeypatch.setattr(rivals, name, 1)
-    rivals.compare(system, slices, config, False)
-    expected = detect_slices(system, slices, config)
-    first = kept[0]  # of the run from our noise, by diffusers in float32
+    slices, contest = _few_slices(rng), rivals.Rivals(tiny_system())
+    config = rivals.compared(SamplingConfig(samples=samples, steps=2, batch=4))
+    expected = detect_slices(contest.system, slices, config)
+    check, run = contest.work("diffusers, float32, condition kept", slices, config)
+    maps, measured = check(), run()
     for name in ("probability", "uncertainty", "inter", "intra"):
-        ours, theirs = getattr(expected, name), getattr(first, name)
+        ours, theirs = getattr(expected, name), getattr(maps, name)
         assert theirs.device.type == "cpu"
         assert torch.allclose(theirs, ours, atol=0.02), name
+        assert getattr(measured, name).shape == ours.shape
 
 
-def test_the_reference_backend_is_measured_by_a_session_of_its_own(monkeypatch):
+def test_rivals_draw_as_many_samples_in_one_batch_as_ours(rng, monkeypatch):
+    """Launching sample after sample is not held against them."""
+    pytest.importorskip("diffusers", reason="diffusers is not installed")
+    from benchmarks import rivals
+
+    rows, plain = [], rivals._drive
+
+    def drive(*arguments):
+        inner = plain(*arguments)
+        return lambda network, x: rows.append(len(x)) or inner(network, x)
+
+    monkeypatch.setattr(rivals, "_drive", drive)
+    monkeypatch.setattr(rivals, "CPU_ROWS", 8)
+    slices = _few_slices(rng)
+    config = rivals.compared(SamplingConfig(samples=5, steps=2, batch=4))
+    rivals.Rivals(tiny_system()).work("diffusers, float32, condition kept", slices, config)[0]()
+    sizes = [min(4, len(slices) - first) for first in range(0, len(slices), 4)]
+    assert rows == [size * s for size in sizes for s in _groups(5, max(1, 8 // size))]
+
+
+def _groups(count, size):
+    return [min(size, count - first) for first in range(0, count, size)]
+
+
+def test_the_reference_backend_is_measured_by_a_session_of_its_own(rng, monkeypatch):
     """A session that captured a graph before would replay our kernels."""
     from benchmarks import rivals
     from ddmd.ops import registry
@@ -210,34 +258,44 @@ def test_the_reference_backend_is_measured_by_a_session_of_its_own(monkeypatch):
 
     class Recorder:
         def __init__(self, *_):
-            backends.append(registry.serving("denoise_step", "cpu")[0])
+            self.seen = []
+            backends.append(self.seen)
 
         def run(self, *_):
-            backends.append(registry.serving("denoise_step", "cpu")[0])
+            self.seen.append(registry.serving("denoise_step", "cpu")[0])
             return self
 
         cpu = run
 
     monkeypatch.setattr(rivals, "Session", Recorder)
-    rivals._by_reference(tiny_system(), None, None)
-    assert len(backends) > 2
-    assert set(backends) == {"reference"}
+    contest = rivals.Rivals(tiny_system())
+    for name in (rivals.OURS, rivals.REFERENCE):
+        for run in contest.work(name, None, None):
+            run()
+    assert len(backends) == 2
+    assert "reference" not in backends[0]
+    assert set(backends[1]) == {"reference"}
 
 
 def test_a_cohort_is_measured_by_the_wall_clock_of_the_command(tmp_path, monkeypatch):
     """Seconds of the whole process; volumes a minute from what more volumes cost, without the start."""
     from benchmarks import end_to_end
 
-    commands, clock = [], iter(range(0, 1000, 7))
-    monkeypatch.setattr(end_to_end.subprocess, "run", lambda command, **_: commands.append(command))
-    monkeypatch.setattr(end_to_end.time, "perf_counter", lambda: next(clock))
+    sources = []
+
+    def run(checkout, source, output, threads, options=()):
+        sources.append(source)
+        volumes = len(list(source.rglob("*.nii.gz"))) if source.is_dir() else 1
+        return shell.Cost(wall_s=5.0 + 2.0 * volumes, cpu_s=1.0, peak_mib=100.0)
+
+    monkeypatch.setattr(end_to_end.shell, "run", run)
     volume = tmp_path / "case_flair.nii.gz"
     volume.write_bytes(b"volume")
     result = end_to_end.from_shell("w", "cpu", volume, tmp_path, 3)
-    assert [command[3] for command in commands] == ["detect", "detect"]
-    assert result["one volume, from the shell (s)"] == 7
-    assert len(list((tmp_path / "cohort").rglob("*.nii.gz"))) == 3
-    assert result["a cohort of 3, from the shell (s)"] == 7
+    assert sources == [volume, tmp_path / "cohort"]
+    assert result["one volume"]["wall_s"] == 7.0
+    assert result["a folder of 3 volumes"]["wall_s"] == 11.0
+    assert result["volumes a minute, beyond the first"] == pytest.approx(30.0)
 
 
 def test_two_checkouts_are_run_in_turn_with_their_own_package(tmp_path, monkeypatch):
