@@ -55,6 +55,8 @@ def compare(
     for name in names:
         if name in result["missing"]:
             continue
+        if work and time.monotonic() > end:
+            return result
         begun = time.perf_counter()
         try:
             check, run = rivals.work(name, slices, config)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import datetime
+import itertools
 import resource
 import shutil
 import tempfile
@@ -41,7 +42,8 @@ SHAPE = (240, 240, 155)
 RESULTS = Path(__file__).with_name("results")
 COMPUTED = ((6, 1), (5, 10), (64, 1))  # (S, N) of a whole volume's computation
 # What is affordable on each device
-SLOW = {"cpu": ("every step", "compiled"), "cuda": ()}  # words in the names of rivals that are left out
+SLOWEST = ("every step", "compiled")  # words in the names of rivals that take, or are made, longest
+LEFT_OUT = {"cpu": SLOWEST, "cuda": ()}
 DEFAULT_STEPS = {"cpu": (1, 5), "cuda": (1, 5, 10)}
 DEFAULT_SLICES = {"cpu": ("32",), "cuda": ("32", "all")}
 DEFAULT_ROUNDS = {"cpu": 3, "cuda": 9}
@@ -129,12 +131,16 @@ class Measurement:
         return time.monotonic() > self.end
 
     def compare(self, counts: Sequence[str], steps: Sequence[int], names: Sequence[str]) -> None:
-        """Ours against the rivals: seconds of every round."""
+        """Ours against the rivals: seconds of every round. The slowest come last, in rounds of their own with ours."""
         default = self.detector.sampling_config()
-        for count in counts:
-            chosen = self.slices if count == "all" else middle(self.slices, int(count))
-            for n in steps:
-                key = f"{len(chosen)} slices, N = {n}"
+        slowest = [name for name in names[1:] if any(word in name for word in SLOWEST)]
+        groups = {"": [name for name in names if name not in slowest], ", the slowest": [names[0], *slowest]}
+        for suffix, group in groups.items():
+            for count, n in itertools.product(counts, steps):
+                if len(group) < 2 or self.over:
+                    continue
+                chosen = self.slices if count == "all" else middle(self.slices, int(count))
+                key = f"{len(chosen)} slices, N = {n}{suffix}"
                 print(f"rivals, {key}", flush=True)
                 stored = self.results.get("comparisons", {})
 
@@ -143,7 +149,7 @@ class Measurement:
 
                 config = dataclasses.replace(default, steps=n)
                 comparison.compare(
-                    self.rivals, chosen, config, names, self.rounds, stored.get(key), keep, self.end
+                    self.rivals, chosen, config, group, self.rounds, stored.get(key), keep, self.end
                 )
 
     def parts(self) -> None:
@@ -300,7 +306,7 @@ def main() -> None:
     end = time.monotonic() + options.limit
     detector, name = load(options.weights, options.device)
     device = detector.system.device.type
-    without = (() if options.rivals else SLOW[device]) if options.without is None else options.without
+    without = (() if options.rivals else LEFT_OUT[device]) if options.without is None else options.without
     names = chosen_names(options.rivals, without)
     rounds = options.rounds or DEFAULT_ROUNDS[device]
     settings = {

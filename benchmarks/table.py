@@ -2,105 +2,155 @@
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import comparison, figures, shell, training
+from benchmarks.figures import PREALLOCATED, Result
+
 RESULTS = Path(__file__).with_name("results")
-PREALLOCATED = ("eager, preallocated", "careful")  # the second is its name in older files
 
 
-def ops_table(path: Path) -> str:
+def ops_table(result: Result) -> str:
     """Times of each op and its rivals, as Markdown."""
-    found = _read(path)
-    lines = [
-        f"### {path.stem}", "",
-        "| op | shape | served by | ours (ms) | against eager | against eager, preallocated | against torch.compile | share of a copy's bandwidth |",
-        "|---|---|---|---|---|---|---|---|",
-    ]  # fmt: skip
-    for bench in found["benchmarks"]:
+    head = (
+        "op", "shape", "served by", "ours (ms)", "against eager", "against eager, preallocated",
+        "against torch.compile", "share of a copy's bandwidth",
+    )  # fmt: skip
+    rows = []
+    for bench in result.values["benchmarks"]:
         info = bench["extra_info"]
-        medians = info["medians"]
-
-        def ratio(*names: str, medians: dict[str, float] = medians) -> str:
-            name = next((name for name in names if name in medians), None)
-            if name is None:
-                return "not run"
-            # what allocates its results is held against ours that does
-            own = (
-                medians["ours"] if name in PREALLOCATED else medians.get("ours, allocating", medians["ours"])
+        ratios = (figures.op_ratio(info, *names) for names in (("eager",), PREALLOCATED, ("compile",)))
+        rows.append(
+            (
+                info["op"], info["shape"], info["backend"], f"{1000 * info['medians']['ours']:.2f}",
+                *(times(ratio) for ratio in ratios), f"{100 * info['share_of_copy']:.0f} %",
             )
-            return f"{medians[name] / own:.1f}x"
+        )  # fmt: skip
+    return markdown(head, rows)
 
-        lines.append(
-            f"| {info['op']} | {info['shape']} | {info['backend']} | {1000 * medians['ours']:.2f} | {ratio('eager')} | "
-            f"{ratio(*PREALLOCATED)} | {ratio('compile')} | {100 * info['share_of_copy']:.0f} % |"
+
+def volume_table(result: Result) -> str:
+    """One volume from file to files part by part, against the rivals, and over S, N and slices, as Markdown."""
+    values = result.values
+    blocks = []
+    if "parts" in values:
+        cpu = values.get("parts_cpu", {})
+        rows = [
+            (name, f"{s:.2f}", f"{cpu[name]:.2f}" if name in cpu else "")
+            for name, s in values["parts"].items()
+        ]
+        blocks.append(markdown(("part", "wall (s)", "CPU (s)"), rows))
+    if values.get("rivals"):
+        rivals = [(name, times(value, 2)) for name, value in values["rivals"].items()]
+        rivals += [(name, f"not run: {why}") for name, why in values.get("missing", {}).items()]
+        blocks.append(markdown(("rival on the same network and N", "its time over ours"), rivals))
+    for key, stored in values.get("comparisons", {}).items():
+        compared = [
+            (
+                name,
+                f"{1000 * f['wall_s']:.0f}",
+                f"{1000 * f['cpu_s']:.0f}",
+                times(f["wall_ratio"], 2),
+                times(f["cpu_ratio"], 2),
+            )
+            for name, f in comparison.medians(stored).items()
+        ]
+        compared += [(name, f"not run: {why}", "", "", "") for name, why in stored["missing"].items()]
+        title = f"{key}, {len(stored['rounds'])} rounds"
+        blocks.append(markdown((title, "wall (ms)", "CPU (ms)", "wall over ours", "CPU over ours"), compared))
+    for section in ("computation", "scaling"):
+        if section in values:
+            seconds = [(name, *_clocks(value)) for name, value in values[section].items()]
+            blocks.append(markdown((section, "wall (s)", "CPU (s)"), seconds))
+    if values.get("shell"):
+        rows = [(name, *_clocks(value)) for name, value in values["shell"].items()]
+        blocks.append(markdown(("from the shell", "wall (s)", "CPU (s)"), rows))
+    return "\n\n".join(blocks)
+
+
+def _clocks(value: Any) -> tuple[str, str]:
+    """Wall and CPU seconds, as files keep them now and kept them before."""
+    if isinstance(value, Mapping):
+        return f"{value['wall_s']:.3f}", f"{value['cpu_s']:.3f}"
+    return f"{value:.3f}", ""
+
+
+def shell_table(result: Result) -> str:
+    """CPU and wall seconds of a volume from the shell in two checkouts, as Markdown."""
+    pairs = result.values.get("pairs", [])
+    rows = []
+    for name in dict.fromkeys(pair["input"] for pair in pairs):
+        f = shell.medians([pair for pair in pairs if pair["input"] == name])
+        rows.append(
+            (
+                name, str(f["volumes"]), f"{f['base_cpu_s']:.1f} / {f['now_cpu_s']:.1f}", times(f["cpu_s_ratio"], 2),
+                times(f["wall_s_ratio"], 2), f"{f['base_peak_mib']:.0f} / {f['now_peak_mib']:.0f}", f"{f['dice']:.4f}",
+            )
+        )  # fmt: skip
+    base = result.values["base_commit"]
+    head = (
+        "input", "volumes", f"CPU seconds a volume, {base} / now", "ratio", "ratio of wall time",
+        "peak memory (MiB)", "lowest Dice of the masks",
+    )  # fmt: skip
+    return markdown(head, rows)
+
+
+def training_table(result: Result) -> str:
+    """Seconds a step of every stage, as Markdown."""
+    rounds = result.values.get("rounds", [])
+    rows = []
+    for stage, f in (training.medians(rounds) if rounds else {}).items():
+        base = f"{f['base_cpu_s']:.2f} / " if "base_cpu_s" in f else ""
+        busy = f"{100 * f['gpu_busy']:.0f} %" if "gpu_busy" in f else ""
+        rows.append(
+            (
+                stage,
+                f"{base}{f['now_cpu_s']:.2f}",
+                times(f.get("cpu_s_ratio"), 2),
+                f"{1 / f['now_wall_s']:.1f}",
+                busy,
+            )
         )
-    return "\n".join(lines)
+    base = result.values["base_commit"]
+    cpu = "CPU seconds a step" + (f", {base} / now" if base else "")
+    return markdown(("stage", cpu, "ratio", "steps a second by the wall clock", "GPU busy"), rows)
 
 
-def volume_table(path: Path) -> str:
-    """Seconds of one volume from file to files, part by part, and against the rivals, as Markdown."""
-    found = _read(path)
-    lines = [f"### {path.stem}", "", "| part | seconds |", "|---|---|"]
-    lines += [f"| {name} | {seconds:.2f} |" for name, seconds in found["parts"].items()]
-    lines += ["", "| rival on the same network and N | its time over ours |", "|---|---|"]
-    lines += [f"| {name} | {value:.2f}x |" for name, value in found["rivals"].items()]
-    lines += [f"| {name} | not run: {why} |" for name, why in found.get("missing", {}).items()]
-    lines += ["", "| setting | seconds |", "|---|---|"]
-    lines += [f"| {name} | {seconds:.2f} |" for name, seconds in found["scaling"].items()]
-    return "\n".join(lines)
-
-
-def rows_table(path: Path) -> str:
+def rows_table(result: Result) -> str:
     """Rows of figures, as the quality curves and the ablation are, as Markdown."""
-    found = _read(path)
-    names = list(found["rows"][0])
-    lines = [
-        f"### {path.stem}",
-        "",
-        f"| {' | '.join(n.replace('_', ' ') for n in names)} |",
-        "|---" * len(names) + "|",
+    names = list(result.values["rows"][0])
+    shown = [
+        tuple(f"{row[n]:.3f}" if isinstance(row[n], float) else str(row[n]) for n in names)
+        for row in result.values["rows"]
     ]
-    for row in found["rows"]:
-        shown = (f"{row[n]:.3f}" if isinstance(row[n], float) else str(row[n]) for n in names)
-        lines.append(f"| {' | '.join(shown)} |")
+    return markdown([n.replace("_", " ") for n in names], shown)
+
+
+def times(ratio: float | None, digits: int = 1) -> str:
+    """A ratio as text."""
+    return "not run" if ratio is None else f"{ratio:.{digits}f}x"
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table."""
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head), *(f"| {' | '.join(row)} |" for row in rows)]
     return "\n".join(lines)
 
 
-def _read(path: Path) -> dict[str, Any]:
-    found = json.loads(path.read_text())
-    return found if isinstance(found, dict) else {}
+TABLES = {
+    "ops": ops_table, "volume": volume_table, "shell": shell_table, "training": training_table, "rows": rows_table,
+}  # fmt: skip
 
 
 def table_of(path: Path) -> str | None:
     """The table of one file by what it holds, or None where it is no file of these benchmarks."""
-    try:
-        found = _read(path)
-    except (OSError, ValueError):
+    result = figures.read(path)
+    if result is None or result.kind not in TABLES:
         return None
-    if path.stem.startswith("evaluation-"):
-        return None  # `benchmarks.cards` writes these where they are read
-    if all(isinstance(found.get(key), dict) for key in ("parts", "rivals", "scaling")):
-        return volume_table(path)
-    rows = found.get("rows")
-    if isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows):
-        return rows_table(path)
-    benchmarks = found.get("benchmarks")
-    if isinstance(benchmarks, list) and benchmarks and all(_is_op(bench) for bench in benchmarks):
-        return ops_table(path)
-    return None
-
-
-def _is_op(bench: Any) -> bool:
-    info = bench.get("extra_info") if isinstance(bench, dict) else None
-    return (
-        isinstance(info, dict)
-        and {"op", "shape", "backend", "medians", "share_of_copy"} <= info.keys()
-        and "ours" in info["medians"]
-    )
+    return f"### {path.stem}\n\n{TABLES[result.kind](result)}"
 
 
 def main(arguments: Sequence[str] = ()) -> None:

@@ -1,9 +1,9 @@
 """Training steps a second of two checkouts, in turn: each with its own pipeline and recipe, on the same data.
 
 `python -m benchmarks.training BASE DATA [--now CHECKOUT] [--rounds R] [--steps N] [--threads T] [--weights FILE]`. BASE and
-CHECKOUT are folders that hold the package `ddmd`, built; DATA is a folder of cases with image-level labels. Without
-BASE (`-`), this checkout is measured alone. Every run is written to training-MACHINE-DATE.json at once; a benchmark
-that was stopped goes on.
+CHECKOUT are folders that hold the package `ddmd`, built; where BASE is `-`, this checkout is measured alone. DATA is a
+folder of cases with image-level labels, or `made-up`. Every run is written to training-MACHINE-DATE.json at once; a
+benchmark that was stopped goes on. On a GPU, nvidia-smi says how busy it was.
 """
 
 from __future__ import annotations
@@ -22,12 +22,14 @@ from typing import Any
 
 import torch
 
+from benchmarks.made_up_cases import write_cases
 from benchmarks.result_file import ROOT, ResultFile, commit
 from benchmarks.timing import machine
 
 RESULTS = Path(__file__).with_name("results")
 WORKER = Path(__file__).with_name("training_steps.py")
 WEIGHTS = ROOT / "ddmd" / "pretrained" / "ddmd-light.safetensors"  # that both checkouts can begin from
+MADE_UP = "made-up"
 WARM = 2  # steps of each stage that are not counted
 
 Steps = dict[str, dict[str, float]]  # stage -> CPU and wall seconds a step
@@ -67,6 +69,9 @@ def medians(rounds: Sequence[dict[str, Steps]]) -> dict[str, dict[str, float]]:
             if "base" in rounds[0]:
                 ratios = (r["base"][stage][field] / r["now"][stage][field] for r in rounds)
                 found[f"{field}_ratio"] = statistics.median(ratios)
+        busy = [r["now"][stage]["gpu_busy"] for r in rounds if "gpu_busy" in r["now"][stage]]
+        if busy:
+            found["gpu_busy"] = statistics.median(busy)
         figures[stage] = found
     return figures
 
@@ -104,7 +109,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("base")
-    parser.add_argument("data", type=Path)
+    parser.add_argument("data")
     parser.add_argument("--now", type=Path, default=ROOT)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=8, help="of each stage, after two that are not counted")
@@ -113,12 +118,14 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="from which both begin")
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
-    settings = {
-        "data": str(options.data.resolve()), "start": str(options.weights.resolve()), "batch": options.batch,
-        "steps": options.steps, "warm": WARM, "threads": options.threads,
-    }  # fmt: skip
-    base = None if options.base == "-" else Path(options.base)
-    print(compare(base, options.now, settings, options.rounds, output=options.output))
+    with tempfile.TemporaryDirectory() as folder:
+        data = write_cases(Path(folder) / MADE_UP) if options.data == MADE_UP else Path(options.data)
+        settings = {
+            "data": str(data.resolve()), "start": str(options.weights.resolve()), "batch": options.batch,
+            "steps": options.steps, "warm": WARM, "threads": options.threads,
+        }  # fmt: skip
+        base = None if options.base == "-" else Path(options.base)
+        print(compare(base, options.now, settings, options.rounds, output=options.output))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ seconds a step of each stage as JSON. It works with 0.1 and later, so it imports
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 import time
 import tomllib
@@ -41,6 +42,35 @@ def configuration(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
+class BusyMeter:
+    """The share of time in which the GPU worked, by nvidia-smi, between `start` and `stop`."""
+
+    def start(self) -> None:
+        """Begin to listen; without nvidia-smi nothing is heard."""
+        command = [
+            "nvidia-smi",
+            "--query-gpu=utilization.gpu",
+            "--format=csv,noheader,nounits",
+            "-lms",
+            "200",
+        ]
+        try:
+            self._process = subprocess.Popen(
+                command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+            )
+        except OSError:
+            self._process = None
+
+    def stop(self) -> float:
+        """The mean share from 0 to 1; not a number where nothing was heard."""
+        if self._process is None:
+            return float("nan")
+        self._process.terminate()
+        text, _ = self._process.communicate()
+        shares = [float(line) / 100 for line in text.splitlines() if line.strip().isdigit()]
+        return sum(shares) / len(shares) if shares else float("nan")
+
+
 def timed_steps(settings: dict[str, Any], run: Path) -> dict[str, dict[str, float]]:
     """CPU and wall seconds a step of every stage, the making of its batch included, after `warm` steps."""
     from ddmd import training
@@ -50,14 +80,19 @@ def timed_steps(settings: dict[str, Any], run: Path) -> dict[str, dict[str, floa
 
     torch.set_num_threads(settings["threads"])
     stamps: dict[str, list[tuple[float, float]]] = {}
+    busy: dict[str, float] = {}
+    first, last = settings["warm"], settings["warm"] + settings["steps"] - 1
+    meter = BusyMeter()
 
     def stamp(stage: str) -> None:
         of_stage = stamps.setdefault(stage, [])
-        if torch.cuda.is_available() and len(of_stage) in (
-            settings["warm"],
-            settings["warm"] + settings["steps"] - 1,
-        ):
+        number = len(of_stage)
+        if torch.cuda.is_available() and number in (first, last):
             torch.cuda.synchronize()
+            if number == first:
+                meter.start()
+            else:
+                busy[stage] = meter.stop()
         of_stage.append((time.process_time(), time.perf_counter()))
 
     if hasattr(loop, "train_step"):
@@ -82,7 +117,11 @@ def timed_steps(settings: dict[str, Any], run: Path) -> dict[str, dict[str, floa
     asked.mkdir()
     (asked / "config.json").write_text(json.dumps(values), encoding="utf-8")
     train(read_run(asked), run)
-    return {name: _per_step(of_stage[settings["warm"] :]) for name, of_stage in stamps.items()}
+    figures = {name: _per_step(of_stage[first:]) for name, of_stage in stamps.items()}
+    for stage, share in busy.items():
+        if share == share:  # nvidia-smi said something
+            figures[stage]["gpu_busy"] = share
+    return figures
 
 
 def _per_step(stamps: list[tuple[float, float]]) -> dict[str, float]:
