@@ -95,7 +95,7 @@ bench bench-gpu: $(VENV)/test.stamp
 
 # What gpu-check needs beyond an image with torch, Triton, pytest and the usual scientific packages.
 gpu-wheels: $(VENV)/torch.stamp
-	@$(PIP) download --no-deps --only-binary=:all: -d "$(WHEELS)" nibabel isal monai diffusers importlib-metadata nilearn \
+	@$(PIP) download --no-deps --only-binary=:all: -d "$(WHEELS)" nibabel zlib-ng monai diffusers importlib-metadata nilearn \
 	  pytest-benchmark py-cpuinfo accelerate tensorboard tensorboard-data-server absl-py grpcio markdown protobuf werkzeug
 
 # On a machine with a GPU, offline, in under nine minutes: build, test, measure, sanitize, and the table of goals.

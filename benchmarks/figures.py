@@ -61,11 +61,39 @@ def _is_op(benchmark: Any) -> bool:
     )
 
 
-def newest(folder: Path, kind: str, device: str) -> Result | None:
-    """The file of the last date of a kind and device; where dates are the same, the one written last."""
+def newest(folder: Path, kind: str, device: str, having: str | None = None) -> Result | None:
+    """The file of the last date of a kind and device; where dates are the same, the last that says its commit.
+
+    Parameters
+    ----------
+    folder : of result files
+    kind, device : as in `Result`
+    having : an entry that the file must have
+    """
     found = [result for path in folder.glob("*.json") if (result := read(path)) is not None]
-    fitting = [result for result in found if (result.kind, result.device) == (kind, device)]
-    return max(fitting, key=lambda result: (result.date, result.path.stat().st_mtime), default=None)
+    fitting = [
+        result
+        for result in found
+        if (result.kind, result.device) == (kind, device) and (having is None or having in result.values)
+    ]
+    # files of before do not say their commit
+    rank = {result.path: (result.date, bool(commit_of(result)), result.path.name) for result in fitting}
+    return max(fitting, key=lambda result: rank[result.path], default=None)
+
+
+def commit_of(result: Result) -> str:
+    """The commit that was measured, in short; empty where the file does not say."""
+    values = result.values
+    commit = values.get("commit") or values.get("now_commit") or (values.get("commit_info") or {}).get("id")
+    return str(commit or "")[:7]
+
+
+def described(result: Result | None) -> str:
+    """What a result was measured on: machine, commit and date."""
+    if result is None:
+        return "not measured"
+    machine = str(result.values.get("machine") or result.path.stem[:-11])
+    return ", ".join(part for part in (machine, commit_of(result), result.date) if part)
 
 
 # --------------------------------------------------------------------------- ops

@@ -105,7 +105,18 @@ def table(folder: Path, devices: Sequence[str] = ("cuda", "cpu")) -> str:
             ]
             where = "GPU" if device == "cuda" else "CPU"
             lines.append(f"| {where}: {goal.figure} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", _measured_on(folder, devices)])
+
+
+def _measured_on(folder: Path, devices: Sequence[str]) -> str:
+    """The files that were read."""
+    found = [
+        figures.newest(folder, kind, device)
+        for device in devices
+        for kind in ("volume", "ops", "training", "shell")
+    ]
+    names = [f"{one.kind}: {figures.described(one)}" for one in found if one is not None]
+    return f"Seen in {'; '.join(names)}." if names else "Nothing was measured."
 
 
 def _shown(value: float | None, unit: str) -> str:

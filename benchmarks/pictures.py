@@ -34,9 +34,15 @@ DOCS = Path(__file__).parents[1] / "docs"
 
 
 def newest(folder: Path, kind: str) -> Path | None:
-    """The file `kind`-...-DATE.json of the latest date."""
+    """The file `kind`-...-DATE.json of the latest date that has what the picture shows."""
     dated = sorted(folder.glob(f"{kind}-*.json"), key=lambda path: (path.stem[-10:], path.name))
-    return dated[-1] if dated else None
+    needed = {"quality": {"rows"}, "volume": {"parts", "scaling"}}[kind]
+    return next((path for path in reversed(dated) if needed <= json.loads(path.read_text()).keys()), None)
+
+
+def _seconds(value: float | dict[str, float]) -> float:
+    """Seconds as result files have them: of one clock before, and now of two."""
+    return value["wall_s"] if isinstance(value, dict) else value
 
 
 def quality(results: dict[str, Any]) -> Figure:
@@ -74,7 +80,7 @@ def scaling(results: dict[str, Any]) -> Figure:
     axes[0].set(xlabel="seconds of one volume")
     default = next(iter(results["scaling"]))
     slices, samples, steps = (int(n) for n in re.findall(r"\d+", default))
-    seconds_of_default = results["scaling"][default]
+    seconds_of_default = _seconds(results["scaling"][default])
     points = {
         "S": {samples: seconds_of_default},
         "N": {steps: seconds_of_default},
@@ -85,7 +91,7 @@ def scaling(results: dict[str, Any]) -> Figure:
         numbers = [int(n) for n in re.findall(r"\d+", name)]
         for key in points:
             if len(numbers) == 1 and key in name:
-                points[key][numbers[0]] = seconds
+                points[key][numbers[0]] = _seconds(seconds)
     for ax, (key, curve) in zip(axes[1:], points.items(), strict=True):
         ax.plot(sorted(curve), [curve[n] for n in sorted(curve)], marker="o")
         ax.set(xlabel=key, ylim=(0, None))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from benchmarks import figures, goals, shell, training
 from benchmarks.cards import filled
-from benchmarks.figures import PREALLOCATED, Result
+from benchmarks.figures import PREALLOCATED, Result, described
 from benchmarks.result_file import ROOT
 from benchmarks.table import RESULTS, markdown, times
 from ddmd.io.atomic import write_text
@@ -16,22 +16,6 @@ from ddmd.io.atomic import write_text
 PAGE = ROOT / "docs" / "benchmarks.md"
 DEVICES = ("cuda", "cpu")
 NONE = ""
-
-
-def described(result: Result | None) -> str:
-    """What a result was measured on, as the head of a column."""
-    if result is None:
-        return "not measured"
-    values = result.values
-    commit = (
-        values.get("commit")
-        or values.get("now_commit")
-        or str((values.get("commit_info") or {}).get("id"))[:7]
-    )
-    # files of before said neither commit nor threads in every case
-    of_commit = f", {commit}" if commit != "None" else NONE
-    machine = values.get("machine") or result.path.stem[:-11]
-    return f"{machine}{of_commit}, {result.date}"
 
 
 def ops(folder: Path) -> str:
@@ -70,40 +54,60 @@ def _op_cells(info: Mapping[str, Any] | None) -> list[str]:
 
 def detection(folder: Path) -> str:
     """One volume: its parts, its computation, and the rivals on the same network."""
-    results = {device: figures.newest(folder, "volume", device) for device in DEVICES}
-    observed = figures.newest(folder, "observed", "cuda")
     rows: dict[str, dict[str, str]] = {}
+    head = [NONE]
 
     def put(row: str, device: str, cell: str) -> None:
         rows.setdefault(row, {})[device] = cell
 
-    for device, result in results.items():
-        values: Mapping[str, Any] = {} if result is None else result.values
-        clock = "parts_cpu" if device == "cpu" and "parts_cpu" in values else "parts"
-        unit = "CPU s" if clock == "parts_cpu" else "s"
-        for name, seconds in values.get(clock, {}).items():
-            put(name, device, f"{seconds:.3f} {unit}")
-        for where, mib in values.get("peak_MiB", {}).items():
-            put(f"peak memory, {where}", device, f"{mib:.0f} MiB")
-        sources = [values] if device == "cpu" or observed is None else [observed.values, values]
-        for source in sources:  # what is measured by the benchmark itself replaces what was observed before
-            for name, seconds in source.get("computation", {}).items():
-                of_clock = seconds["wall_s"] if device == "cuda" else seconds["cpu_s"]
-                put(
-                    f"computation, {name}",
-                    device,
-                    f"{1000 * of_clock:.0f} {'ms' if device == 'cuda' else 'CPU ms'}",
-                )
-        for steps in (1, 5, 10):
-            for whole in (False, True):
-                where = f"{'all' if whole else '32'} slices, N = {steps}"
-                for rival, ratio in figures.rival_ratios(result, steps, whole).items():
-                    # the reference backend of older files replayed a graph that held our kernels
-                    if "comparisons" not in values and "reference" in rival:
-                        continue
-                    put(f"{where}: {rival.replace('folded', 'fused')}", device, times(ratio, 2))
-    head = ["", *(f"{'GPU' if d == 'cuda' else 'CPU'}: {described(results[d])}" for d in DEVICES)]
-    return markdown(head, [[name, *(cells.get(d, NONE) for d in DEVICES)] for name, cells in rows.items()])
+    for device in DEVICES:
+        newest = figures.newest(folder, "volume", device)
+        whole = figures.newest(folder, "volume", device, having="parts")
+        observed = figures.newest(folder, "observed", device)
+        for name, cell in _part_cells(whole, device):
+            put(name, device, cell)
+        for source in (observed, newest):  # what the benchmark measures replaces what was observed before
+            for name, seconds in {} if source is None else source.values.get("computation", {}).items():
+                clock, unit = ("wall_s", "ms") if device == "cuda" else ("cpu_s", "CPU ms")
+                put(f"computation, {name}", device, f"{1000 * seconds[clock]:.0f} {unit}")
+        for name, ratio in _all_rivals(newest):
+            put(name, device, times(ratio, 2))
+        measured = dict.fromkeys(figures.described(one) for one in (newest, whole))
+        of_device = (
+            f"GPU: {next(iter(measured))}" if device == "cuda" else f"CPU: {'; parts: '.join(measured)}"
+        )
+        head.append(of_device)
+    ordered = sorted(rows, key=_group)
+    return markdown(head, [[name, *(rows[name].get(d, NONE) for d in DEVICES)] for name in ordered])
+
+
+def _part_cells(result: Result | None, device: str) -> Iterator[tuple[str, str]]:
+    """Parts and peak memory: their names, and their figures as text."""
+    values: Mapping[str, Any] = {} if result is None else result.values
+    clock, unit = ("parts_cpu", "CPU s") if device == "cpu" and "parts_cpu" in values else ("parts", "s")
+    for name, seconds in values.get(clock, {}).items():
+        yield name, f"{seconds:.3f} {unit}"
+    for where, mib in values.get("peak_MiB", {}).items():
+        yield f"peak memory, {where}", f"{mib:.0f} MiB"
+
+
+def _all_rivals(result: Result | None) -> Iterator[tuple[str, float]]:
+    """What each rival's row is called, and its time over ours."""
+    for steps in (1, 5, 10):
+        for whole in (False, True):
+            for rival, ratio in figures.rival_ratios(result, steps, whole).items():
+                # the reference backend of older files replayed a graph that held our kernels
+                if result is not None and ("comparisons" in result.values or "reference" not in rival):
+                    name = rival.replace("folded", "fused")
+                    yield f"{'all' if whole else '32'} slices, N = {steps}: {name}", ratio
+
+
+def _group(row: str) -> tuple[int, str]:
+    """Parts first, then the whole, memory, computation and rivals, those with the same N together."""
+    for number, words in enumerate(("whole", "peak memory", "computation", "slices, N")):
+        if words in row:
+            return number + 1, row.partition(":")[0] if number == 3 else NONE
+    return 0, NONE
 
 
 def cohort(folder: Path) -> str:
@@ -123,7 +127,7 @@ def cohort(folder: Path) -> str:
             (
                 f"CPU: {f['volumes']} volumes, each", f"{f['base_cpu_s']:.1f} / {f['now_cpu_s']:.1f} CPU s",
                 times(f["cpu_s_ratio"], 2), f"{f['base_peak_mib']:.0f} / {f['now_peak_mib']:.0f}", f"{f['dice']:.4f}",
-                described(result),
+                f"{described(result)}, rounds: {f['rounds']}",
             )
         )  # fmt: skip
     head = (
@@ -158,7 +162,13 @@ def training_steps(folder: Path) -> str:
             else:
                 base = f"{f['base_cpu_s']:.2f} / " if "base_cpu_s" in f else NONE
                 cells = (f"{base}{f['now_cpu_s']:.2f} CPU s a step", times(f.get("cpu_s_ratio"), 2), NONE)
-            rows.append((f"{'GPU' if device == 'cuda' else 'CPU'}: {stage}", *cells, described(result)))
+            rows.append(
+                (
+                    f"{'GPU' if device == 'cuda' else 'CPU'}: {stage}",
+                    *cells,
+                    f"{described(result)}, rounds: {len(rounds)}",
+                )
+            )
     return markdown(("stage", "base / now", "ratio", "GPU busy", "measured on"), rows)
 
 
@@ -184,14 +194,16 @@ def shapes(folder: Path) -> str:
     """How many shapes in plane there are with several windows, and what they do to masks and time."""
     result = figures.newest(folder, "shapes", "cpu")
     values: Mapping[str, Any] = {} if result is None else result.values
+    of_volumes: Mapping[str, Any] = values.get("masks", {})
+    counts: Mapping[str, Any] = values.get("counts", {})
     rows = []
-    for window, counts in values.get("counts", {}).items():
-        of_volumes = {name: one[window] for name, one in values.get("masks", {}).items()}
-        today = {name: one["multiples of 16"] for name, one in values.get("masks", {}).items()}
-        slower = [of_volumes[name]["cpu_s"] / today[name]["cpu_s"] for name in of_volumes]
-        dices = ", ".join(f"{one['dice']:.3f}" for one in of_volumes.values())
-        mean = f"{sum(slower) / len(slower):.2f}x" if slower else NONE
-        rows.append((window, str(counts["shapes"]), f"{counts['area']:.2f}x", mean, dices))
+    for window in dict.fromkeys([*counts, *(name for one in of_volumes.values() for name in one)]):
+        slower = [one[window]["cpu_s"] / one["multiples of 16"]["cpu_s"] for one in of_volumes.values()]
+        cells = ("not counted", "not counted")
+        if window in counts:
+            cells = str(counts[window]["shapes"]), times(counts[window]["area"], 2)
+        dices = ", ".join(f"{one[window]['dice']:.3f}" for one in of_volumes.values())
+        rows.append((window, *cells, times(sum(slower) / len(slower), 2) if slower else NONE, dices))
     names = ", ".join(values.get("masks", {}))
     head = ("windows", "shapes", "pixels", "CPU seconds", f"Dice with today's masks: {names}")
     return markdown(head, rows)

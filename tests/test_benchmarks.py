@@ -58,7 +58,7 @@ def test_tables_come_from_the_files_of_a_folder(tmp_path, capsys):
     table.main([str(tmp_path)])
     printed = capsys.readouterr().out
     for expected in ("| noise | (2, 3) | C++ | 1.00 | 4.0x | not run | not run | 50 % |", "| MONAI | 2.50x |",
-                     "| S = 1 | 3.00 |", "| other | not run: why |"):  # fmt: skip
+                     "| S = 1 | 3.000 |  |", "| other | not run: why |"):  # fmt: skip
         assert expected in printed
     assert printed.count("###") == 2
 
@@ -128,6 +128,9 @@ def test_pictures_are_drawn_from_the_newest_results(tmp_path, capsys):
     assert "from quality-a-2026-01-02.json" in capsys.readouterr().out
     lines = [ax.lines[0].get_xdata().tolist() for ax in pictures.scaling(volume).axes[1:]]
     assert lines == [[1, 5], [5, 10], [8, 32], [4]]
+    two_clocks = {name: {"wall_s": seconds, "cpu_s": 0.0} for name, seconds in scaling.items()}
+    axes = pictures.scaling(volume | {"scaling": two_clocks}).axes[1:]
+    assert axes[0].lines[0].get_ydata().tolist() == [1.0, 3.0]
     for name in ("quality.png", "volume.png", "painter.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
