@@ -94,9 +94,8 @@ def middle(slices: Slices, count: int) -> Slices:
     """The middle `count` slices."""
     first = max(0, (len(slices) - count) // 2)
     part = slice(first, first + count)
-    return dataclasses.replace(
-        slices, image=slices.image[part], brain=slices.brain[part], index=slices.index[part]
-    )
+    fields = ("image", "brain", "region", "index")
+    return dataclasses.replace(slices, **{name: getattr(slices, name)[part] for name in fields})
 
 
 class Measurement:

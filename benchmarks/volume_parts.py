@@ -12,8 +12,7 @@ import numpy as np
 import torch
 
 from ddmd import ops
-from ddmd.inference import detector as detecting
-from ddmd.inference import ensemble
+from ddmd.inference import ensemble, preparing
 from ddmd.inference.detector import Detector
 from ddmd.inference.session import Session
 from ddmd.io.volume import Volume
@@ -86,7 +85,7 @@ def split_in_parts(detector: Detector, path: Path, folder: Path) -> dict[str, li
             loop.enter_context(parts.inside(ops, "denoise_step", "update"))
         before = dict(parts.seconds)
         with (
-            parts.inside(detecting, "extract", "prepare"),
+            parts.inside(preparing, "extract", "prepare"),
             parts.inside(ensemble, "discrepancies", "auto-encoders, X and Y"),
             parts.inside(system.condition, "forward", "condition network"),
             parts.inside(ops, "ensemble_update", "statistics"),

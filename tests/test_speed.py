@@ -10,14 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import end_to_end, figures, goals, grid_shapes, speed_tables, training, training_steps
+from benchmarks import end_to_end, figures, goals, speed_tables, training, training_steps
 from benchmarks.made_up_cases import write_cases
 from benchmarks.result_file import ResultFile
 from benchmarks.table import RESULTS
 from ddmd.cohort.discovery import find_cases
 from ddmd.inference.detector import Detector
-from ddmd.inference.slices import SliceGrid, extract
-from ddmd.io.volume import Volume
 from ddmd.training import loop
 from ddmd.training.config import validate
 from tests.volumes import head, tiny_system, write
@@ -200,30 +198,6 @@ def test_made_up_cases_are_a_data_set_with_labels(tmp_path: Path) -> None:
         volume = case.volume(("flair",))
         values = volume.images["flair"]
         assert values[:, :, labels == 1].max() > values[:, :, labels == 0].max()
-
-
-# --------------------------------------------------------------------------- shapes
-
-
-@pytest.mark.parametrize(("box", "size", "limit", "expected"), [((4, 8), 8, 20, (2, 10)), ((4, 8), 12, 10, (0, 10)),
-                                                                ((0, 3), 6, 20, (0, 6)), ((17, 20), 6, 20, (14, 20)),
-                                                                ((4, 14), 6, 20, (4, 14))])  # fmt: skip
-def test_a_window_is_widened_within_the_image_and_holds_the_box(box, size, limit, expected) -> None:  # type: ignore[no-untyped-def]
-    assert grid_shapes._widened(slice(*box), size, limit) == slice(*expected)
-
-
-def test_a_wider_window_shows_the_images_own_content_and_comes_back_in_place(rng) -> None:  # type: ignore[no-untyped-def]
-    values, affine = head(rng, (80, 90, 6))
-    volume = Volume.from_array({"flair": values}, affine)
-    grid = SliceGrid(affine[0, 0], 16)
-    plain = extract(volume, ("flair",), grid)
-    with grid_shapes.cut_to(grid_shapes.multiples(48), grid):
-        wide = extract(volume, ("flair",), grid)
-    assert all(size % 48 == 0 for size in wide.image.shape[2:])
-    assert wide.image.shape[2] * wide.image.shape[3] > plain.image.shape[2] * plain.image.shape[3]
-    one, other = (cut.place(cut.to_canonical(cut.image)[0].numpy(), None) for cut in (plain, wide))
-    box = plain.box
-    assert abs(one[box] - other[box]).max() < 1e-5
 
 
 # --------------------------------------------------------------------------- whole detections
