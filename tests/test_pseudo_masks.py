@@ -71,6 +71,9 @@ def test_intermediate_probabilities_get_zero_loss_weight(lesion):
     mask, weight = make_pseudo_mask(lesion, probability, np.zeros(lesion.shape), 0.5)
     assert (mask == core).all()
     assert (weight == np.where(core | ~rim, 1.0, 0.0)).all()
+    mask, weight = make_pseudo_mask(lesion, probability, np.zeros(lesion.shape), 0.5, limits=(0.3, 0.6))
+    assert (mask == lesion).all()
+    assert (weight == 1.0).all(), "nothing lies between closer limits"
 
 
 def test_an_uncertain_component_is_lesion_as_a_whole_and_far_pixels_get_little_weight(lesion):

@@ -75,6 +75,7 @@ MISTAKES = {  # what is replaced, by what, and the entry that the message names
     "rounds is text": ("[0.3, 0.6]", "['x']", "rounds"),
     "rounds is nan": ("[0.3, 0.6]", "[nan]", "rounds"),
     "rounds fall": ("[0.3, 0.6]", "[0.6, 0.3]", "rounds"),
+    "limits fall": ("[0.3, 0.6]", "[0.3, 0.6]\npseudo_mask_limits = [0.9, 0.1]", "pseudo_mask_limits"),
     "a share is negative": ("share_normal = 0.12", "share_normal = -1.0", "share_normal"),
     "a share is nan": ("share_normal = 0.12", "share_normal = nan", "share_normal"),
     "all shares are 0": ("share_normal = 0.12", "share_normal = 0.0\nshare_painted = 0.0\nshare_painted_beside = 0.0\nshare_masked = 0.0", "share"),

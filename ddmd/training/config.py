@@ -64,6 +64,9 @@ class AutoencoderStage:
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
 
+PSEUDO_MASK_LIMITS = (0.1, 0.9)
+
+
 @dataclass(frozen=True)
 class DenoiserStage:
     """Training of the condition network and the denoiser.
@@ -87,6 +90,9 @@ class DenoiserStage:
     teacher_uncertainty : bool
         Whether the teacher may be uncertain about a patient: its threshold is then lower, all that reaches it is
         lesion, and little is said of what is far from it.
+    pseudo_mask_limits : (faint, certain)
+        Pixels that the teacher finds less probable than the first are not lesion; those that reach the second times
+        the peak of a component are; those between say nothing. Masks grow where the two are far apart.
     hard_from : float
         Share of the steps from which lesions are also painted that are no brighter than their
         surroundings.
@@ -109,6 +115,7 @@ class DenoiserStage:
     share_masked: Share = 0.35
     bag_weight: NotNegative = 0.15
     teacher_uncertainty: bool = True
+    pseudo_mask_limits: tuple[Share, Share] = PSEUDO_MASK_LIMITS
     hard_from: Share = 0.48
     share_symmetric: Share = 0.4
     share_complete: Share = 0.4
@@ -132,6 +139,10 @@ class DenoiserStage:
             )
         if list(self.rounds) != sorted(self.rounds):
             raise ValueError(f"rounds is {list(self.rounds)}; allowed are shares of the steps that rise")
+        if self.pseudo_mask_limits[0] > self.pseudo_mask_limits[1]:
+            raise ValueError(
+                f"pseudo_mask_limits is {list(self.pseudo_mask_limits)}; allowed are two shares that rise"
+            )
 
 
 # Measured on validation patients (`python -m benchmarks.quality`): one step finds as much as a hundred do, and the

@@ -6,14 +6,13 @@ import numpy as np
 import torch
 from scipy import ndimage
 
+from ddmd.training.config import PSEUDO_MASK_LIMITS
 from ddmd.training.device_slices import DeviceSlices
 from ddmd.training.stages import DenoiserLosses
 
 MIN_PEAK = 0.2  # a positive slice on which nothing is this probable gets no pseudo-mask
 SMOOTHING = 0.7  # standard deviation in slices: lesions continue from one slice to the next
 MIN_MASS = 0.1  # share of the largest component's summed probability; smaller components are ignored
-CERTAIN = 0.9  # share of a component's peak in a slice from which it is lesion, where the teacher is certain
-FAINT = 0.1  # less probable pixels are not lesion
 TEACHER_CERTAINTY = (
     0.7,
     0.85,
@@ -79,6 +78,7 @@ def make_pseudo_mask(
     deviation: np.ndarray,
     threshold: float,
     uncertainty: float = 0.0,
+    limits: tuple[float, float] = PSEUDO_MASK_LIMITS,
 ) -> tuple[np.ndarray, np.ndarray]:
     """One slice's pseudo-mask (H, W) bool, and the loss weight of each of its pixels, float in [0, 1].
 
@@ -93,13 +93,16 @@ def make_pseudo_mask(
     probability, deviation : (H, W) the teacher's mean, smoothed, and the standard deviation of its draws.
     threshold : of the component.
     uncertainty : as `teacher_uncertainty` gives it.
+    limits : (faint, certain)
+        Pixels less probable than the first are not lesion. Where the teacher is certain, those that reach the
+        second times the component's peak in the slice are.
     """
-    certain = CERTAIN * float(probability[component].max(initial=0.0))
+    certain = limits[1] * float(probability[component].max(initial=0.0))
     mask = component & (probability >= threshold + (1 - uncertainty) * max(0.0, certain - threshold))
     weight = np.clip(1.25 - 2.5 * deviation, 0.25, 1.0)
     far = ndimage.distance_transform_cdt(~component, "taxicab") > NEAR_MARGIN_PX
     weight = np.where(far, weight * (1 + uncertainty * (FAR_WEIGHT - 1)), weight)
-    return mask, np.where((component | (probability >= FAINT)) & ~mask, 0.0, weight)
+    return mask, np.where((component | (probability >= limits[0])) & ~mask, 0.0, weight)
 
 
 def update_pseudo_masks(
@@ -137,7 +140,12 @@ def update_pseudo_masks(
                 skipped += 1
                 continue
             masks[z], weights[z] = make_pseudo_mask(
-                components[z], smooth[z], deviation[z], threshold[z], uncertainty
+                components[z],
+                smooth[z],
+                deviation[z],
+                threshold[z],
+                uncertainty,
+                losses.stage.pseudo_mask_limits,
             )
             made += 1
             area += float(masks[z].sum(dtype=np.float32))
