@@ -37,7 +37,7 @@ def test_choosing_a_threshold_changes_nothing_else(config, tmp_path):
     after, description = load_file(path), checkpoint.describe(path)
     assert all(torch.equal(before[k], after[k]) for k in before | after)
     assert description.threshold == threshold
-    assert description.threshold_chosen.endswith("on 1 validation patients")
+    assert description.threshold_chosen.endswith("on 1 cases of validation patients")
     assert description.sampling.items() <= dataclasses.asdict(config.sampling).items()
     choose(tmp_path / "run", path, steps=2)
     assert checkpoint.describe(path).sampling == description.sampling | {"steps": 2}

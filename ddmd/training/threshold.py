@@ -1,8 +1,9 @@
 """The threshold that weights ship with: chosen on validation patients, never on test ones.
 
-`python -m ddmd.training.threshold RUN WEIGHTS [--steps N] [--peak P]` writes it into the weights file, and with it the N
-and the least peak of a lesion that it is for. Validation patients of every kind count alike: a kind is a data set, or
-what the run's folder says in kinds.json, {patient: kind}.
+`python -m ddmd.training.threshold RUN WEIGHTS [--steps N] [--peak P] [--training NAME]` writes it into the weights
+file, and with it the N and the least peak of a lesion that it is for. Patients of every kind count alike: a kind is a
+data set, or what the run's folder says in kinds.json, {patient: kind}. With `--training NAME`, the training patients of
+that data set choose, too, where training opened no mask: with image-level labels.
 """
 
 from __future__ import annotations
@@ -81,8 +82,10 @@ def dice_by_kind(counts: Sequence[np.ndarray], kinds: Sequence[str]) -> dict[str
     return curves
 
 
-def choose(run: Path, path: Path, steps: int | None = None, peak: float | None = None) -> float:
-    """The `lowest` threshold by Dice on the validation patients that have masks, the mean over kinds.
+def choose(
+    run: Path, path: Path, steps: int | None = None, peak: float | None = None, training: Sequence[str] = ()
+) -> float:
+    """The `lowest` threshold by Dice on the patients that choose and have masks, the mean over kinds.
 
     Nothing in the weights file changes but what it says of its threshold, and, where they are given, of its N
     (`steps`) and of the probability that a lesion reaches somewhere (`peak`).
@@ -92,15 +95,28 @@ def choose(run: Path, path: Path, steps: int | None = None, peak: float | None =
     run : folder of the run; its kinds.json, where there is one, says of which kind each patient is.
     path : the weights file.
     steps, peak : optional
+    training : names of data sets
+        Validation patients choose, and the training patients of these sets.
 
     Raises
     ------
     ValueError
-        If the folder holds no run, or no validation patient of it has a mask.
+        If the folder holds no run, or no validation patient of it has a mask; if training patients are to choose
+        whose masks were trained on.
     """
     split = read_split(run / "split.json")
     config, kinds = read_run(run), read_kinds(run / "kinds.json")
-    chosen = [c for c in mask_cases(config) if split.get(c.patient) == "validation" and c.masks is not None]
+    if training and config.labels != "image":
+        raise ValueError(f"{run}: its masks were trained on; only validation patients can choose")
+    chosen = [
+        case
+        for case in mask_cases(config)
+        if case.masks is not None
+        and (
+            split.get(case.patient) == "validation"
+            or (split.get(case.patient) == "train" and case.source in training)
+        )
+    ]
     if not chosen:
         raise ValueError(f"{run}: no validation patient has a mask; the threshold stays as it is")
     detector = Detector.load(path)
@@ -112,13 +128,14 @@ def choose(run: Path, path: Path, steps: int | None = None, peak: float | None =
     curves = dice_by_kind(counts, [kind_of(case, kinds) for case in chosen])
     curve = np.mean(list(curves.values()), axis=0)
     threshold = lowest(curve)
+    others = f" and of training patients of {', '.join(training)}" if training else ""
     best = ", ".join(f"{kind} {one.max():.3f}" for kind, one in curves.items())
     description = dataclasses.replace(
         detector.description,
         sampling=detector.description.sampling | {"steps": sampling.steps},
         threshold=threshold,
         threshold_chosen=f"lowest within {TOLERANCE} of the highest Dice, mean over kinds ({curve.max():.3f}; best of "
-        f"each: {best}), on {len(chosen)} validation patients",
+        f"each: {best}), on {len(chosen)} cases of validation patients" + others,
     )
     # float16 in the file: read and written without rounding
     system = checkpoint.load(path, precision="float32")
@@ -150,9 +167,17 @@ def main() -> None:
     parser.add_argument("weights", type=Path)
     parser.add_argument("--steps", type=int, help="N; by default what the weights say")
     parser.add_argument("--peak", type=float, help="least peak of a lesion; by default what the weights say")
+    parser.add_argument(
+        "--training",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="data sets whose training patients choose, too",
+    )
     options = parser.parse_args()
     try:
-        print(f"threshold {choose(options.run, options.weights, options.steps, options.peak):.3f}")
+        chosen = choose(options.run, options.weights, options.steps, options.peak, options.training)
+        print(f"threshold {chosen:.3f}")
     except ValueError as error:
         parser.error(str(error))
 
