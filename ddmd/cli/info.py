@@ -34,7 +34,9 @@ def command(json: Json = False, debug: Debug = False) -> None:
     console.table(("op", "cpu", "cuda", "why not faster"), rows)
     for name, weights in facts["weights"].items():
         taken = ", ".join(weights["sequences"])
-        console.say(f"weights {name}: takes {'any of ' if weights['any'] else ''}{taken}; from {weights['file']}")
+        console.say(
+            f"weights {name}: takes {'any of ' if weights['any'] else ''}{taken}; from {weights['file']}"
+        )
         console.say(f"  licence: {weights['licence']}")
         for key, value in weights["training"].items():
             if not isinstance(value, dict):  # of systems that were averaged: in the JSON alone
