@@ -107,3 +107,12 @@ def test_a_network_that_broke_has_no_score():
     probability[0, 0, 0] = np.nan
     assert np.isnan(lesion_score(probability, 0.001, False))
     assert np.isnan(lesion_score(probability, 0.001, True))
+
+
+def test_a_component_of_exactly_the_least_volume_is_a_lesion():
+    probability = np.zeros((8, 8, 8), np.float32)
+    probability[2, 2, 2:4] = 0.9  # two voxels
+    probability[6, 6, 6] = 0.9
+    for voxel_ml in (0.003, np.nextafter(0.003, 0), 0.002 * 1.5):
+        labels = label_components(probability, voxel_ml, LesionCriteria(0.5, min_ml=0.006))
+        assert np.array_equal(labels > 0, np.where(probability > 0, [[[0, 0, 1, 1, 0, 0, 0, 0]]], 0))

@@ -14,6 +14,7 @@ EVIDENCE_LIMIT = 1e-3  # evidence is kept this far from 0 and 1, so that its odd
 SCORE_ML = 0.5  # the evidence of a volume is the mean probability of this much of its most probable tissue
 UNCERTAIN = (0.25, 0.75)  # probabilities that are neither clearly lesion nor clearly none
 NEIGHBOURS_26 = np.ones((3, 3, 3))
+ROUNDING = 1e-6  # relative: a component of exactly the least volume is a lesion, however its voxels' volume is rounded
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,8 @@ def _components(
     numbers, component = np.arange(1, count + 1), components[candidates]
     sizes = np.bincount(component, minlength=count + 1)[1:]
     peaks = ndimage.maximum(probability[box][candidates], component, numbers)
-    accepted = np.flatnonzero((sizes * voxel_ml >= criteria.min_ml) & (peaks >= criteria.min_peak))
+    least = criteria.min_ml * (1 - ROUNDING)
+    accepted = np.flatnonzero((sizes * voxel_ml >= least) & (peaks >= criteria.min_peak))
     accepted = accepted[np.argsort(-sizes[accepted], kind="stable")]
     new_number = np.zeros(count + 1, np.int32)
     new_number[accepted + 1] = np.arange(1, len(accepted) + 1)
