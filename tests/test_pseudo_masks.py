@@ -10,17 +10,20 @@ from ddmd.cohort.cases import Case
 from ddmd.models.denoiser import DenoiserConfig
 from ddmd.training.config import DenoiserStage
 from ddmd.training.device_slices import DeviceSlices
-from ddmd.training.prepared_case import PreparedCase
+from ddmd.training.prepared_case import PreparedCase, load_pseudo_masks, save_pseudo_masks
 from ddmd.training.pseudo_masks import (
     FAR_WEIGHT,
+    NEAR_LESION_MM,
     NEAR_MARGIN_PX,
     TEACHER_CERTAINTY,
     candidate_components,
+    false_alarms,
     make_pseudo_mask,
     teacher_uncertainty,
     thresholds,
     update_pseudo_masks,
 )
+from ddmd.training.stages import BAG
 
 
 def disc(shape: tuple[int, int], centre: tuple[int, int], radius: float) -> np.ndarray:
@@ -110,21 +113,31 @@ def test_pixels_outside_components_change_nothing_and_faint_components_are_not_n
     assert (weight[lesion & ~mask] == 0).all()
 
 
+def stand_in(stage: DenoiserStage, drawn: torch.Tensor) -> SimpleNamespace:
+    """A teacher that draws the same (H, W) on every slice, and its mirror image on mirror images."""
+    return SimpleNamespace(
+        eval=lambda: None, train=lambda: None, stage=stage, condition=SimpleNamespace(config=DenoiserConfig()),
+        draw=lambda image, seed: (drawn if image[0, 0, 0, 0] < 0.5 else drawn.flip(-1)).expand(2, len(image), 1, -1, -1),
+    )  # fmt: skip
+
+
+def examination(label: list[int], shape: tuple[int, int], slice_mm: float = 1.0) -> PreparedCase:
+    """Slices that the stand-in tells from their mirror images."""
+    image = np.zeros((len(label), 1, *shape), np.float16)
+    image[..., :, -1] = 1
+    brain = np.ones((len(label), *shape), bool)
+    return PreparedCase(
+        Case("a", "a", "set", {}), image, brain, brain, np.array(label, np.int8), offset=1, offset_mm=slice_mm
+    )
+
+
 @pytest.mark.parametrize("uncertain", [True, False])
 def test_an_uncertain_teacher_takes_whole_components_for_lesion(lesion, uncertain):
     """On positive slices alone; without teacher uncertainty, intermediate probabilities get zero loss weight."""
     core = disc(lesion.shape, (40, 52), 8)
     drawn = torch.from_numpy(np.where(core, 0.6, np.where(lesion, 0.25, 0.0)).astype(np.float32))
-    teacher = SimpleNamespace(
-        eval=lambda: None, train=lambda: None, stage=DenoiserStage(teacher_uncertainty=uncertain, share_symmetric=0.0),
-        condition=SimpleNamespace(config=DenoiserConfig()),
-        draw=lambda image, seed: (drawn if image[0, 0, 0, 0] < 0.5 else drawn.flip(-1)).expand(2, len(image), 1, -1, -1),
-    )  # fmt: skip
-    image = np.zeros((5, 1, *lesion.shape), np.float16)
-    image[..., :, -1] = 1  # so that the stand-in knows a mirror image
-    brain = np.ones((5, *lesion.shape), bool)
-    label = np.array([1, 1, 1, 1, 0], np.int8)
-    item = PreparedCase(Case("a", "a", "set", {}), image, brain, brain, label, offset=1, offset_mm=1.0)
+    teacher = stand_in(DenoiserStage(teacher_uncertainty=uncertain, share_symmetric=0.0), drawn)
+    item = examination([1, 1, 1, 1, 0], lesion.shape)
     summary = update_pseudo_masks(teacher, DeviceSlices([item], torch.device("cpu"), 1.0), seed=0)
     assert (summary["made"], summary["skipped"], summary["mean_uncertainty"]) == (4, 0, float(uncertain))
     assert not item.mask[4].any()
@@ -132,3 +145,57 @@ def test_an_uncertain_teacher_takes_whole_components_for_lesion(lesion, uncertai
     assert (item.mask[0] == (lesion if uncertain else core)).mean() > 0.995, "but for what opening takes"
     assert item.weight[0][far] == pytest.approx(FAR_WEIGHT if uncertain else 1.0, rel=1e-3)
     assert (item.weight[0][lesion & (item.mask[0] == 0)] == 0).all()
+
+
+def test_later_rounds_have_limits_of_their_own_and_a_certain_teacher(lesion):
+    core = disc(lesion.shape, (40, 52), 8)
+    drawn = torch.from_numpy(np.where(core, 0.7, np.where(lesion, 0.6, 0.0)).astype(np.float32))
+    stage = DenoiserStage(later_mask_limits=(0.5, 0.8), share_symmetric=0.0)
+    uncertainty, lesion_share = {}, {}
+    for number in (1, 2):
+        item = examination([1] * 4, lesion.shape)
+        slices = DeviceSlices([item], torch.device("cpu"), 1.0)
+        uncertainty[number] = update_pseudo_masks(stand_in(stage, drawn), slices, 0, number)[
+            "mean_uncertainty"
+        ]
+        lesion_share[number] = overlap(item.mask[1] > 0, lesion)
+        rest = item.weight[1][~lesion & (item.mask[1] == 0)]
+        assert rest.min() == (pytest.approx(FAR_WEIGHT, rel=1e-3) if number == 1 else 1.0)
+    assert uncertainty[1] > 0.9
+    assert uncertainty[2] == 0.0
+    assert min(lesion_share.values()) > 0.99, "0.6 is above 0.8 of the peak"
+
+
+def test_false_alarms_are_on_normal_slices_far_from_lesions():
+    probability = np.zeros((40, 16, 16), np.float32)
+    probability[:, 2:8, 2:10] = np.linspace(0.1, 0.9, 40)[:, None, None]  # 48 pixels, as many as count
+    assert probability[0].astype(bool).sum() == BAG
+    label = np.zeros(40, np.int8)
+    label[[5, 30]] = 1, -1
+    found = false_alarms(probability, label, slice_mm=2.0)
+    near = np.abs(np.arange(40) - 5) * 2.0 <= NEAR_LESION_MM
+    assert found[near | (label != 0)].max() == 0
+    expected = np.linspace(0.1, 0.9, 40)[~near & (label == 0)]
+    assert found[~near & (label == 0)] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_round_keeps_false_alarms_where_they_are_asked_for(tmp_path, lesion):
+    drawn = torch.from_numpy(np.where(lesion, 0.8, 0.0).astype(np.float32))
+    label = [0] * 30 + [1, 1]
+    for share in (0.0, 0.5):
+        item = examination(label, lesion.shape)
+        stage = DenoiserStage(share_hard_normal=share, share_symmetric=0.0)
+        update_pseudo_masks(stand_in(stage, drawn), DeviceSlices([item], torch.device("cpu"), 1.0), seed=0)
+        path = tmp_path / f"{share}.npz"
+        save_pseudo_masks([item], path)
+        read = examination(label, lesion.shape)
+        load_pseudo_masks([read], path)
+        assert (read.mask == item.mask).all()
+        if share:
+            assert read.false_alarm == pytest.approx([0.8] * 20 + [0.0] * 12)
+        else:
+            assert read.false_alarm is None
+    other = examination([0, 1], lesion.shape)
+    np.savez(path, **{f"false alarm {other.key}": np.array([-1.0, 0.0])})
+    with pytest.raises(ValueError, match="delete it"):
+        load_pseudo_masks([other], path)

@@ -95,6 +95,32 @@ def test_a_positive_slice_is_a_bag_once_there_are_pseudo_masks(config, rng):
     assert {round(float(w.min()), 6) for w in batch["weight"][bags]} == {1.0, NEGATIVE_WEIGHT}
 
 
+def test_hard_normal_slices_are_drawn_by_their_false_alarms(config, rng):
+    """Among all patients of a data set, in proportion to the square; others as before."""
+    only = dataclasses.replace(
+        config.denoiser_stage,
+        share_normal=1.0, share_hard_normal=0.75, share_painted=0.0, share_painted_beside=0.0, share_masked=0.0,
+    )  # fmt: skip
+    config = dataclasses.replace(config, denoiser_stage=only, size=16)
+    brain = np.ones((4, 16, 16), bool)
+    prepared = []
+    for patient in range(2):
+        image = np.broadcast_to((4 * patient + np.arange(4.0))[:, None, None, None], (4, 1, 16, 16))
+        label = np.array([0, 0, 0, 1])
+        case = Case(str(patient), str(patient), "set", {})
+        prepared.append(PreparedCase(case, image.astype(np.float16), brain, brain, label, 1, 1.0))
+    count = 4000
+    for alarms in (None, [[0.0, 0.1, 0.0, 0.0], [0.0, 0.2, 0.3, 0.0]]):
+        for item, alarm in zip(prepared, alarms or (None, None), strict=True):
+            item.false_alarm = None if alarm is None else np.array(alarm, np.float32)
+        choice = batch_maker(prepared, config).choice
+        row = choice.samples(SampleRandom(int(rng.integers(1000)), 3, np.arange(count)))[1]
+        expected = np.array([1, 1, 1, 0, 1, 1, 1, 0]) / 6
+        if alarms is not None:
+            expected = 0.25 * expected + 0.75 * np.ravel(alarms) ** 2 / 0.14
+        assert np.bincount(row, minlength=8) / count == pytest.approx(expected, abs=0.04)
+
+
 def test_thick_slices_are_at_least_as_thick_as_those_of_the_patient(config):
     """Of 1 mm slices some become 3 to 9 mm thick; slices of 7 mm never become thinner."""
     brain = np.ones((40, 16, 16), bool)

@@ -76,6 +76,7 @@ MISTAKES = {  # what is replaced, by what, and the entry that the message names
     "rounds is nan": ("[0.3, 0.6]", "[nan]", "rounds"),
     "rounds fall": ("[0.3, 0.6]", "[0.6, 0.3]", "rounds"),
     "limits fall": ("[0.3, 0.6]", "[0.3, 0.6]\npseudo_mask_limits = [0.9, 0.1]", "pseudo_mask_limits"),
+    "later limits fall": ("[0.3, 0.6]", "[0.3, 0.6]\nlater_mask_limits = [0.9, 0.1]", "later_mask_limits"),
     "a share is negative": ("share_normal = 0.12", "share_normal = -1.0", "share_normal"),
     "a share is nan": ("share_normal = 0.12", "share_normal = nan", "share_normal"),
     "all shares are 0": ("share_normal = 0.12", "share_normal = 0.0\nshare_painted = 0.0\nshare_painted_beside = 0.0\nshare_masked = 0.0", "share"),
@@ -122,6 +123,17 @@ def test_what_is_no_toml_is_refused_in_one_line(tmp_path, content):
     with pytest.raises(ValueError, match="not TOML|data") as raised:
         read_config(path)
     assert str(raised.value).startswith(str(path))
+
+
+def test_hard_slices_need_the_rounds_of_image_level_labels(tmp_path):
+    path = tmp_path / "pixel.toml"
+    hard = GOOD.replace("share_normal = 0.12", "share_normal = 0.12\nshare_hard_normal = 0.5", 1)
+    path.write_text(hard)
+    assert read_config(path).denoiser_stage.share_hard_normal == 0.5
+    path.write_text('labels = "pixel"\n' + hard.replace('labels = "image"\n', ""))
+    with pytest.raises(ValueError, match="share_hard_normal") as raised:
+        read_config(path)
+    assert "\n" not in str(raised.value)
 
 
 def test_entries_of_0_1_keep_working_with_a_warning(tmp_path):

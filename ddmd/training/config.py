@@ -93,6 +93,11 @@ class DenoiserStage:
     pseudo_mask_limits : (faint, certain)
         Pixels that the teacher finds less probable than the first are not lesion; those that reach the second times
         the peak of a component are; those between say nothing. Masks grow where the two are far apart.
+    later_mask_limits : (faint, certain) or None
+        The limits from the second round on, whose teacher is then never uncertain; None: those of the first.
+    share_hard_normal : float
+        Of the normal slices, the share that is drawn by how much the last round's teacher marked on each
+        (image-label track).
     hard_from : float
         Share of the steps from which lesions are also painted that are no brighter than their
         surroundings.
@@ -116,6 +121,8 @@ class DenoiserStage:
     bag_weight: NotNegative = 0.15
     teacher_uncertainty: bool = True
     pseudo_mask_limits: tuple[Share, Share] = PSEUDO_MASK_LIMITS
+    later_mask_limits: tuple[Share, Share] | None = None
+    share_hard_normal: Share = 0.0
     hard_from: Share = 0.48
     share_symmetric: Share = 0.4
     share_complete: Share = 0.4
@@ -139,10 +146,10 @@ class DenoiserStage:
             )
         if list(self.rounds) != sorted(self.rounds):
             raise ValueError(f"rounds is {list(self.rounds)}; allowed are shares of the steps that rise")
-        if self.pseudo_mask_limits[0] > self.pseudo_mask_limits[1]:
-            raise ValueError(
-                f"pseudo_mask_limits is {list(self.pseudo_mask_limits)}; allowed are two shares that rise"
-            )
+        for name in ("pseudo_mask_limits", "later_mask_limits"):
+            limits = getattr(self, name)
+            if limits is not None and limits[0] > limits[1]:
+                raise ValueError(f"{name} is {list(limits)}; allowed are two shares that rise")
 
 
 # Measured on validation patients (`python -m benchmarks.quality`): one step finds as much as a hundred do, and the
@@ -211,6 +218,11 @@ class TrainConfig:
                 raise ValueError(
                     f"steps is {stage.steps} in {type(stage).__name__}; allowed is at least 1, and 0 with `start`"
                 )
+        if self.labels == "pixel" and self.denoiser_stage.share_hard_normal:
+            raise ValueError(
+                "share_hard_normal is above 0, and labels is 'pixel'; hard slices are found by the rounds of "
+                "image-level labels alone"
+            )
         check_channels(self.sequences, self.autoencoder, self.denoiser)
         if self.validation + self.test >= 1:
             raise ValueError(
