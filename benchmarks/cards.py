@@ -199,6 +199,23 @@ def overview() -> str:
     return "\n".join(lines)
 
 
+def left_out() -> str:
+    """Dice of validation patients with the threshold that the others choose, a system a column, as Markdown."""
+    systems = []
+    for name in SHIPPED:
+        dated = sorted(RESULTS.glob(f"left-out-{name}-????-??-??.json"))
+        systems.append(json.loads(dated[-1].read_text())["patients"] if dated else {})
+    lines = [
+        f"| validation patient | {' | '.join(f'`{name}`, threshold | Dice' for name in SHIPPED)} |",
+        "|---" * (1 + 2 * len(SHIPPED)) + "|",
+    ]
+    for patient in sorted({patient for system in systems for patient in system}):
+        rows = [system.get(patient, {}) for system in systems]
+        cells = [number(row.get(key)) for row in rows for key in ("threshold", "dice")]
+        lines.append(f"| {patient} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def table_row(
     label: str, lesion_ml: str, baseline: float | None, rows: Sequence[Mapping[str, Any]], key: str = "dice"
 ) -> str:
@@ -230,7 +247,7 @@ def texts() -> dict[Path, str]:
     """path -> what its text should be, of every file with tables."""
     texts = {
         README: filled(README.read_text(), {"kinds": kinds()}),
-        QUALITY: filled(QUALITY.read_text(), {"kinds": kinds(), "cases": overview()}),
+        QUALITY: filled(QUALITY.read_text(), {"kinds": kinds(), "cases": overview(), "left out": left_out()}),
     }
     for name in SHIPPED:
         evaluations, path = newest(name), CARDS / f"{name}.md"

@@ -1,6 +1,7 @@
 """What becomes of trained weights: thresholds, means of two systems, and weights of an unfinished run."""
 
 import dataclasses
+import json
 import subprocess
 import sys
 
@@ -15,7 +16,7 @@ from ddmd.models.checkpoint import WeightsError
 from ddmd.training import train
 from ddmd.training.config import DataEntry, TrainConfig
 from ddmd.training.export import export_checkpoints
-from ddmd.training.threshold import TOLERANCE, choose, dice_by_kind, lowest
+from ddmd.training.threshold import TOLERANCE, choose, dice_by_kind, left_out, lowest
 from ddmd.training.weight_average import average
 from tests.training_setup import tiny_config, worst_difference
 from tests.volumes import write_slices
@@ -41,7 +42,10 @@ def test_choosing_a_threshold_changes_nothing_else(config, tmp_path):
     assert description.sampling.items() <= dataclasses.asdict(config.sampling).items()
     choose(tmp_path / "run", path, steps=2)
     assert checkpoint.describe(path).sampling == description.sampling | {"steps": 2}
-    choose(tmp_path / "run", path, peak=0.9)
+    choose(tmp_path / "run", path, peak=0.9, left_out_path=tmp_path / "left_out.json")
+    assert json.loads((tmp_path / "left_out.json").read_text()) == {"weights": "tiny", "patients": {}}, (
+        "with one validation patient nobody else chooses"
+    )
     assert checkpoint.describe(path).min_peak == 0.9 != description.min_peak
     with pytest.raises(ValueError, match="split.json: cannot be read"):
         choose(tmp_path / "nowhere", path)
@@ -68,6 +72,25 @@ def test_every_kind_counts_alike_in_the_choice_of_a_threshold(rng):
     assert curves["ms"] == pytest.approx(dice(counts[9]))
     pooled, mean = dice(np.sum(counts[:9], axis=0)), np.mean([dice(c) for c in counts[:9]], axis=0)
     assert curves["glioma"] == pytest.approx((pooled + mean) / 2)
+
+
+def test_a_patient_that_is_left_out_has_no_say_in_its_threshold():
+    """Three patients, each found as a whole at one threshold alone; the second is seen twice."""
+    best = {"a": 3, "b": 10, "c": 10}
+    patients = ["a", "b", "b", "c"]
+
+    def counts(patient):
+        hits = np.where(np.arange(len(THRESHOLDS)) == best[patient], 100, 20)
+        return np.stack([hits, 0 * hits, 100 - hits, 0 * hits], axis=1)
+
+    found = left_out([counts(patient) for patient in patients], ["ms", "ms", "ms", "wmh"], patients)
+    assert {p: row["threshold"] for p, row in found.items()} == pytest.approx(
+        {"a": THRESHOLDS[10], "b": THRESHOLDS[3], "c": THRESHOLDS[10]}
+    )
+    assert {p: row["dice"] for p, row in found.items()} == pytest.approx(
+        {"a": 1 / 3, "b": 1 / 3, "c": 1.0}, abs=1e-3
+    )
+    assert left_out([counts("a")], ["ms"], ["a"]) == {}
 
 
 def test_the_mean_of_two_systems_lies_between_them(tmp_path):

@@ -4,6 +4,8 @@
 file, and with it the N and the least peak of a lesion that it is for. Patients of every kind count alike: a kind is a
 data set, or what the run's folder says in kinds.json, {patient: kind}. With `--training NAME`, the training patients of
 that data set choose, too, where training opened no mask: with image-level labels.
+
+`--left-out FILE` writes what each validation patient reaches with the threshold that the others choose, as JSON.
 """
 
 from __future__ import annotations
@@ -23,6 +25,8 @@ from ddmd.evaluation.case_metrics import THRESHOLDS
 from ddmd.evaluation.evaluate import evaluate_case
 from ddmd.evaluation.metrics import dice_scores
 from ddmd.inference.detector import Detector
+from ddmd.io.atomic import write_text
+from ddmd.io.text import json_text
 from ddmd.models import checkpoint
 from ddmd.training.config import TrainConfig, read_run
 from ddmd.training.run import cases_of
@@ -82,8 +86,46 @@ def dice_by_kind(counts: Sequence[np.ndarray], kinds: Sequence[str]) -> dict[str
     return curves
 
 
+def mean_over_kinds(counts: Sequence[np.ndarray], kinds: Sequence[str]) -> np.ndarray:
+    """(len(THRESHOLDS),) the mean of the curves of `dice_by_kind`."""
+    curve: np.ndarray = np.mean(list(dice_by_kind(counts, kinds).values()), axis=0)
+    return curve
+
+
+def left_out(
+    counts: Sequence[np.ndarray], kinds: Sequence[str], patients: Sequence[str]
+) -> dict[str, dict[str, float]]:
+    """What each patient reaches with the threshold that the other patients choose.
+
+    Parameters
+    ----------
+    counts, kinds : as `dice_by_kind` takes them
+    patients : the patient of each case
+
+    Returns
+    -------
+    patient -> {"threshold", "dice"}
+        Dice pooled over the cases of the patient. A patient without others is left out of the result.
+    """
+    result = {}
+    for patient in sorted(set(patients)):
+        others = [number for number, name in enumerate(patients) if name != patient]
+        if not others:
+            continue
+        threshold = lowest(mean_over_kinds([counts[i] for i in others], [kinds[i] for i in others]))
+        own = dice_scores(np.sum([counts[i] for i, name in enumerate(patients) if name == patient], axis=0))
+        dice = float(own[np.argmin(np.abs(THRESHOLDS - threshold))])
+        result[patient] = {"threshold": threshold, "dice": round(dice, 4)}
+    return result
+
+
 def choose(
-    run: Path, path: Path, steps: int | None = None, peak: float | None = None, training: Sequence[str] = ()
+    run: Path,
+    path: Path,
+    steps: int | None = None,
+    peak: float | None = None,
+    training: Sequence[str] = (),
+    left_out_path: Path | None = None,
 ) -> float:
     """The `lowest` threshold by Dice on the patients that choose and have masks, the mean over kinds.
 
@@ -97,6 +139,8 @@ def choose(
     steps, peak : optional
     training : names of data sets
         Validation patients choose, and the training patients of these sets.
+    left_out_path : optional
+        A JSON file that gets what `left_out` says of the validation patients.
 
     Raises
     ------
@@ -125,9 +169,14 @@ def choose(
         detector = Detector(dataclasses.replace(detector.system, description=description))
     sampling = detector.sampling_config(steps=steps)
     counts = [evaluate_case(detector, case, sampling=sampling).by_threshold for case in chosen]
-    curves = dice_by_kind(counts, [kind_of(case, kinds) for case in chosen])
-    curve = np.mean(list(curves.values()), axis=0)
+    own_kinds = [kind_of(case, kinds) for case in chosen]
+    curves = dice_by_kind(counts, own_kinds)
+    curve = mean_over_kinds(counts, own_kinds)
     threshold = lowest(curve)
+    if left_out_path is not None:
+        reached = left_out(counts, own_kinds, [case.patient for case in chosen])
+        validation = {k: v for k, v in reached.items() if split.get(k) == "validation"}
+        write_text(left_out_path, json_text({"weights": detector.description.name, "patients": validation}))
     others = f" and of training patients of {', '.join(training)}" if training else ""
     best = ", ".join(f"{kind} {one.max():.3f}" for kind, one in curves.items())
     description = dataclasses.replace(
@@ -174,9 +223,17 @@ def main() -> None:
         metavar="NAME",
         help="data sets whose training patients choose, too",
     )
+    parser.add_argument(
+        "--left-out",
+        type=Path,
+        metavar="FILE",
+        help="JSON of what each validation patient reaches with the threshold that the others choose",
+    )
     options = parser.parse_args()
     try:
-        chosen = choose(options.run, options.weights, options.steps, options.peak, options.training)
+        chosen = choose(
+            options.run, options.weights, options.steps, options.peak, options.training, options.left_out
+        )
         print(f"threshold {chosen:.3f}")
     except ValueError as error:
         parser.error(str(error))
