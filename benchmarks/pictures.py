@@ -110,6 +110,7 @@ TITLES = {
     "many": "many: 15 to 40 small ones",
     "bands": "bands: confluent along the ventricles (white matter hyperintensities)",
     "caps": "caps: on the frontal and occipital horns, on both sides",
+    "territory": "territory: a part of what one artery supplies (stroke)",
 }
 
 

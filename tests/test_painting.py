@@ -15,7 +15,7 @@ from ddmd.training.config import DataEntry, DenoiserStage, TrainConfig
 from ddmd.training.device_slices import DeviceSlices
 from ddmd.training.intensity_scale import AIR_MARGIN, HIGH, LOW
 from ddmd.training.lesion_painter import TRANSPLANT_RIM, transplant
-from ddmd.training.lesion_parameters import BANDS, KINDS, LARGE, MANY, SMALL, PainterConfig
+from ddmd.training.lesion_parameters import BANDS, KINDS, LARGE, MANY, SMALL, TERRITORY, PainterConfig
 from ddmd.training.prepared_case import PreparedCase
 from ddmd.training.sample_random import NoiseFields, SampleRandom, pick
 
@@ -130,6 +130,30 @@ def test_what_is_far_from_every_lesion_is_unchanged(rng):
         assert (planes[1].numpy()[far] - case.image[2, 0].astype(np.float32)[far]) == pytest.approx(
             0, abs=EXACT
         )
+
+
+def test_a_territory_reaches_from_the_surface_inwards_on_one_side(rng):
+    case = prepared(rng)
+    ventricle = case.image[2, 0] < -0.75
+    depth = ndimage.distance_transform_edt(case.brain[2])
+    deepest, sectors = {}, []
+    for reach in (10.0, 30.0):
+        config = only(TERRITORY, territory_mm=(reach, reach + 0.1), edge=(0.5, 0.6))
+        masks = maker(case, config).samples(0, 24)["mask"][:, 0].numpy() > 0
+        large = [mask for mask in masks if mask.sum() > 60]
+        assert len(large) >= 12
+        for mask in large:
+            sides = mask[:, : SIZE // 2].sum(), mask[:, SIZE // 2 :].sum()
+            assert min(sides) <= 0.02 * mask.sum(), "the falx ends it"
+            assert not (mask & ventricle).any()
+            assert (depth[mask] <= 2).any(), "it reaches the surface"
+            y, x = np.nonzero(mask) - np.array([[(SIZE - 1) / 2]] * 2)
+            angle = np.arctan2(y, x)
+            sectors.append(np.ptp(np.angle(np.exp(1j * (angle - angle[np.argmax(x**2 + y**2)])))))
+        deepest[reach] = np.median([depth[mask].max() for mask in large])
+    assert 6 < deepest[10.0] < 16 < deepest[30.0]
+    assert np.median(sectors) < np.pi / 2
+    assert max(sectors) < np.pi
 
 
 def test_bands_lie_round_the_ventricles_on_both_sides(rng):

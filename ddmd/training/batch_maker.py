@@ -65,7 +65,7 @@ class BatchMaker:
         self.slices, self.config, self.stage, self.timesteps = slices, config, stage, timesteps
         self.stripped = stripped
         self.augmentation = augmentation_config or Augmentation()
-        self.painter = painter_config or PainterConfig()
+        self.painter = painter_config or config.painter
         self.context = config.denoiser.context if stage == "lesions" else 0
         self.batch = (config.denoiser_stage if stage == "lesions" else config.autoencoder_stage).batch
         self.choice = SliceChoice(slices, config, weights, self.context)

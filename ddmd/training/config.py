@@ -15,8 +15,8 @@ from ddmd.diffusion.samplers import SamplingConfig
 from ddmd.models.autoencoder import AutoencoderConfig
 from ddmd.models.denoiser import MULTIPLE, DenoiserConfig
 from ddmd.models.description import check_channels
+from ddmd.training.lesion_parameters import PainterConfig, Share
 
-Share = Annotated[float, Field(allow_inf_nan=False, ge=0, le=1)]
 NotNegative = Annotated[float, Field(allow_inf_nan=False, ge=0, le=1e6)]
 Positive = Annotated[float, Field(allow_inf_nan=False, gt=0, le=1e6)]
 Steps = Annotated[int, Field(ge=0, le=10**8)]
@@ -163,6 +163,8 @@ class TrainConfig:
     """Everything `ddmd train` needs. A patient named in `holdout` is a test patient, one named in
     `validation_patients` a validation patient, whatever the shares; neither is trained on.
 
+    painter says what lesions are painted: which kinds, how large, how bright.
+
     sampling is how the finished weights draw masks by default.
 
     precision is "float32", "bfloat16" (convolutions only), or what is faster on the device.
@@ -200,6 +202,7 @@ class TrainConfig:
     denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
     autoencoder_stage: AutoencoderStage = field(default_factory=AutoencoderStage)
     denoiser_stage: DenoiserStage = field(default_factory=DenoiserStage)
+    painter: PainterConfig = field(default_factory=PainterConfig)
     sampling: SamplingConfig = SAMPLING
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")

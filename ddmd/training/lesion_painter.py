@@ -87,6 +87,12 @@ def paint(
         shares.append(lesion_shapes.small_lesions(values, lists, centre, wander, around.levels, mm))
     for share, scaled_share in shares:
         alpha, scaled = torch.maximum(alpha, share), torch.maximum(scaled, scaled_share)
+    if len(row := lists["territory_row"]):
+        own_values = {name: value[row] for name, value in values.items()}
+        mirror = around.reflection[row], around.offset[row]
+        share = lesion_shapes.territory(own_values, depth[row], *mirror, planes, mm, fields.rows(row))
+        alpha = alpha.index_copy(0, row, torch.maximum(alpha[row], share))
+        scaled = scaled.index_copy(0, row, torch.maximum(scaled[row], share))
     factor = torch.where(alpha > 1e-3, scaled / alpha.clamp(min=1e-3), 1.0)
     tissue = torch.where(values["kind"][:, None, None] == LARGE, 1.0, fluid.clamp(0, 1))  # not the ventricles
     return Lesions(alpha * (brain * tissue)[:, None], factor, inside, push)

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Annotated, ClassVar
 
 import numpy as np
+from pydantic import ConfigDict, Field
 
 from ddmd.training.sample_random import SampleRandom
 
+Share = Annotated[float, Field(allow_inf_nan=False, ge=0, le=1)]
+Amount = Annotated[float, Field(allow_inf_nan=False, ge=0, le=1000)]
+Size = Annotated[float, Field(allow_inf_nan=False, gt=0, le=1000)]
 MAX_LESIONS = 40
 SMALL_PX = 5.5  # lesions of a smaller radius are computed in a window
-KINDS = ("large", "middling", "small", "many", "bands", "caps")
-LARGE, MIDDLING, SMALL, MANY, BANDS, CAPS = range(6)
+KINDS = ("large", "middling", "small", "many", "bands", "caps", "territory")
+LARGE, MIDDLING, SMALL, MANY, BANDS, CAPS, TERRITORY = range(7)
 PLACES = ("anywhere", "periventricular", "juxtacortical")
 ANYWHERE, PERIVENTRICULAR, JUXTACORTICAL = range(3)
 BOTH, FRONTAL, OCCIPITAL = range(3)  # horns of the ventricles that caps are on
@@ -24,10 +29,14 @@ class PainterConfig:
 
     Parameters
     ----------
-    kinds : tuple of 6 float
+    kinds : tuple of 7 float
         Shares of slices with one large lesion (glioma), a few of middling size, small ones (multiple sclerosis),
         many small ones, confluent bands along the ventricles and caps on their horns (white matter
-        hyperintensities).
+        hyperintensities), and a part of the territory of an artery (stroke).
+    territory_width : (low, high)
+        Half the angle, in radians, that an artery's territory takes of a slice, seen from the middle of the brain.
+    territory_mm : (low, high)
+        Depth of a territory, from the brain's surface.
     band_mm, cap_mm : (low, high)
         Depth of bands and of caps, from the ventricles' wall.
     cap_reach_mm : (low, high)
@@ -64,33 +73,47 @@ class PainterConfig:
         Chance that the rim of such a lesion is there on a part of its surface only.
     """
 
-    kinds: tuple[float, ...] = (0.35, 0.2, 0.2, 0.07, 0.1, 0.08)
-    large_mm: tuple[float, float] = (10.0, 34.0)
-    middling_mm: tuple[float, float] = (4.5, 11.0)
-    small_mm: tuple[float, float] = (1.6, 5.0)
-    band_mm: tuple[float, float] = (1.5, 14.0)
-    cap_mm: tuple[float, float] = (3.0, 12.0)
-    cap_reach_mm: tuple[float, float] = (4.0, 14.0)
-    bands_with_caps: float = 0.5
-    contrast: tuple[float, float] = (0.3, 2.4)
-    faint: float = 0.15
-    faint_contrast: tuple[float, float] = (0.15, 0.4)
-    t2_contrast: tuple[float, float] = (0.2, 1.3)
-    t1_contrast: tuple[float, float] = (0.05, 0.7)
-    enhancing: tuple[float, float, float] = (0.7, 0.3, 0.1)
-    enhancement: tuple[float, float] = (0.5, 2.5)
-    replaced: tuple[float, float] = (0.2, 1.0)
-    texture: float = 0.25
-    dark: float = 0.05
-    core: float = 0.35
-    rim: float = 0.15
-    displacement: float = 5.0
-    periventricular: float = 0.4
-    juxtacortical: float = 0.2
-    symmetric: float = 0.3
-    edge: tuple[float, float] = (0.5, 3.5)
-    not_bright: float = 0.5
-    broken_rim: float = 0.6
+    kinds: tuple[Share, ...] = (0.35, 0.2, 0.2, 0.07, 0.1, 0.08, 0.0)
+    territory_width: tuple[Size, Size] = (0.15, 0.7)
+    territory_mm: tuple[Size, Size] = (8.0, 45.0)
+    large_mm: tuple[Size, Size] = (10.0, 34.0)
+    middling_mm: tuple[Size, Size] = (4.5, 11.0)
+    small_mm: tuple[Size, Size] = (1.6, 5.0)
+    band_mm: tuple[Size, Size] = (1.5, 14.0)
+    cap_mm: tuple[Size, Size] = (3.0, 12.0)
+    cap_reach_mm: tuple[Amount, Amount] = (4.0, 14.0)
+    bands_with_caps: Share = 0.5
+    contrast: tuple[Size, Size] = (0.3, 2.4)
+    faint: Share = 0.15
+    faint_contrast: tuple[Size, Size] = (0.15, 0.4)
+    t2_contrast: tuple[Amount, Amount] = (0.2, 1.3)
+    t1_contrast: tuple[Amount, Amount] = (0.05, 0.7)
+    enhancing: tuple[Share, Share, Share] = (0.7, 0.3, 0.1)
+    enhancement: tuple[Amount, Amount] = (0.5, 2.5)
+    replaced: tuple[Share, Share] = (0.2, 1.0)
+    texture: Amount = 0.25
+    dark: Share = 0.05
+    core: Share = 0.35
+    rim: Share = 0.15
+    displacement: Amount = 5.0
+    periventricular: Share = 0.4
+    juxtacortical: Share = 0.2
+    symmetric: Share = 0.3
+    edge: tuple[Size, Size] = (0.5, 3.5)
+    not_bright: Share = 0.5
+    broken_rim: Share = 0.6
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    def __post_init__(self) -> None:
+        if len(self.kinds) != len(KINDS) or not any(self.kinds):
+            raise ValueError(
+                f"kinds is {list(self.kinds)}; allowed are {len(KINDS)} shares, not all 0: {', '.join(KINDS)}"
+            )
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, tuple) and len(value) == 2 and value[0] > value[1]:
+                raise ValueError(f"{field.name} is {list(value)}; allowed are two numbers that do not fall")
 
 
 def draw_lesions(
@@ -124,10 +147,11 @@ def draw_lesions(
             random.integers(15, most + 1),
             random.integers(0, 5),
             random.integers(0, 3),
+            np.zeros(n, np.int64),
         ),
     )
     count = np.where(symmetric, np.minimum(2 * count, most), count)
-    sizes = (config.large_mm, config.middling_mm, *(4 * [config.small_mm]))
+    sizes = (config.large_mm, config.middling_mm, *(5 * [config.small_mm]))
     low, high = (np.log([size[i] for size in sizes])[kind] for i in (0, 1))
     contrast = np.where(
         random.chance(config.faint),
@@ -174,7 +198,19 @@ def draw_lesions(
         "push": random.uniform(0.0, config.displacement) * (kind == LARGE) * random.chance(0.4),
     }
     values |= _draw_look(random, config, hard & (kind <= MIDDLING), values)
-    return values | _by_sequence(_draw_sequences(random, config, values), values, sequences)
+    values |= _by_sequence(_draw_sequences(random, config, values), values, sequences)
+    return values | _draw_territory(random, config, kind)
+
+
+def _draw_territory(random: SampleRandom, config: PainterConfig, kind: np.ndarray) -> dict[str, np.ndarray]:
+    """Depth, half angle and direction of a territory; nothing is drawn where the painter paints none."""
+    if not config.kinds[TERRITORY]:
+        return {name: np.zeros(len(random)) for name in ("territory", "territory_width", "territory_angle")}
+    return {
+        "territory": random.log_uniform(*config.territory_mm) * (kind == TERRITORY),
+        "territory_width": random.log_uniform(*config.territory_width),
+        "territory_angle": random.uniform(-np.pi, np.pi),
+    }
 
 
 def _draw_look(
@@ -260,10 +296,14 @@ def _by_sequence(
 
 
 def lesion_lists(drawn: dict[str, np.ndarray], mm: float) -> dict[str, np.ndarray]:
-    """Rows and numbers of the lesions by size: `large_row`, `large_number`, `small_row`, `small_number`."""
+    """Rows and numbers of the lesions by size: `large_row`, `large_number`, `small_row`, `small_number`.
+
+    `territory_row` has the rows with a part of an artery's territory.
+    """
     row, number = np.nonzero(np.arange(MAX_LESIONS) < drawn["count"][:, None])
     small = drawn["radius"][row, number] / mm < SMALL_PX
     return {
         "large_row": row[~small], "large_number": number[~small],
         "small_row": row[small], "small_number": number[small],
+        "territory_row": np.flatnonzero(drawn["kind"] == TERRITORY),
     }  # fmt: skip

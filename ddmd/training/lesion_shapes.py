@@ -226,3 +226,50 @@ def ventricle_caps(values: dict[str, Tensor], around: Surroundings, fields: Nois
     )
     width = values["cap"][:, None, None] * torch.maximum(*horns) * (0.9 + 0.3 * shape).clamp(0.3, 1.5)
     return _rim_of_ventricles(values, around, width) * (values["cap"] > 0)[:, None, None, None]
+
+
+def territory(
+    values: dict[str, Tensor],
+    depth: Tensor,
+    reflection: Tensor,
+    offset: Tensor,
+    planes: int,
+    mm: float,
+    fields: NoiseFields,
+) -> Tensor:
+    """A part of an artery's territory (N, P, S, S): a sector of the brain from its surface inwards, on one side.
+
+    Parameters
+    ----------
+    values : what `draw_lesions` gives, of these N samples.
+    depth, reflection, offset : as `Surroundings` has them.
+    planes : int, P
+    mm : millimetres a pixel.
+    """
+    size, side = depth.shape[-1], planes // 2
+    grid = pixel_grid(size, depth.device)[None].expand(len(depth), -1, -1, -1)
+    brain = (depth > 0).float()[..., None]
+    middle = (grid * brain).sum((1, 2)) / brain.sum((1, 2)).clamp(min=1.0)
+    away = grid - middle[:, None, None]
+    angle = values["territory_angle"]
+    towards = torch.stack((angle.cos(), angle.sin()), -1)
+    along = (away * towards[:, None, None]).sum(-1)
+    across = away[..., 0] * towards[:, None, None, 1] - away[..., 1] * towards[:, None, None, 0]
+    turned = torch.atan2(across, along).abs()
+    cell = torch.full_like(angle, 12.0 / mm)
+    width = values["territory_width"][:, None, None] * (1.0 + 0.25 * smooth_noise(fields, grid, cell))
+    sector = (width - turned) * away.norm(dim=-1) * mm
+    # the falx ends a territory: half of what lies between a pixel and its mirror image is the way to it
+    apart = 0.5 * (grid - transformed(grid, reflection, offset))
+    normal = towards - (reflection @ towards[..., None])[..., 0]
+    normal = normal / normal.norm(dim=-1, keepdim=True).clamp(min=1e-3)
+    sector = torch.minimum(sector, (apart * normal[:, None, None]).sum(-1) * mm)
+    reach = values["territory"][:, None, None] * (1.0 + 0.3 * smooth_noise(fields, grid, cell))
+    edge = values["edge"][:, 0, None, None]
+    one = torch.ones_like(values["reach"][:, 0])
+    shares = []
+    for plane in range(planes):
+        of_plane = one if plane == side else values["reach"][:, 0 if plane < side else 1]
+        surface = torch.minimum(sector, reach * of_plane[:, None, None] - depth)
+        shares.append((0.5 + surface / (2 * edge)).clamp(0, 1) * (depth > 0))
+    return torch.stack(shares, 1)
