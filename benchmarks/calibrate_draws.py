@@ -1,6 +1,7 @@
 """Fit the shifts of `--quality draws` to volumes with the masks of two raters.
 
-`python -m benchmarks.calibrate_draws DATA [--weights W] [--means M ...] [--sds SD ...]`
+`python -m benchmarks.calibrate_draws DATA [--weights W] [--means M ...] [--sds SD ...] [--samplers S ...] [--steps N ...]
+[--etas ETA ...]`
 
 Prints the generalized energy distance of each volume with each candidate, and beside it that of random thresholds of
 the one-step probability; then what each volume reaches with the candidate that the others choose (leave one out); last
@@ -12,9 +13,10 @@ from __future__ import annotations
 
 import argparse
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,14 +32,25 @@ MEANS = (-1.8, -1.2, -0.6)
 SDS = (0.5, 0.85, 1.2)
 
 
-def candidates(config: SamplingConfig, means: Sequence[float], sds: Sequence[float]) -> list[SamplingConfig]:
-    """The configuration with all combinations of shifts."""
-    return [replace(config, rater_mean=mean, rater_sd=sd) for mean, sd in itertools.product(means, sds)]
+def candidates(config: SamplingConfig, options: Mapping[str, Sequence[Any]]) -> list[SamplingConfig]:
+    """The configuration with all combinations of what is given; eta is of the DDIM sampler alone.
+
+    Parameters
+    ----------
+    config : SamplingConfig
+    options : name of a field of SamplingConfig -> its values
+    """
+    made = [
+        replace(config, **dict(zip(options, values, strict=True)))
+        for values in itertools.product(*options.values())
+    ]
+    return list(dict.fromkeys(one if one.sampler == "ddim" else replace(one, eta=0.0) for one in made))
 
 
 def described(config: SamplingConfig) -> str:
-    """The shifts of a configuration by their names."""
-    return f"rater_mean {config.rater_mean}, rater_sd {config.rater_sd}"
+    """A configuration by what may differ."""
+    eta = f", eta {config.eta}" if config.sampler == "ddim" else ""
+    return f"{config.sampler}{eta}, {config.steps} steps, mean {config.rater_mean}, sd {config.rater_sd}"
 
 
 def leave_one_out(table: NDArray[np.float64]) -> NDArray[np.int64]:
@@ -53,12 +66,23 @@ def main() -> None:
     parser.add_argument("--means", nargs="+", type=float, default=MEANS, help="of the shift of a draw")
     parser.add_argument("--sds", nargs="+", type=float, default=SDS, help="of the shift of a draw")
     parser.add_argument("--samples", type=int)
-    parser.add_argument("--steps", type=int)
+    parser.add_argument("--steps", nargs="+", type=int, help="N; by default that of the quality")
+    parser.add_argument("--samplers", nargs="+", help="by default that of the quality")
+    parser.add_argument("--etas", nargs="+", type=float, help="of DDIM; by default that of the quality")
     parser.add_argument("--stop", type=float)
     options = parser.parse_args()
     detector = Detector.load(options.weights)
-    config = detector.sampling_config(options.samples, options.steps, stop=options.stop, quality="draws")
-    configs = candidates(config, options.means, options.sds)
+    config = detector.sampling_config(options.samples, stop=options.stop, quality="draws")
+    configs = candidates(
+        config,
+        {
+            "sampler": options.samplers or (config.sampler,),
+            "eta": options.etas or (config.eta,),
+            "steps": options.steps or (config.steps,),
+            "rater_mean": options.means,
+            "rater_sd": options.sds,
+        },
+    )
     fast = detector.sampling_config(config.samples, quality="fast")
     needs = detector.description.required_sequences, detector.description.optional_sequences
     cases = [

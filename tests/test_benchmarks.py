@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import cards, shell, table, timing
+from benchmarks import calibrate_draws, cards, shell, table, timing
 from benchmarks.result_file import ResultFile
 from ddmd.cohort.discovery import find_cases
 from ddmd.inference.detector import Detector
@@ -377,3 +377,17 @@ def test_evaluations_are_of_the_weights_that_ship(name):
     assert {one["weights_sha256"] for one in cards.newest(name).values()} == {checksum}
     with pytest.raises(ValueError, match="no evaluation of nothing on lgg"):
         cards.newest("nothing")
+
+
+def test_candidates_for_draws_are_all_combinations_and_none_twice():
+    start = SamplingConfig(samples=16, steps=10, eta=0.0)
+    options = {"sampler": ("ddim", "dpm++2m"), "eta": (0.0, 1.0), "steps": (5, 10), "rater_mean": (-1.0,)}
+    made = calibrate_draws.candidates(start, options)
+    assert {(one.sampler, one.eta, one.steps) for one in made} == {
+        ("ddim", 0.0, 5), ("ddim", 0.0, 10), ("ddim", 1.0, 5), ("ddim", 1.0, 10), ("dpm++2m", 0.0, 5), ("dpm++2m", 0.0, 10),
+    }  # fmt: skip
+    assert len(made) == 6
+    assert {(one.samples, one.rater_mean) for one in made} == {(16, -1.0)}
+    assert len({calibrate_draws.described(one) for one in made}) == 6
+    table = np.array([[0.1, 0.9, 0.9], [0.9, 0.2, 0.2], [0.3, 0.3, 0.3]])
+    assert calibrate_draws.leave_one_out(table).tolist() == [1, 2, 2]
