@@ -199,11 +199,11 @@ def overview() -> str:
     return "\n".join(lines)
 
 
-def left_out() -> str:
+def leave_one_out() -> str:
     """Dice of validation patients with the threshold that the others choose, a system a column, as Markdown."""
     systems = []
     for name in SHIPPED:
-        dated = sorted(RESULTS.glob(f"left-out-{name}-????-??-??.json"))
+        dated = sorted(RESULTS.glob(f"leave-one-out-{name}-????-??-??.json"))
         systems.append(json.loads(dated[-1].read_text())["patients"] if dated else {})
     lines = [
         f"| validation patient | {' | '.join(f'`{name}`, threshold | Dice' for name in SHIPPED)} |",
@@ -247,7 +247,9 @@ def texts() -> dict[Path, str]:
     """path -> what its text should be, of every file with tables."""
     texts = {
         README: filled(README.read_text(), {"kinds": kinds()}),
-        QUALITY: filled(QUALITY.read_text(), {"kinds": kinds(), "cases": overview(), "left out": left_out()}),
+        QUALITY: filled(
+            QUALITY.read_text(), {"kinds": kinds(), "cases": overview(), "leave one out": leave_one_out()}
+        ),
     }
     for name in SHIPPED:
         evaluations, path = newest(name), CARDS / f"{name}.md"

@@ -8,7 +8,7 @@ import torch
 from scipy import ndimage
 
 from ddmd.cohort.cases import Case
-from ddmd.training import geometry
+from ddmd.training import geometry, lesion_shapes
 from ddmd.training.augmentation import Augmentation, local_field
 from ddmd.training.batch_maker import BatchMaker
 from ddmd.training.config import DataEntry, DenoiserStage, TrainConfig
@@ -139,7 +139,7 @@ def test_a_territory_reaches_from_the_surface_inwards_on_one_side(rng):
     deepest, sectors = {}, []
     for reach in (10.0, 30.0):
         config = only(TERRITORY, territory_mm=(reach, reach + 0.1), edge=(0.5, 0.6))
-        masks = maker(case, config).samples(0, 24)["mask"][:, 0].numpy() > 0
+        masks = maker(case, config, seed=int(rng.integers(1000))).samples(0, 24)["mask"][:, 0].numpy() > 0
         large = [mask for mask in masks if mask.sum() > 60]
         assert len(large) >= 12
         for mask in large:
@@ -154,6 +154,43 @@ def test_a_territory_reaches_from_the_surface_inwards_on_one_side(rng):
     assert 6 < deepest[10.0] < 16 < deepest[30.0]
     assert np.median(sectors) < np.pi / 2
     assert max(sectors) < np.pi
+
+
+def test_a_territory_ends_at_the_mirror_plane_however_the_head_is_turned(rng):
+    """And it lies where its angle says, within the depth that is asked for."""
+    size, mm, n = 96, 1.5, 24
+    y, x = np.mgrid[:size, :size] - (size - 1) / 2
+    turn, offset = rng.uniform(-0.6, 0.6, n), rng.uniform(-6.0, 6.0, n)
+    normal = np.stack((np.cos(turn), np.sin(turn)), 1)  # of the mirror plane, in (x, y)
+    reflection = np.eye(2) - 2 * normal[:, :, None] * normal[:, None]
+    signed = normal[:, 0, None, None] * x + normal[:, 1, None, None] * y - offset[:, None, None]
+    depth = (40.0 - np.hypot(x, y)) * mm + np.zeros((n, 1, 1))
+    angle = rng.uniform(-np.pi, np.pi, n)
+    values = {
+        "territory": np.full(n, 20.0), "territory_width": np.full(n, 0.5), "territory_angle": angle,
+        "edge": np.full((n, 1), 0.5), "reach": np.full((n, 2), 0.5),
+    }  # fmt: skip
+
+    def tensor(array):
+        return torch.from_numpy(np.asarray(array, np.float32))
+
+    fields = NoiseFields(int(rng.integers(1000)), 3, torch.arange(n))
+    share = lesion_shapes.territory(
+        {k: tensor(v) for k, v in values.items()}, tensor(depth), tensor(reflection),
+        tensor(2 * offset[:, None] * normal), 3, mm, fields,
+    )  # fmt: skip
+    masks = share.numpy() > 0.5
+    assert masks[:, 1].sum((1, 2)).min() > 0
+    for i in range(n):
+        middle, beside = masks[i, 1], masks[i, 0]
+        assert (np.sign(signed[i][middle]) == np.sign(normal[i] @ [np.cos(angle[i]), np.sin(angle[i])])).all()
+        assert not (middle & (depth[i] <= 0)).any()
+        assert depth[i][middle].max() < 20.0 * 2.5
+        assert (beside <= middle).all(), "half as deep"
+        outwards = np.abs(np.angle(np.exp(1j * (np.arctan2(y, x)[middle] - angle[i]))))
+        assert np.median(outwards) < 0.5
+    depths = [depth[i][masks[i, 1]].max() for i in range(n)]
+    assert 15 < np.median(depths) < 32
 
 
 def test_bands_lie_round_the_ventricles_on_both_sides(rng):

@@ -81,6 +81,9 @@ MISTAKES = {  # what is replaced, by what, and the entry that the message names
     "kinds are 0": ("[autoencoder]", "[painter]\nkinds = [0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]\n[autoencoder]", "kinds"),
     "a size falls": ("[autoencoder]", "[painter]\nlarge_mm = [9.0, 3.0]\n[autoencoder]", "large_mm"),
     "a size is 0": ("[autoencoder]", "[painter]\nlarge_mm = [0.0, 3.0]\n[autoencoder]", "large_mm"),
+    "rounds are equal": ("[0.3, 0.6]", "[0.3, 0.3]", "rounds"),
+    "an angle in degrees": ("[autoencoder]", "[painter]\nterritory_width = [8.0, 45.0]\n[autoencoder]", "territory_width"),
+    "places are more than all": ("[autoencoder]", "[painter]\nperiventricular = 0.7\njuxtacortical = 0.4\n[autoencoder]", "periventricular"),
     "a chance is 2": ("[autoencoder]", "[painter]\nfaint = 2.0\n[autoencoder]", "faint"),
     "an entry of the painter is not known": ("[autoencoder]", "[painter]\nspeed = 3\n[autoencoder]", "speed not known"),
     "a share is negative": ("share_normal = 0.12", "share_normal = -1.0", "share_normal"),
@@ -131,15 +134,19 @@ def test_what_is_no_toml_is_refused_in_one_line(tmp_path, content):
     assert str(raised.value).startswith(str(path))
 
 
-def test_hard_slices_need_the_rounds_of_image_level_labels(tmp_path):
-    path = tmp_path / "pixel.toml"
-    hard = GOOD.replace("share_normal = 0.12", "share_normal = 0.12\nshare_hard_normal = 0.5", 1)
-    path.write_text(hard)
-    assert read_config(path).denoiser_stage.share_hard_normal == 0.5
-    path.write_text('labels = "pixel"\n' + hard.replace('labels = "image"\n', ""))
-    with pytest.raises(ValueError, match="share_hard_normal") as raised:
-        read_config(path)
-    assert "\n" not in str(raised.value)
+@pytest.mark.parametrize("entry", ["share_hard_normal = 0.5", "later_mask_limits = [0.5, 0.8]"])
+def test_settings_of_rounds_need_rounds_of_image_level_labels(tmp_path, entry):
+    path = tmp_path / "rounds.toml"
+    good = GOOD.replace("share_normal = 0.12", f"share_normal = 0.12\n{entry}", 1)
+    path.write_text(good)
+    name = entry.split(" ")[0]
+    assert getattr(read_config(path).denoiser_stage, name)
+    for wrong in (good.replace('"image"', '"pixel"'), good.replace("[0.3, 0.6]", "[]")):
+        assert wrong != good
+        path.write_text(wrong)
+        with pytest.raises(ValueError, match=name) as raised:
+            read_config(path)
+        assert "\n" not in str(raised.value)
 
 
 def test_entries_of_0_1_keep_working_with_a_warning(tmp_path):

@@ -1,6 +1,7 @@
 """What becomes of trained weights: thresholds, means of two systems, and weights of an unfinished run."""
 
 import dataclasses
+import hashlib
 import json
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from ddmd.models.checkpoint import WeightsError
 from ddmd.training import train
 from ddmd.training.config import DataEntry, TrainConfig
 from ddmd.training.export import export_checkpoints
-from ddmd.training.threshold import TOLERANCE, choose, dice_by_kind, left_out, lowest
+from ddmd.training.threshold import TOLERANCE, choose, dice_by_kind, leave_one_out, lowest
 from ddmd.training.weight_average import average
 from tests.training_setup import tiny_config, worst_difference
 from tests.volumes import write_slices
@@ -42,13 +43,27 @@ def test_choosing_a_threshold_changes_nothing_else(config, tmp_path):
     assert description.sampling.items() <= dataclasses.asdict(config.sampling).items()
     choose(tmp_path / "run", path, steps=2)
     assert checkpoint.describe(path).sampling == description.sampling | {"steps": 2}
-    choose(tmp_path / "run", path, peak=0.9, left_out_path=tmp_path / "left_out.json")
-    assert json.loads((tmp_path / "left_out.json").read_text()) == {"weights": "tiny", "patients": {}}, (
-        "with one validation patient nobody else chooses"
-    )
+    choose(tmp_path / "run", path, peak=0.9)
     assert checkpoint.describe(path).min_peak == 0.9 != description.min_peak
     with pytest.raises(ValueError, match="split.json: cannot be read"):
         choose(tmp_path / "nowhere", path)
+
+
+def test_patients_that_are_left_out_are_those_of_validation(config, tmp_path):
+    data = (DataEntry(str(write_slices(tmp_path / "masked", np.random.default_rng(1), 6)), name="set"),)
+    path = train(dataclasses.replace(config, data=data, validation=0.34, test=0.17), tmp_path / "run")
+    out = tmp_path / "leave_one_out.json"
+    choose(tmp_path / "run", path, training=["set"], leave_one_out_path=out)
+    result = json.loads(out.read_text())
+    split = json.loads((tmp_path / "run" / "split.json").read_text())
+    assert set(result["patients"]) == {name for name, part in split.items() if part == "validation"}
+    assert len(result["patients"]) == 2
+    assert all(0 <= row["dice"] <= 1 for row in result["patients"].values())
+    assert result["weights_sha256"] == hashlib.sha256(path.read_bytes()).hexdigest(), (
+        "of the file as it is now"
+    )
+    with pytest.raises(ValueError, match="no such folder"):
+        choose(tmp_path / "run", path, leave_one_out_path=tmp_path / "none" / "x.json")
 
 
 def test_of_thresholds_with_nearly_equal_dice_the_lowest_is_taken():
@@ -83,14 +98,14 @@ def test_a_patient_that_is_left_out_has_no_say_in_its_threshold():
         hits = np.where(np.arange(len(THRESHOLDS)) == best[patient], 100, 20)
         return np.stack([hits, 0 * hits, 100 - hits, 0 * hits], axis=1)
 
-    found = left_out([counts(patient) for patient in patients], ["ms", "ms", "ms", "wmh"], patients)
+    found = leave_one_out([counts(patient) for patient in patients], ["ms", "ms", "ms", "wmh"], patients)
     assert {p: row["threshold"] for p, row in found.items()} == pytest.approx(
         {"a": THRESHOLDS[10], "b": THRESHOLDS[3], "c": THRESHOLDS[10]}
     )
     assert {p: row["dice"] for p, row in found.items()} == pytest.approx(
         {"a": 1 / 3, "b": 1 / 3, "c": 1.0}, abs=1e-3
     )
-    assert left_out([counts("a")], ["ms"], ["a"]) == {}
+    assert leave_one_out([counts("a")], ["ms"], ["a"]) == {}
 
 
 def test_the_mean_of_two_systems_lies_between_them(tmp_path):

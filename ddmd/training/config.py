@@ -96,8 +96,9 @@ class DenoiserStage:
     later_mask_limits : (faint, certain) or None
         The limits from the second round on, whose teacher is then never uncertain; None: those of the first.
     share_hard_normal : float
-        Of the normal slices, the share that is drawn by how much the last round's teacher marked on each
-        (image-label track).
+        Of the normal slices, the share that is drawn by what the last round's teacher marked on each (image-label
+        track): within a data set, by the square of the mean probability of the most probable pixels. Slices within
+        10 mm of a positive one have none.
     hard_from : float
         Share of the steps from which lesions are also painted that are no brighter than their
         surroundings.
@@ -144,7 +145,7 @@ class DenoiserStage:
                 f"share_complete and share_first_alone are {self.share_complete} and {self.share_first_alone}; "
                 "allowed are shares whose sum is at most 1"
             )
-        if list(self.rounds) != sorted(self.rounds):
+        if list(self.rounds) != sorted(set(self.rounds)):
             raise ValueError(f"rounds is {list(self.rounds)}; allowed are shares of the steps that rise")
         for name in ("pseudo_mask_limits", "later_mask_limits"):
             limits = getattr(self, name)
@@ -221,16 +222,27 @@ class TrainConfig:
                 raise ValueError(
                     f"steps is {stage.steps} in {type(stage).__name__}; allowed is at least 1, and 0 with `start`"
                 )
-        if self.labels == "pixel" and self.denoiser_stage.share_hard_normal:
-            raise ValueError(
-                "share_hard_normal is above 0, and labels is 'pixel'; hard slices are found by the rounds of "
-                "image-level labels alone"
-            )
+        self._check_rounds()
         check_channels(self.sequences, self.autoencoder, self.denoiser)
         if self.validation + self.test >= 1:
             raise ValueError(
                 f"validation and test are {self.validation} and {self.test}; allowed are shares that leave "
                 "some to train on"
+            )
+
+    def _check_rounds(self) -> None:
+        """Refuse settings of rounds of pseudo-masks that no round would ever use."""
+        stage = self.denoiser_stage
+        rounds = len(stage.rounds) if self.labels == "image" and self.system != "anomaly" else 0
+        if stage.share_hard_normal and not (rounds and stage.share_normal):
+            raise ValueError(
+                f"share_hard_normal is {stage.share_hard_normal}, and no round of image-level labels finds hard "
+                "slices, or share_normal is 0; give rounds and share_normal, or leave it out"
+            )
+        if stage.later_mask_limits is not None and rounds < 2:
+            raise ValueError(
+                "later_mask_limits is of the second round on, and there are fewer than two rounds of image-level "
+                "labels; give rounds, or leave it out"
             )
 
 

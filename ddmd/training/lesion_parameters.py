@@ -13,6 +13,7 @@ from ddmd.training.sample_random import SampleRandom
 
 Share = Annotated[float, Field(allow_inf_nan=False, ge=0, le=1)]
 Amount = Annotated[float, Field(allow_inf_nan=False, ge=0, le=1000)]
+Angle = Annotated[float, Field(allow_inf_nan=False, gt=0, le=1.5708)]
 Size = Annotated[float, Field(allow_inf_nan=False, gt=0, le=1000)]
 MAX_LESIONS = 40
 SMALL_PX = 5.5  # lesions of a smaller radius are computed in a window
@@ -74,7 +75,7 @@ class PainterConfig:
     """
 
     kinds: tuple[Share, ...] = (0.35, 0.2, 0.2, 0.07, 0.1, 0.08, 0.0)
-    territory_width: tuple[Size, Size] = (0.15, 0.7)
+    territory_width: tuple[Angle, Angle] = (0.15, 0.7)
     territory_mm: tuple[Size, Size] = (8.0, 45.0)
     large_mm: tuple[Size, Size] = (10.0, 34.0)
     middling_mm: tuple[Size, Size] = (4.5, 11.0)
@@ -109,6 +110,11 @@ class PainterConfig:
         if len(self.kinds) != len(KINDS) or not any(self.kinds):
             raise ValueError(
                 f"kinds is {list(self.kinds)}; allowed are {len(KINDS)} shares, not all 0: {', '.join(KINDS)}"
+            )
+        if self.periventricular + self.juxtacortical > 1:
+            raise ValueError(
+                f"periventricular and juxtacortical are {self.periventricular} and {self.juxtacortical}; allowed are "
+                "chances whose sum is at most 1"
             )
         for field in fields(self):
             value = getattr(self, field.name)
@@ -194,7 +200,7 @@ def draw_lesions(
         "cap_reach": random.uniform(*config.cap_reach_mm),
         "cap_frontal": (horns != OCCIPITAL).astype(float),
         "cap_occipital": (horns != FRONTAL).astype(float),
-        "reach": random.uniform(0.2, 1.0, 2),  # of bands in the neighbouring planes
+        "reach": random.uniform(0.2, 1.0, 2),  # of bands, caps and territories in the neighbouring planes
         "push": random.uniform(0.0, config.displacement) * (kind == LARGE) * random.chance(0.4),
     }
     values |= _draw_look(random, config, hard & (kind <= MIDDLING), values)

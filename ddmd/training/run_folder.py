@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ddmd.cohort.splits import read_split
-from ddmd.training.config import TrainConfig
+from ddmd.training.config import TrainConfig, validate
 from ddmd.training.initial_weights import START
 
 LOCK = "lock"  # file in a run's folder that the process which trains there holds
@@ -47,12 +47,13 @@ def check_folder(config: TrainConfig, out: Path) -> None:
     if not path.exists():
         return
     try:
-        same = json.loads(path.read_text(encoding="utf-8")) == json.loads(config_text(config))
+        # what is new since the run began has its default
+        known = config_text(validate(json.loads(path.read_text(encoding="utf-8")), str(path)))
     except ValueError as error:
         raise ValueError(
             f"{path}: damaged ({error}); delete it if the run is of this configuration, and start again"
         ) from None
-    if not same:
+    if known != config_text(config):
         raise ValueError(
             f"{out} holds a run of another configuration; pass --overwrite (overwrite=True) or another folder"
         )

@@ -5,13 +5,14 @@ file, and with it the N and the least peak of a lesion that it is for. Patients 
 data set, or what the run's folder says in kinds.json, {patient: kind}. With `--training NAME`, the training patients of
 that data set choose, too, where training opened no mask: with image-level labels.
 
-`--left-out FILE` writes what each validation patient reaches with the threshold that the others choose, as JSON.
+`--leave-one-out FILE` writes what each validation patient reaches with the threshold that the others choose, as JSON.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -92,7 +93,7 @@ def mean_over_kinds(counts: Sequence[np.ndarray], kinds: Sequence[str]) -> np.nd
     return curve
 
 
-def left_out(
+def leave_one_out(
     counts: Sequence[np.ndarray], kinds: Sequence[str], patients: Sequence[str]
 ) -> dict[str, dict[str, float]]:
     """What each patient reaches with the threshold that the other patients choose.
@@ -125,7 +126,7 @@ def choose(
     steps: int | None = None,
     peak: float | None = None,
     training: Sequence[str] = (),
-    left_out_path: Path | None = None,
+    leave_one_out_path: Path | None = None,
 ) -> float:
     """The `lowest` threshold by Dice on the patients that choose and have masks, the mean over kinds.
 
@@ -139,15 +140,17 @@ def choose(
     steps, peak : optional
     training : names of data sets
         Validation patients choose, and the training patients of these sets.
-    left_out_path : optional
-        A JSON file that gets what `left_out` says of the validation patients.
+    leave_one_out_path : optional
+        A JSON file that gets what `leave_one_out` says of the validation patients.
 
     Raises
     ------
     ValueError
         If the folder holds no run, or no validation patient of it has a mask; if training patients are to choose
-        whose masks were trained on.
+        whose masks were trained on; if the JSON file has no folder.
     """
+    if leave_one_out_path is not None and not leave_one_out_path.parent.is_dir():
+        raise ValueError(f"{leave_one_out_path.parent}: no such folder; make it first")
     split = read_split(run / "split.json")
     config, kinds = read_run(run), read_kinds(run / "kinds.json")
     if training and config.labels != "image":
@@ -173,10 +176,6 @@ def choose(
     curves = dice_by_kind(counts, own_kinds)
     curve = mean_over_kinds(counts, own_kinds)
     threshold = lowest(curve)
-    if left_out_path is not None:
-        reached = left_out(counts, own_kinds, [case.patient for case in chosen])
-        validation = {k: v for k, v in reached.items() if split.get(k) == "validation"}
-        write_text(left_out_path, json_text({"weights": detector.description.name, "patients": validation}))
     others = f" and of training patients of {', '.join(training)}" if training else ""
     best = ", ".join(f"{kind} {one.max():.3f}" for kind, one in curves.items())
     description = dataclasses.replace(
@@ -189,6 +188,14 @@ def choose(
     # float16 in the file: read and written without rounding
     system = checkpoint.load(path, precision="float32")
     checkpoint.save(dataclasses.replace(system, description=description), path)
+    if leave_one_out_path is not None:
+        reached = leave_one_out(counts, own_kinds, [case.patient for case in chosen])
+        result = {
+            "weights": description.name,
+            "weights_sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+            "patients": {k: v for k, v in reached.items() if split.get(k) == "validation"},
+        }
+        write_text(leave_one_out_path, json_text(result))
     return threshold
 
 
@@ -224,7 +231,7 @@ def main() -> None:
         help="data sets whose training patients choose, too",
     )
     parser.add_argument(
-        "--left-out",
+        "--leave-one-out",
         type=Path,
         metavar="FILE",
         help="JSON of what each validation patient reaches with the threshold that the others choose",
@@ -232,7 +239,7 @@ def main() -> None:
     options = parser.parse_args()
     try:
         chosen = choose(
-            options.run, options.weights, options.steps, options.peak, options.training, options.left_out
+            options.run, options.weights, options.steps, options.peak, options.training, options.leave_one_out
         )
         print(f"threshold {chosen:.3f}")
     except ValueError as error:
