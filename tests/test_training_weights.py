@@ -17,7 +17,7 @@ from ddmd.models.checkpoint import WeightsError
 from ddmd.training import train
 from ddmd.training.config import DataEntry, TrainConfig
 from ddmd.training.export import export_checkpoints
-from ddmd.training.threshold import TOLERANCE, choose, dice_by_kind, leave_one_out, lowest
+from ddmd.training.threshold import TOLERANCE, choose, dice_by_kind, highest, leave_one_out, lowest
 from ddmd.training.weight_average import average
 from tests.training_setup import tiny_config, worst_difference
 from tests.volumes import write_slices
@@ -75,6 +75,15 @@ def test_of_thresholds_with_nearly_equal_dice_the_lowest_is_taken():
         assert lowest(curve) == pytest.approx(THRESHOLDS[expected])
 
 
+def test_the_highest_of_nearly_equal_thresholds_is_taken_where_it_is_asked_for():
+    curve = np.where(THRESHOLDS < 0.6, 0.3, 0.5)
+    curve[9] += 0.2
+    assert highest(curve) == pytest.approx(THRESHOLDS[9])
+    for short, expected in ((0.9 * TOLERANCE, 14), (1.1 * TOLERANCE, 9)):
+        curve[14] = curve[9] - short
+        assert highest(curve) == pytest.approx(THRESHOLDS[expected])
+
+
 def test_every_kind_counts_alike_in_the_choice_of_a_threshold(rng):
     """Nine patients of one kind do not outvote one of another; within a kind, pooled and mean Dice count alike."""
     counts = [rng.integers(0, 1000, (len(THRESHOLDS), 4)) for _ in range(10)]
@@ -106,6 +115,10 @@ def test_a_patient_that_is_left_out_has_no_say_in_its_threshold():
         {"a": 1 / 3, "b": 1 / 3, "c": 1.0}, abs=1e-3
     )
     assert leave_one_out([counts("a")], ["ms"], ["a"]) == {}
+    upper = leave_one_out(
+        [counts(patient) for patient in patients], ["ms", "ms", "ms", "wmh"], patients, "highest"
+    )
+    assert upper["b"]["threshold"] == pytest.approx(THRESHOLDS[10]), "3 and 10 are equal to the others"
 
 
 def test_the_mean_of_two_systems_lies_between_them(tmp_path):

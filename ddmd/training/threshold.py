@@ -1,9 +1,9 @@
 """The threshold that weights ship with: chosen on validation patients, never on test ones.
 
-`python -m ddmd.training.threshold RUN WEIGHTS [--steps N] [--peak P] [--training NAME]` writes it into the weights
-file, and with it the N and the least peak of a lesion that it is for. Patients of every kind count alike: a kind is a
-data set, or what the run's folder says in kinds.json, {patient: kind}. With `--training NAME`, the training patients of
-that data set choose, too, where training opened no mask: with image-level labels.
+`python -m ddmd.training.threshold RUN WEIGHTS [--steps N] [--peak P] [--training NAME] [--pick highest]` writes it
+into the weights file, and with it the N and the least peak of a lesion that it is for. Patients of every kind count
+alike: a kind is a data set, or what the run's folder says in kinds.json, {patient: kind}. With `--training NAME`, the
+training patients of that data set choose, too, where training opened no mask: with image-level labels.
 
 `--leave-one-out FILE` writes what each validation patient reaches with the threshold that the others choose, as JSON.
 """
@@ -32,12 +32,22 @@ from ddmd.models import checkpoint
 from ddmd.training.config import TrainConfig, read_run
 from ddmd.training.run import cases_of
 
-TOLERANCE = 0.005  # of Dice: of thresholds with nearly equal Dice, the lowest misses least
+TOLERANCE = (
+    0.005  # of Dice: of thresholds with nearly equal Dice, the lowest misses least, the highest marks least
+)
 
 
 def lowest(curve: np.ndarray) -> float:
     """Of THRESHOLDS the first whose Dice on the curve is within TOLERANCE of the highest."""
     return round(float(THRESHOLDS[np.argmax(curve >= curve.max() - TOLERANCE)]), 3)
+
+
+def highest(curve: np.ndarray) -> float:
+    """Of THRESHOLDS the last whose Dice on the curve is within TOLERANCE of the highest."""
+    return round(float(THRESHOLDS[np.flatnonzero(curve >= curve.max() - TOLERANCE)[-1]]), 3)
+
+
+PICKS = {"lowest": lowest, "highest": highest}
 
 
 def kind_of(case: Case, kinds: Mapping[str, str]) -> str:
@@ -94,7 +104,7 @@ def mean_over_kinds(counts: Sequence[np.ndarray], kinds: Sequence[str]) -> np.nd
 
 
 def leave_one_out(
-    counts: Sequence[np.ndarray], kinds: Sequence[str], patients: Sequence[str]
+    counts: Sequence[np.ndarray], kinds: Sequence[str], patients: Sequence[str], pick: str = "lowest"
 ) -> dict[str, dict[str, float]]:
     """What each patient reaches with the threshold that the other patients choose.
 
@@ -102,6 +112,7 @@ def leave_one_out(
     ----------
     counts, kinds : as `dice_by_kind` takes them
     patients : the patient of each case
+    pick : "lowest" or "highest", of thresholds with nearly equal Dice
 
     Returns
     -------
@@ -113,7 +124,7 @@ def leave_one_out(
         others = [number for number, name in enumerate(patients) if name != patient]
         if not others:
             continue
-        threshold = lowest(mean_over_kinds([counts[i] for i in others], [kinds[i] for i in others]))
+        threshold = PICKS[pick](mean_over_kinds([counts[i] for i in others], [kinds[i] for i in others]))
         own = dice_scores(np.sum([counts[i] for i, name in enumerate(patients) if name == patient], axis=0))
         dice = float(own[np.argmin(np.abs(THRESHOLDS - threshold))])
         result[patient] = {"threshold": threshold, "dice": round(dice, 4)}
@@ -127,8 +138,9 @@ def choose(
     peak: float | None = None,
     training: Sequence[str] = (),
     leave_one_out_path: Path | None = None,
+    pick: str = "lowest",
 ) -> float:
-    """The `lowest` threshold by Dice on the patients that choose and have masks, the mean over kinds.
+    """The `lowest` or `highest` threshold by Dice on the patients that choose and have masks, the mean over kinds.
 
     Nothing in the weights file changes but what it says of its threshold, and, where they are given, of its N
     (`steps`) and of the probability that a lesion reaches somewhere (`peak`).
@@ -142,6 +154,7 @@ def choose(
         Validation patients choose, and the training patients of these sets.
     leave_one_out_path : optional
         A JSON file that gets what `leave_one_out` says of the validation patients.
+    pick : "lowest" or "highest", of thresholds with nearly equal Dice
 
     Raises
     ------
@@ -175,21 +188,21 @@ def choose(
     own_kinds = [kind_of(case, kinds) for case in chosen]
     curves = dice_by_kind(counts, own_kinds)
     curve = mean_over_kinds(counts, own_kinds)
-    threshold = lowest(curve)
+    threshold = PICKS[pick](curve)
     others = f" and of training patients of {', '.join(training)}" if training else ""
     best = ", ".join(f"{kind} {one.max():.3f}" for kind, one in curves.items())
     description = dataclasses.replace(
         detector.description,
         sampling=detector.description.sampling | {"steps": sampling.steps},
         threshold=threshold,
-        threshold_chosen=f"lowest within {TOLERANCE} of the highest Dice, mean over kinds ({curve.max():.3f}; best of "
+        threshold_chosen=f"{pick} within {TOLERANCE} of the highest Dice, mean over kinds ({curve.max():.3f}; best of "
         f"each: {best}), on {len(chosen)} cases of validation patients" + others,
     )
     # float16 in the file: read and written without rounding
     system = checkpoint.load(path, precision="float32")
     checkpoint.save(dataclasses.replace(system, description=description), path)
     if leave_one_out_path is not None:
-        reached = leave_one_out(counts, own_kinds, [case.patient for case in chosen])
+        reached = leave_one_out(counts, own_kinds, [case.patient for case in chosen], pick)
         result = {
             "weights": description.name,
             "weights_sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
@@ -236,11 +249,18 @@ def main() -> None:
         metavar="FILE",
         help="JSON of what each validation patient reaches with the threshold that the others choose",
     )
+    parser.add_argument(
+        "--pick",
+        choices=PICKS,
+        default="lowest",
+        help="of thresholds with nearly equal Dice; the default: lowest",
+    )
     options = parser.parse_args()
     try:
         chosen = choose(
-            options.run, options.weights, options.steps, options.peak, options.training, options.leave_one_out
-        )
+            options.run, options.weights, options.steps, options.peak, options.training, options.leave_one_out,
+            options.pick,
+        )  # fmt: skip
         print(f"threshold {chosen:.3f}")
     except ValueError as error:
         parser.error(str(error))
