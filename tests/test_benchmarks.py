@@ -375,6 +375,8 @@ def test_tables_in_the_texts_are_those_of_the_last_evaluations():
 def test_evaluations_are_of_the_weights_that_ship(name):
     checksum = hashlib.sha256(checkpoint.find(name).read_bytes()).hexdigest()
     assert {one["weights_sha256"] for one in cards.newest(name).values()} == {checksum}
+    for path in sorted(cards.RESULTS.glob(f"leave-one-out-{name}-*.json"))[-1:]:
+        assert json.loads(path.read_text())["weights_sha256"] == checksum
     with pytest.raises(ValueError, match="no evaluation of nothing on lgg"):
         cards.newest("nothing")
 
@@ -388,6 +390,11 @@ def test_candidates_for_draws_are_all_combinations_and_none_twice():
     }  # fmt: skip
     assert len(made) == 6
     assert {(one.samples, one.rater_mean) for one in made} == {(16, -1.0)}
+    shifts = calibrate_draws.candidates(start, {"rater_mean": (-1.0, 0.0), "rater_sd": (0.5, 2.0)})
+    assert [(one.rater_mean, one.rater_sd) for one in shifts] == [
+        (-1.0, 0.5),
+        (-1.0, 2.0),
+        (0.0, 0.5),
+        (0.0, 2.0),
+    ]
     assert len({calibrate_draws.described(one) for one in made}) == 6
-    table = np.array([[0.1, 0.9, 0.9], [0.9, 0.2, 0.2], [0.3, 0.3, 0.3]])
-    assert calibrate_draws.leave_one_out(table).tolist() == [1, 2, 2]

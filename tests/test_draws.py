@@ -196,17 +196,6 @@ def test_a_shift_is_chosen_on_the_other_cases_alone():
     assert leave_one_out(table).tolist() == [2, 1, 1]
 
 
-def test_candidates_are_all_combinations_of_shifts():
-    from benchmarks.calibrate_draws import candidates
-    from ddmd.diffusion.samplers import SamplingConfig
-
-    made = candidates(SamplingConfig(steps=2, seed=3), (-1.0, 0.0), (0.5, 2.0))
-    assert {(config.rater_mean, config.rater_sd) for config in made} == {
-        (-1.0, 0.5), (-1.0, 2.0), (0.0, 0.5), (0.0, 2.0),
-    }  # fmt: skip
-    assert all((config.steps, config.seed) == (2, 3) for config in made)
-
-
 def test_an_interval_is_scaled_by_the_other_patients(rng):
     from benchmarks.calibrate_intervals import DrawnVolumes, conformal_quantile, leave_one_out
 

@@ -10,20 +10,17 @@ from ddmd.cohort.cases import Case
 from ddmd.models.denoiser import DenoiserConfig
 from ddmd.training.config import DenoiserStage
 from ddmd.training.device_slices import DeviceSlices
-from ddmd.training.prepared_case import PreparedCase, load_pseudo_masks, save_pseudo_masks
+from ddmd.training.prepared_case import PreparedCase
 from ddmd.training.pseudo_masks import (
     FAR_WEIGHT,
-    NEAR_LESION_MM,
     NEAR_MARGIN_PX,
     TEACHER_CERTAINTY,
     candidate_components,
-    false_alarms,
     make_pseudo_mask,
     teacher_uncertainty,
     thresholds,
     update_pseudo_masks,
 )
-from ddmd.training.stages import BAG
 
 
 def disc(shape: tuple[int, int], centre: tuple[int, int], radius: float) -> np.ndarray:
@@ -164,38 +161,3 @@ def test_later_rounds_have_limits_of_their_own_and_a_certain_teacher(lesion):
     assert uncertainty[1] > 0.9
     assert uncertainty[2] == 0.0
     assert min(lesion_share.values()) > 0.99, "0.6 is above 0.8 of the peak"
-
-
-def test_false_alarms_are_on_normal_slices_far_from_lesions():
-    probability = np.zeros((40, 16, 16), np.float32)
-    probability[:, 2:8, 2:10] = np.linspace(0.1, 0.9, 40)[:, None, None]  # 48 pixels, as many as count
-    assert probability[0].astype(bool).sum() == BAG
-    label = np.zeros(40, np.int8)
-    label[[5, 30]] = 1, -1
-    found = false_alarms(probability, label, slice_mm=2.0)
-    near = np.abs(np.arange(40) - 5) * 2.0 <= NEAR_LESION_MM
-    assert found[near | (label != 0)].max() == 0
-    expected = np.linspace(0.1, 0.9, 40)[~near & (label == 0)]
-    assert found[~near & (label == 0)] == pytest.approx(expected, rel=1e-5)
-
-
-def test_a_round_keeps_false_alarms_where_they_are_asked_for(tmp_path, lesion):
-    drawn = torch.from_numpy(np.where(lesion, 0.8, 0.0).astype(np.float32))
-    label = [0] * 30 + [1, 1]
-    for share in (0.0, 0.5):
-        item = examination(label, lesion.shape)
-        stage = DenoiserStage(share_hard_normal=share, share_symmetric=0.0)
-        update_pseudo_masks(stand_in(stage, drawn), DeviceSlices([item], torch.device("cpu"), 1.0), seed=0)
-        path = tmp_path / f"{share}.npz"
-        save_pseudo_masks([item], path)
-        read = examination(label, lesion.shape)
-        load_pseudo_masks([read], path)
-        assert (read.mask == item.mask).all()
-        if share:
-            assert read.false_alarm == pytest.approx([0.8] * 20 + [0.0] * 12)
-        else:
-            assert read.false_alarm is None
-    other = examination([0, 1], lesion.shape)
-    np.savez(path, **{f"false alarm {other.key}": np.array([-1.0, 0.0])})
-    with pytest.raises(ValueError, match="delete it"):
-        load_pseudo_masks([other], path)

@@ -149,8 +149,6 @@ def test_weights_and_losses_stay_float32_whatever_convolutions_compute_in(
 
 
 def test_a_stopped_run_goes_on_to_the_same_weights(config, tmp_path, monkeypatch):
-    hard = dataclasses.replace(config.denoiser_stage, share_hard_normal=0.5)
-    config = dataclasses.replace(config, denoiser_stage=hard)
     handler = signal.getsignal(signal.SIGTERM)
     whole = load_file(train(config, tmp_path / "whole"))
 

@@ -14,11 +14,9 @@ from ddmd.models.denoiser import ConditionNet, Denoiser
 from ddmd.training.augmentation import Augmentation
 from ddmd.training.batch_maker import NEGATIVE_WEIGHT
 from ddmd.training.config import DataEntry, DenoiserStage, TrainConfig
-from ddmd.training.device_slices import DeviceSlices
 from ddmd.training.loop import Plan, Stage, train_step
 from ddmd.training.prepared_case import PreparedCase
 from ddmd.training.sample_random import SampleRandom
-from ddmd.training.slice_choice import SliceChoice
 from ddmd.training.stages import AutoencoderLosses, DenoiserLosses
 from tests.training_setup import batch_maker, tiny_config
 
@@ -95,34 +93,6 @@ def test_a_positive_slice_is_a_bag_once_there_are_pseudo_masks(config, rng):
     assert 20 < bags.sum() < 40
     assert (batch["label"][bags] == 1).all()
     assert {round(float(w.min()), 6) for w in batch["weight"][bags]} == {1.0, NEGATIVE_WEIGHT}
-
-
-def test_hard_normal_slices_are_drawn_by_their_false_alarms(config, rng):
-    """Within a data set in proportion to the square, whoever the patient is; other normal slices as before."""
-    only = dataclasses.replace(
-        config.denoiser_stage,
-        share_normal=1.0, share_hard_normal=0.75, share_painted=0.0, share_painted_beside=0.0, share_masked=0.0,
-    )  # fmt: skip
-    config = dataclasses.replace(config, denoiser_stage=only, size=16)
-    brain = np.ones((4, 16, 16), bool)
-    prepared = []
-    for patient in range(3):
-        image = np.zeros((4, 1, 16, 16), np.float16)
-        case = Case(str(patient), str(patient), "set" if patient < 2 else "other", {})
-        prepared.append(PreparedCase(case, image, brain, brain, np.array([0, 0, 0, 1]), 1, 1.0))
-    count, shares = 4000, {"set": 0.6, "other": 0.4}
-    for alarms in (None, [[0.0, 0.1, 0.0, 0.0], [0.0, 0.2, 0.3, 0.0], [0.9, 0.0, 0.0, 0.0]]):
-        for item, alarm in zip(prepared, alarms or 3 * [None], strict=True):
-            item.false_alarm = None if alarm is None else np.array(alarm, np.float32)
-        slices = DeviceSlices(prepared, torch.device("cpu"), 1.0)
-        choice = SliceChoice(slices, config, shares, context=1)
-        row = choice.samples(SampleRandom(int(rng.integers(1000)), 3, np.arange(count)))[1]
-        expected = np.array([3, 3, 3, 0, 3, 3, 3, 0, 4, 4, 4, 0]) / 30
-        if alarms is not None:
-            hard = [0, 1, 0, 0, 0, 4, 9, 0, 0, 0, 0, 0]
-            hard = 0.6 * np.array(hard) / 14 + 0.4 * (np.arange(12) == 8)
-            expected = 0.25 * expected + 0.75 * hard
-        assert np.bincount(row, minlength=12) / count == pytest.approx(expected, abs=0.04)
 
 
 def test_thick_slices_are_at_least_as_thick_as_those_of_the_patient(config):

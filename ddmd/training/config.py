@@ -95,10 +95,6 @@ class DenoiserStage:
         the peak of a component are; those between say nothing. Masks grow where the two are far apart.
     later_mask_limits : (faint, certain) or None
         The limits from the second round on, whose teacher is then never uncertain; None: those of the first.
-    share_hard_normal : float
-        Of the normal slices, the share that is drawn by what the last round's teacher marked on each (image-label
-        track): within a data set, by the square of the mean probability of the most probable pixels. Slices within
-        10 mm of a positive one have none.
     hard_from : float
         Share of the steps from which lesions are also painted that are no brighter than their
         surroundings.
@@ -123,7 +119,6 @@ class DenoiserStage:
     teacher_uncertainty: bool = True
     pseudo_mask_limits: tuple[Share, Share] = PSEUDO_MASK_LIMITS
     later_mask_limits: tuple[Share, Share] | None = None
-    share_hard_normal: Share = 0.0
     hard_from: Share = 0.48
     share_symmetric: Share = 0.4
     share_complete: Share = 0.4
@@ -231,14 +226,9 @@ class TrainConfig:
             )
 
     def _check_rounds(self) -> None:
-        """Refuse settings of rounds of pseudo-masks that no round would ever use."""
+        """Refuse limits of later rounds where there are none."""
         stage = self.denoiser_stage
         rounds = len(stage.rounds) if self.labels == "image" and self.system != "anomaly" else 0
-        if stage.share_hard_normal and not (rounds and stage.share_normal):
-            raise ValueError(
-                f"share_hard_normal is {stage.share_hard_normal}, and no round of image-level labels finds hard "
-                "slices, or share_normal is 0; give rounds and share_normal, or leave it out"
-            )
         if stage.later_mask_limits is not None and rounds < 2:
             raise ValueError(
                 "later_mask_limits is of the second round on, and there are fewer than two rounds of image-level "

@@ -32,7 +32,6 @@ class PreparedCase:
     offset_mm: float
     mask: np.ndarray | None = None  # (Z, H, W) float16: annotator's (pixel track) or pseudo (image)
     weight: np.ndarray | None = None  # (Z, H, W) float16: how far the mask is trusted
-    false_alarm: np.ndarray | None = None  # (Z,) float32: how much the teacher marks on each normal slice
     present: np.ndarray | None = None  # (C,) bool: the sequences that are there; None: all
     fluid_dark: tuple[int, ...] = (0,)  # the sequences on which the ventricles are dark
 
@@ -88,19 +87,17 @@ def load_cases(cases: Sequence[Case], config: TrainConfig, read_masks: bool) -> 
 
 
 def save_pseudo_masks(cases: Sequence[PreparedCase], path: Path) -> None:
-    """Write the masks, weights and false alarms of all patients to one file, whole or not at all."""
+    """Write the masks and weights of all patients to one file, whole or not at all."""
     arrays: dict[str, np.ndarray] = {}
     for item in cases:
         if item.mask is not None and item.weight is not None:
             arrays |= {f"mask {item.key}": item.mask.astype(bool), f"weight {item.key}": item.weight}
-        if item.false_alarm is not None:
-            arrays[f"false alarm {item.key}"] = item.false_alarm
     with atomic_path(path) as temporary:
         np.savez_compressed(temporary, **arrays)  # type: ignore[arg-type]
 
 
 def load_pseudo_masks(cases: Sequence[PreparedCase], path: Path) -> None:
-    """Give all patients what `save_pseudo_masks` wrote.
+    """Give all patients the masks and weights that `save_pseudo_masks` wrote.
 
     Raises
     ------
@@ -120,9 +117,5 @@ def load_pseudo_masks(cases: Sequence[PreparedCase], path: Path) -> None:
                 raise ValueError(f"{path}: the pseudo-mask of {item.key} does not fit its slices; {advice}")
         if (mask is None) != (weight is None):
             raise ValueError(f"{path}: the pseudo-mask of {item.key} is not whole; {advice}")
-        alarm = found.get(f"false alarm {item.key}")
-        if alarm is not None and (alarm.shape != item.label.shape or not (alarm >= 0).all()):
-            raise ValueError(f"{path}: the false alarms of {item.key} do not fit its slices; {advice}")
-        item.false_alarm = alarm
         item.mask = None if mask is None else mask.astype(np.float16)
         item.weight = None if weight is None else weight.astype(np.float16)

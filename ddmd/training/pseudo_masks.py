@@ -8,7 +8,7 @@ from scipy import ndimage
 
 from ddmd.training.config import PSEUDO_MASK_LIMITS
 from ddmd.training.device_slices import DeviceSlices
-from ddmd.training.stages import BAG, DenoiserLosses
+from ddmd.training.stages import DenoiserLosses
 
 MIN_PEAK = 0.2  # a positive slice on which nothing is this probable gets no pseudo-mask
 SMOOTHING = 0.7  # standard deviation in slices: lesions continue from one slice to the next
@@ -20,7 +20,6 @@ TEACHER_CERTAINTY = (
 LOWERED = 0.4  # share by which the threshold of an uncertain examination is lower
 NEAR_MARGIN_PX = 8  # pixels around a component in which an uncertain teacher's "no lesion" counts in full
 FAR_WEIGHT = 0.05  # weight of an uncertain teacher's "no lesion" farther away
-NEAR_LESION_MM = 10.0  # normal slices nearer to a positive one may show the end of its lesion
 
 
 def thresholds(probability: np.ndarray, positive: np.ndarray) -> np.ndarray:
@@ -106,30 +105,12 @@ def make_pseudo_mask(
     return mask, np.where((component | (probability >= limits[0])) & ~mask, 0.0, weight)
 
 
-def false_alarms(probability: np.ndarray, label: np.ndarray, slice_mm: float) -> np.ndarray:
-    """(Z,) float32 in [0, 1]: the mean probability of a normal slice's `BAG` most probable pixels.
-
-    It is 0 on other slices, and where the end of a lesion may be: near positive slices.
-
-    Parameters
-    ----------
-    probability : (Z, H, W) the teacher's mean.
-    label : (Z,)
-    slice_mm : distance between slices.
-    """
-    flat = probability.reshape(len(probability), -1)
-    most = np.partition(flat, -BAG, axis=1)[:, -BAG:].mean(1)
-    near = ndimage.maximum_filter1d((label == 1).astype(np.int8), 2 * int(NEAR_LESION_MM / slice_mm) + 1) > 0
-    return np.where((label == 0) & ~near, most, 0.0).astype(np.float32)
-
-
 def update_pseudo_masks(
     losses: DenoiserLosses, slices: DeviceSlices, seed: int, number: int = 1, batch: int = 16
 ) -> dict[str, float]:
     """Give every positive slice (image-level label 1) a pseudo-mask by what was learnt so far.
 
-    The teacher's draws are made on the device; components are found on the host, patient by patient. With
-    `share_hard_normal`, it also says how much the teacher marks on normal slices.
+    The teacher's draws are made on the device; components are found on the host, patient by patient.
 
     Parameters
     ----------
@@ -143,14 +124,9 @@ def update_pseudo_masks(
     later = stage.later_mask_limits if number > 1 else None
     limits, uncertain = later or stage.pseudo_mask_limits, stage.teacher_uncertainty and later is None
     losses.eval()
-    made, skipped, area, uncertainties, alarms = 0, 0, 0.0, [], []
+    made, skipped, area, uncertainties = 0, 0, 0.0, []
     for case, item in enumerate(slices.cases):
-        item.mask, item.weight, item.false_alarm = None, None, None
-        if stage.share_hard_normal:
-            normal = np.flatnonzero(item.label == 0)
-            mean, _ = _teacher_mean(losses, slices, case, normal, seed, batch)
-            item.false_alarm = false_alarms(mean, item.label, item.offset_mm / item.offset)
-            alarms.append(item.false_alarm)
+        item.mask, item.weight = None, None
         positive = np.flatnonzero(item.label == 1)
         if not len(positive):
             continue
@@ -183,15 +159,12 @@ def update_pseudo_masks(
             item.mask, item.weight = masks, weights
     losses.train()
     slices.update_masks()
-    summary = {
+    return {
         "made": made,
         "skipped": skipped,
         "mean_pixels": area / max(made, 1),
         "mean_uncertainty": float(np.mean(uncertainties or 0)),
     }
-    if alarms:
-        summary["false_alarms"] = float(np.concatenate(alarms).sum())
-    return summary
 
 
 def _teacher_mean(

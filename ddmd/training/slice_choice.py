@@ -79,16 +79,9 @@ class SliceChoice:
         # as bags, positive slices without a mask are drawn, too
         bags = self.config.labels == "image" and self.config.denoiser_stage.bag_weight > 0
         positive = self.label == 1
-        alarm = np.concatenate(
-            [
-                np.zeros(len(case.image)) if case.false_alarm is None else case.false_alarm
-                for case in self.slices.cases
-            ]
-        )
         self._tables = {
             "all": self._table(everything),
             "normal": self._table(self.label == 0),
-            "hard_normal": self._table(alarm > 0, alarm**2, by_case=False),
             "paintable": self._table(self.label == 0, self._nearness),
             "positive": self._table(positive),
             "masked": self._table(self.masked),
@@ -96,23 +89,21 @@ class SliceChoice:
         }
         self._kind_tables = ("normal", "paintable", "paintable", "positive", "bags")
 
-    def _table(
-        self, usable: np.ndarray, chance: np.ndarray | None = None, by_case: bool = True
-    ) -> np.ndarray | None:
-        """Cumulative chance of each slice: by source, then by case, then by `chance`; None without any.
-
-        Not `by_case`: by source, then by `chance` alone.
-        """
+    def _table(self, usable: np.ndarray, chance: np.ndarray | None = None) -> np.ndarray | None:
+        """Cumulative chance of each slice: by source, then by case, then by `chance`; None without any."""
         if not usable.any():
             return None
         own = np.where(usable, 1.0 if chance is None else chance, 0.0)
         per_case = np.bincount(self.case, own, len(self.slices.cases))
-        source = np.array([case.case.source for case in self.slices.cases])
-        within = per_case if by_case else np.array([per_case[source == name].sum() for name in source])
-        count = np.array([((source == name) & (per_case > 0)).sum() if by_case else 1 for name in source])
-        weight = np.array([self.weights[name] for name in source])
-        share = np.where(per_case > 0, weight / np.maximum(count, 1), 0.0)
-        chances = own * (share / np.where(per_case > 0, within, 1.0))[self.case]
+        there = per_case > 0
+        sources = [case.case.source for case in self.slices.cases]
+        counts: dict[str, int] = {}
+        for source, used in zip(sources, there, strict=True):
+            counts[source] = counts.get(source, 0) + int(used)
+        share = np.array(
+            [self.weights[s] / counts[s] if used else 0.0 for s, used in zip(sources, there, strict=True)]
+        )
+        chances = own * (share / np.where(there, per_case, 1.0))[self.case]
         return np.cumsum(chances) if chances.any() else None
 
     def shares(self) -> np.ndarray:
@@ -162,10 +153,6 @@ class SliceChoice:
             table = self._tables[name]
             if table is not None:
                 row = np.where(kind == number, pick(table, unit), row)
-        hard = self._tables["hard_normal"]
-        if hard is not None:
-            chosen = (kind == NORMAL) & random.chance(self.config.denoiser_stage.share_hard_normal)
-            row = np.where(chosen, pick(hard, unit), row)
         masked = self._tables["masked"]
         return kind, row, row if masked is None else pick(masked, donor_unit)
 
