@@ -76,8 +76,8 @@ def test_of_thresholds_with_nearly_equal_dice_the_lowest_is_taken():
 
 
 def test_the_highest_of_nearly_equal_thresholds_is_taken_where_it_is_asked_for():
-    curve = np.where(THRESHOLDS < 0.6, 0.3, 0.5)
-    curve[9] += 0.2
+    curve = np.full(len(THRESHOLDS), 0.3)
+    curve[9] = 0.5
     assert highest(curve) == pytest.approx(THRESHOLDS[9])
     for short, expected in ((0.9 * TOLERANCE, 14), (1.1 * TOLERANCE, 9)):
         curve[14] = curve[9] - short
