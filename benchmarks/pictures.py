@@ -192,7 +192,7 @@ def main(arguments: Sequence[str] = ()) -> None:
         if path is not None:
             draw(json.loads(path.read_text())).savefig(docs / f"{kind}.png", dpi=100)
             print(docs / f"{kind}.png", "from", path.name)
-    painter().savefig(docs / "painter.png", dpi=80)
+    painter().savefig(docs / "painter.png", dpi=70)
     print(docs / "painter.png")
 
 

@@ -118,13 +118,13 @@ def stand_in(stage: DenoiserStage, drawn: torch.Tensor) -> SimpleNamespace:
     )  # fmt: skip
 
 
-def examination(label: list[int], shape: tuple[int, int], slice_mm: float = 1.0) -> PreparedCase:
+def examination(label: list[int], shape: tuple[int, int]) -> PreparedCase:
     """Slices that the stand-in tells from their mirror images."""
     image = np.zeros((len(label), 1, *shape), np.float16)
     image[..., :, -1] = 1
     brain = np.ones((len(label), *shape), bool)
     return PreparedCase(
-        Case("a", "a", "set", {}), image, brain, brain, np.array(label, np.int8), offset=1, offset_mm=slice_mm
+        Case("a", "a", "set", {}), image, brain, brain, np.array(label, np.int8), offset=1, offset_mm=1.0
     )
 
 
