@@ -161,3 +161,21 @@ def test_later_rounds_have_limits_of_their_own_and_a_certain_teacher(lesion):
     assert uncertainty[1] > 0.9
     assert uncertainty[2] == 0.0
     assert min(lesion_share.values()) > 0.99, "0.6 is above 0.8 of the peak"
+
+
+@pytest.mark.parametrize("follow", [True, False])
+def test_pseudo_masks_end_at_the_edges_that_the_image_shows(lesion, follow):
+    """The teacher's mask is too wide, and what it has between the limits teaches nothing unless edges say more."""
+    wide, rim = disc(lesion.shape, (40, 52), 14), disc(lesion.shape, (40, 52), 16)
+    drawn = torch.from_numpy(np.where(wide, 0.9, np.where(rim, 0.4, 0.0)).astype(np.float32))
+    stage = DenoiserStage(follow_edges=follow, pseudo_mask_limits=(0.3, 0.7), share_symmetric=0.0)
+    item = examination([1] * 4, lesion.shape)
+    item.image[:, 0, lesion] = 0.4  # less than 0.5, by which the stand-in knows mirror images
+    update_pseudo_masks(stand_in(stage, drawn), DeviceSlices([item], torch.device("cpu"), 1.0), seed=0)
+    mask, weight = item.mask[1] > 0, item.weight[1]
+    if follow:
+        assert overlap(mask, lesion) > 0.97
+        assert (weight[rim & ~wide] == 1).all(), "certain that this is none"
+    else:
+        assert overlap(mask, wide) > 0.97
+        assert (weight[rim & ~wide] == 0).all()

@@ -93,6 +93,9 @@ class DenoiserStage:
     pseudo_mask_limits : (faint, certain)
         Pixels that the teacher finds less probable than the first are not lesion; those that reach the second times
         the peak of a component are; those between say nothing. Masks grow where the two are far apart.
+    follow_edges : bool
+        Whether pseudo-masks end where the brightness of the first sequence is half way between a lesion and its
+        surroundings, where it shows a clear edge (`ddmd.training.edges`). Lesions must be bright on it.
     later_mask_limits : (faint, certain) or None
         The limits from the second round on, whose teacher is then never uncertain; None: those of the first.
     hard_from : float
@@ -118,6 +121,7 @@ class DenoiserStage:
     bag_weight: NotNegative = 0.15
     teacher_uncertainty: bool = True
     pseudo_mask_limits: tuple[Share, Share] = PSEUDO_MASK_LIMITS
+    follow_edges: bool = False
     later_mask_limits: tuple[Share, Share] | None = None
     hard_from: Share = 0.48
     share_symmetric: Share = 0.4

@@ -8,6 +8,7 @@ from scipy import ndimage
 
 from ddmd.training.config import PSEUDO_MASK_LIMITS
 from ddmd.training.device_slices import DeviceSlices
+from ddmd.training.edges import follow_edges
 from ddmd.training.stages import DenoiserLosses
 
 MIN_PEAK = 0.2  # a positive slice on which nothing is this probable gets no pseudo-mask
@@ -135,6 +136,10 @@ def update_pseudo_masks(
         threshold = thresholds(smooth, item.label == 1)
         components = candidate_components(smooth, threshold)
         uncertainty = teacher_uncertainty(smooth, components) * uncertain
+        if stage.follow_edges and item.there[0]:
+            smooth = follow_edges(smooth, components, item.image[:, 0], item.head)
+            threshold = thresholds(smooth, item.label == 1)
+            components = candidate_components(smooth, threshold)
         uncertainties.append(uncertainty)
         if uncertainty:
             threshold *= 1 - LOWERED * uncertainty
