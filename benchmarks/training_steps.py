@@ -37,7 +37,6 @@ def configuration(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     values["autoencoder_stage"] |= {"steps": steps, "batch": settings["batch"]}
     # pseudo-masks are made at the start, so that batches have all kinds of samples; they are in no figure
     values["denoiser_stage"] |= {"steps": steps, "batch": settings["batch"], "rounds": [0.0]}
-    values["denoiser_stage"].pop("later_mask_limits", None)  # of further rounds
     if recipe.name == "light-4.toml":
         values["workers"] = 0  # batches are made in this process, whose CPU seconds are read
     return values

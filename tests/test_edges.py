@@ -50,10 +50,14 @@ def test_brightness_moves_the_logit_by_what_it_says(head):
     probability[:, 23:25, 23:57] = 0.3
     followed = follow_edges(probability, probability >= 0.5, image, head)
     logit = np.log(np.maximum(followed, 1e-9) / (1 - followed))
-    assert logit[1, 40, 40] == pytest.approx(np.log(9) + HALF_CONTRAST_LOGITS, abs=1e-3), "as bright as the core"
+    assert logit[1, 40, 40] == pytest.approx(np.log(9) + HALF_CONTRAST_LOGITS, abs=1e-3), (
+        "as bright as the core"
+    )
     assert logit[1, 23, 40] == pytest.approx(np.log(3 / 7) + HALF_CONTRAST_LOGITS, abs=1e-3)
     dark = followed[1, 40, 62]
-    assert dark == pytest.approx(1 / (1 + np.exp(-np.log(1e-3 / (1 - 1e-3)) + HALF_CONTRAST_LOGITS)), rel=1e-3)
+    assert dark == pytest.approx(
+        1 / (1 + np.exp(-np.log(1e-3 / (1 - 1e-3)) + HALF_CONTRAST_LOGITS)), rel=1e-3
+    )
 
 
 def test_nothing_changes_without_a_clear_edge_or_surroundings(head, texture):
@@ -75,7 +79,9 @@ def test_what_is_far_or_another_component_or_outside_the_head_is_left_alone(text
     probability = np.where(one | other, 0.8, 0.1).astype(np.float32)
     followed = follow_edges(probability, one | other, image, head)
     assert (followed[one & head] > 0.8).mean() > 0.99
-    assert (followed[other] == np.float32(0.8)).all(), "dark: no edge of its own, and not moved by its neighbour"
+    assert (followed[other] == np.float32(0.8)).all(), (
+        "dark: no edge of its own, and not moved by its neighbour"
+    )
     away = np.stack([ndimage.distance_transform_edt(~plane) for plane in one])
     assert (followed[(away > REACH_PX) & ~other] == np.float32(0.1)).all()
     assert (followed[~head] == probability[~head]).all()

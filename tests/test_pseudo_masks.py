@@ -144,25 +144,6 @@ def test_an_uncertain_teacher_takes_whole_components_for_lesion(lesion, uncertai
     assert (item.weight[0][lesion & (item.mask[0] == 0)] == 0).all()
 
 
-def test_later_rounds_have_limits_of_their_own_and_a_certain_teacher(lesion):
-    core = disc(lesion.shape, (40, 52), 8)
-    drawn = torch.from_numpy(np.where(core, 0.7, np.where(lesion, 0.6, 0.0)).astype(np.float32))
-    stage = DenoiserStage(later_mask_limits=(0.5, 0.8), share_symmetric=0.0)
-    uncertainty, lesion_share = {}, {}
-    for number in (1, 2):
-        item = examination([1] * 4, lesion.shape)
-        slices = DeviceSlices([item], torch.device("cpu"), 1.0)
-        uncertainty[number] = update_pseudo_masks(stand_in(stage, drawn), slices, 0, number)[
-            "mean_uncertainty"
-        ]
-        lesion_share[number] = overlap(item.mask[1] > 0, lesion)
-        rest = item.weight[1][~lesion & (item.mask[1] == 0)]
-        assert rest.min() == (pytest.approx(FAR_WEIGHT, rel=1e-3) if number == 1 else 1.0)
-    assert uncertainty[1] > 0.9
-    assert uncertainty[2] == 0.0
-    assert min(lesion_share.values()) > 0.99, "0.6 is above 0.8 of the peak"
-
-
 @pytest.mark.parametrize("follow", [True, False])
 def test_pseudo_masks_end_at_the_edges_that_the_image_shows(lesion, follow):
     """The teacher's mask is too wide, and what it has between the limits teaches nothing unless edges say more."""

@@ -76,7 +76,6 @@ MISTAKES = {  # what is replaced, by what, and the entry that the message names
     "rounds is nan": ("[0.3, 0.6]", "[nan]", "rounds"),
     "rounds fall": ("[0.3, 0.6]", "[0.6, 0.3]", "rounds"),
     "limits fall": ("[0.3, 0.6]", "[0.3, 0.6]\npseudo_mask_limits = [0.9, 0.1]", "pseudo_mask_limits"),
-    "later limits fall": ("[0.3, 0.6]", "[0.3, 0.6]\nlater_mask_limits = [0.9, 0.1]", "later_mask_limits"),
     "kinds are 6": ("[autoencoder]", "[painter]\nkinds = [1.0, 0.0, 0.0, 0.0, 0.0, 0.0]\n[autoencoder]", "kinds"),
     "kinds are 0": ("[autoencoder]", "[painter]\nkinds = [0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]\n[autoencoder]", "kinds"),
     "a size falls": ("[autoencoder]", "[painter]\nlarge_mm = [9.0, 3.0]\n[autoencoder]", "large_mm"),
@@ -132,19 +131,6 @@ def test_what_is_no_toml_is_refused_in_one_line(tmp_path, content):
     with pytest.raises(ValueError, match="not TOML|data") as raised:
         read_config(path)
     assert str(raised.value).startswith(str(path))
-
-
-def test_limits_of_later_rounds_need_rounds_of_image_level_labels(tmp_path):
-    path = tmp_path / "rounds.toml"
-    good = GOOD.replace("share_normal = 0.12", "share_normal = 0.12\nlater_mask_limits = [0.5, 0.8]", 1)
-    path.write_text(good)
-    assert read_config(path).denoiser_stage.later_mask_limits == (0.5, 0.8)
-    for wrong in (good.replace('"image"', '"pixel"'), good.replace("[0.3, 0.6]", "[]")):
-        assert wrong != good
-        path.write_text(wrong)
-        with pytest.raises(ValueError, match="later_mask_limits") as raised:
-            read_config(path)
-        assert "\n" not in str(raised.value)
 
 
 def test_entries_of_0_1_keep_working_with_a_warning(tmp_path):

@@ -96,8 +96,6 @@ class DenoiserStage:
     follow_edges : bool
         Whether pseudo-masks end where the brightness of the first sequence is half way between a lesion and its
         surroundings, where it shows a clear edge (`ddmd.training.edges`). Lesions must be bright on it.
-    later_mask_limits : (faint, certain) or None
-        The limits from the second round on, whose teacher is then never uncertain; None: those of the first.
     hard_from : float
         Share of the steps from which lesions are also painted that are no brighter than their
         surroundings.
@@ -122,7 +120,6 @@ class DenoiserStage:
     teacher_uncertainty: bool = True
     pseudo_mask_limits: tuple[Share, Share] = PSEUDO_MASK_LIMITS
     follow_edges: bool = False
-    later_mask_limits: tuple[Share, Share] | None = None
     hard_from: Share = 0.48
     share_symmetric: Share = 0.4
     share_complete: Share = 0.4
@@ -146,10 +143,10 @@ class DenoiserStage:
             )
         if list(self.rounds) != sorted(set(self.rounds)):
             raise ValueError(f"rounds is {list(self.rounds)}; allowed are shares of the steps that rise")
-        for name in ("pseudo_mask_limits", "later_mask_limits"):
-            limits = getattr(self, name)
-            if limits is not None and limits[0] > limits[1]:
-                raise ValueError(f"{name} is {list(limits)}; allowed are two shares that rise")
+        if self.pseudo_mask_limits[0] > self.pseudo_mask_limits[1]:
+            raise ValueError(
+                f"pseudo_mask_limits is {list(self.pseudo_mask_limits)}; allowed are two shares that rise"
+            )
 
 
 # Measured on validation patients (`python -m benchmarks.quality`): one step finds as much as a hundred do, and the
@@ -221,22 +218,11 @@ class TrainConfig:
                 raise ValueError(
                     f"steps is {stage.steps} in {type(stage).__name__}; allowed is at least 1, and 0 with `start`"
                 )
-        self._check_rounds()
         check_channels(self.sequences, self.autoencoder, self.denoiser)
         if self.validation + self.test >= 1:
             raise ValueError(
                 f"validation and test are {self.validation} and {self.test}; allowed are shares that leave "
                 "some to train on"
-            )
-
-    def _check_rounds(self) -> None:
-        """Refuse limits of later rounds where there are none."""
-        stage = self.denoiser_stage
-        rounds = len(stage.rounds) if self.labels == "image" and self.system != "anomaly" else 0
-        if stage.later_mask_limits is not None and rounds < 2:
-            raise ValueError(
-                "later_mask_limits is of the second round on, and there are fewer than two rounds of image-level "
-                "labels; give rounds, or leave it out"
             )
 
 

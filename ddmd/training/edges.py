@@ -5,12 +5,17 @@ from __future__ import annotations
 import numpy as np
 from scipy import ndimage
 
-CORE = 0.9  # share of a component's highest probability: its pixels that reach it tell how bright the lesion is
+CORE = (
+    0.9  # share of a component's highest probability: its pixels that reach it tell how bright the lesion is
+)
 RING_PX = (2.0, 8.0)  # distance in the slice of the pixels that tell how bright its surroundings are
 RING_MAX_PROBABILITY = 0.2  # of those pixels
 MIN_RING_PIXELS = 20
 REACH_PX = 6.0  # an edge is looked for this far from a component
-CLARITY = (1.0, 2.0)  # contrast in standard deviations of the surroundings: no clear edge to the first, clear from the second
+CLARITY = (
+    1.0,
+    2.0,
+)  # contrast in standard deviations of the surroundings: no clear edge to the first, clear from the second
 HALF_CONTRAST_LOGITS = 3.0  # that half the contrast adds to a pixel's logit
 CONTRAST_RANGE = (-0.5, 1.5)  # beyond it, a pixel is not darker or brighter
 SMOOTHING_PX = 0.5  # standard deviation in the slice, before brightness is read
@@ -36,7 +41,7 @@ def follow_edges(
     """
     followed = probability.astype(np.float32, copy=True)
     bright = ndimage.gaussian_filter(image.astype(np.float32), (0, SMOOTHING_PX, SMOOTHING_PX))
-    parts, count = ndimage.label(components, np.ones((3, 3, 3)))
+    parts, _count = ndimage.label(components, np.ones((3, 3, 3)))
     reach = int(np.ceil(RING_PX[1]))
     for number, box in enumerate(ndimage.find_objects(parts), 1):
         rows = tuple(slice(max(0, side.start - reach), side.stop + reach) for side in box[1:])

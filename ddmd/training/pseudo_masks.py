@@ -107,7 +107,7 @@ def make_pseudo_mask(
 
 
 def update_pseudo_masks(
-    losses: DenoiserLosses, slices: DeviceSlices, seed: int, number: int = 1, batch: int = 16
+    losses: DenoiserLosses, slices: DeviceSlices, seed: int, batch: int = 16
 ) -> dict[str, float]:
     """Give every positive slice (image-level label 1) a pseudo-mask by what was learnt so far.
 
@@ -118,12 +118,9 @@ def update_pseudo_masks(
     losses : DenoiserLosses
     slices : DeviceSlices
     seed : of the draws.
-    number : of the round, from 1.
     batch : slices at a time.
     """
     stage = losses.stage
-    later = stage.later_mask_limits if number > 1 else None
-    limits, uncertain = later or stage.pseudo_mask_limits, stage.teacher_uncertainty and later is None
     losses.eval()
     made, skipped, area, uncertainties = 0, 0, 0.0, []
     for case, item in enumerate(slices.cases):
@@ -135,7 +132,7 @@ def update_pseudo_masks(
         smooth = ndimage.gaussian_filter(mean, (SMOOTHING, 0, 0))
         threshold = thresholds(smooth, item.label == 1)
         components = candidate_components(smooth, threshold)
-        uncertainty = teacher_uncertainty(smooth, components) * uncertain
+        uncertainty = teacher_uncertainty(smooth, components) * stage.teacher_uncertainty
         if stage.follow_edges and item.there[0]:
             smooth = follow_edges(smooth, components, item.image[:, 0], item.head)
             threshold = thresholds(smooth, item.label == 1)
@@ -156,7 +153,7 @@ def update_pseudo_masks(
                 deviation[z],
                 threshold[z],
                 uncertainty,
-                limits,
+                stage.pseudo_mask_limits,
             )
             made += 1
             area += float(masks[z].sum(dtype=np.float32))

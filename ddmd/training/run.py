@@ -345,7 +345,7 @@ class _Run:
             current = {k: v.clone() for k, v in losses.state_dict().items()}
             losses.load_state_dict(stage.averaged())
             with stage.autocast():
-                summary = update_pseudo_masks(losses, self.slices, self.config.seed + number, number)
+                summary = update_pseudo_masks(losses, self.slices, self.config.seed + number)
             losses.load_state_dict(current)
             save_pseudo_masks(self.slices.cases, kept)
             log.info("round %d of pseudo-masks at step %d: %s", number, stage.step, summary)
