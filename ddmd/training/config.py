@@ -94,8 +94,8 @@ class DenoiserStage:
         Pixels that the teacher finds less probable than the first are not lesion; those that reach the second times
         the peak of a component are; those between say nothing. Masks grow where the two are far apart.
     follow_edges : bool
-        Whether pseudo-masks end where the brightness of the first sequence is half way between a lesion and its
-        surroundings, where it shows a clear edge (`ddmd.training.edges`). Lesions must be bright on it.
+        Whether pseudo-masks end at the edges that the first sequence shows (`ddmd.training.edges`). Lesions must be
+        bright on it.
     hard_from : float
         Share of the steps from which lesions are also painted that are no brighter than their
         surroundings.
