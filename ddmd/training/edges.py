@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 from scipy import ndimage
 
-EDGE = 0.4  # of the contrast: as bright as this, a pixel keeps its probability
+CORE = 0.9  # share of a component's highest probability; pixels that reach it tell how bright the lesion is
 RING_PX = (2.0, 8.0)  # distance in the slice of the pixels that tell how bright the surroundings are
 RING_MAX_PROBABILITY = 0.2  # of those pixels
 MIN_RING_PIXELS = 20
 REACH_PX = 6.0  # an edge is looked for this far from a component
 CLARITY = (1.0, 2.0)  # contrast over the spread around: unclear up to the first, clear from the second
-LOGITS = 6.0  # that the whole contrast adds to a pixel's logit
+HALF_CONTRAST_LOGITS = 3.0  # that half the contrast adds to a pixel's logit
 CONTRAST_RANGE = (-0.5, 1.5)  # darker or brighter pixels count as these
 SMOOTHING_PX = 0.5  # standard deviation in the slice, before brightness is read
 LOGIT_LIMIT = 1e-3  # probabilities are kept this far from 0 and 1
@@ -22,9 +22,10 @@ def follow_edges(
 ) -> np.ndarray:
     """The probability (Z, H, W), moved to the edges of bright components.
 
-    Of each component, the median brightness is taken, and that of a ring around it. A pixel of `EDGE` of the contrast
-    between both keeps its probability, and the whole contrast is worth `LOGITS`. Where the contrast is less than the
-    ring's own spread, nothing changes: such a lesion has no edge that brightness shows.
+    Of each component, the median brightness of its core and of a ring around it are taken. A pixel half way between
+    both keeps its probability, one as bright as the core gains `HALF_CONTRAST_LOGITS`, and one as dark as the ring
+    loses as many. Where the contrast is less than the ring's own spread, nothing changes: such a lesion has no edge
+    that brightness shows.
 
     Parameters
     ----------
@@ -45,7 +46,7 @@ def follow_edges(
         if clarity == 0:
             continue
         p = np.clip(probability[near], LOGIT_LIMIT, 1 - LOGIT_LIMIT)
-        gain = LOGITS * clarity * (np.clip(contrast, *CONTRAST_RANGE) - EDGE)
+        gain = 2 * HALF_CONTRAST_LOGITS * clarity * (np.clip(contrast, *CONTRAST_RANGE) - 0.5)
         moved = 1 / (1 + np.exp(-np.log(p / (1 - p)) - gain))
         reached = _distance(inside) <= REACH_PX
         reached &= inside | ~components[near]  # another component's pixels are its own
@@ -56,12 +57,13 @@ def follow_edges(
 def _contrast(
     bright: np.ndarray, probability: np.ndarray, inside: np.ndarray, others: np.ndarray, head: np.ndarray
 ) -> tuple[float, np.ndarray]:
-    """How clear a component's edge is, in [0, 1], and the brightness: 0 as around it, 1 as its median."""
+    """How clear a component's edge is, in [0, 1], and the brightness: 0 as its surroundings, 1 as its core."""
+    core = inside & (probability >= CORE * probability[inside].max())
     away = _distance(inside)
     ring = (away > RING_PX[0]) & (away <= RING_PX[1]) & head & ~others & (probability < RING_MAX_PROBABILITY)
     if ring.sum() < MIN_RING_PIXELS:
         return 0.0, bright
-    lesion, around, spread = np.median(bright[inside]), np.median(bright[ring]), bright[ring].std()
+    lesion, around, spread = np.median(bright[core]), np.median(bright[ring]), bright[ring].std()
     if not lesion - around > CLARITY[0] * spread:
         return 0.0, bright
     low, high = CLARITY
