@@ -41,7 +41,7 @@ KINDS = (
     Kind("Glioma, volumes", r"brats", "the faint rim is left out"),
     Kind("Multiple sclerosis", r"ms-", "many small lesions are missed; thick slices with the skull on"),
     Kind("White matter hyperintensities", r"wmh", "small ones are missed one by one"),
-    Kind("Stroke", r"stroke|isles", "not trained for"),
+    Kind("Stroke", r"stroke|isles", "no real ones in training"),
     Kind("Tumour, skull on, unknown scanner", r"brainix", "the base of the skull is marked"),
 )
 
