@@ -160,3 +160,20 @@ def test_pseudo_masks_end_at_the_edges_that_the_image_shows(lesion, follow):
     else:
         assert overlap(mask, wide) > 0.97
         assert (weight[rim & ~wide] == 0).all()
+
+
+def test_no_edge_is_followed_where_the_first_sequence_is_absent(lesion):
+    wide = disc(lesion.shape, (40, 52), 14)
+    drawn = torch.from_numpy(np.where(wide, 0.9, 0.0).astype(np.float32))
+    masks = []
+    for present in (np.array([True]), np.array([False])):
+        item = examination([1] * 4, lesion.shape)
+        item.image[:, 0, lesion] = 0.4
+        slices = DeviceSlices([item], torch.device("cpu"), 1.0)
+        item.present = present
+        update_pseudo_masks(
+            stand_in(DenoiserStage(follow_edges=True, share_symmetric=0.0), drawn), slices, seed=0
+        )
+        masks.append(item.mask[1] > 0)
+    assert overlap(masks[0], lesion) > 0.95
+    assert overlap(masks[1], wide) > 0.95

@@ -142,3 +142,16 @@ def test_entries_of_0_1_keep_working_with_a_warning(tmp_path):
     assert (stage.share_normal, stage.share_painted, stage.share_transplanted) == (0.1, 0.2, 0.3)
     assert (stage.share_painted_beside, stage.share_masked) == (0.4, 0.5)
     assert (stage.bag_weight, stage.teacher_uncertainty) == (0.0, False)
+
+
+def test_edges_need_rounds_of_image_level_labels(tmp_path):
+    path = tmp_path / "edges.toml"
+    good = GOOD.replace("share_normal = 0.12", "share_normal = 0.12\nfollow_edges = true", 1)
+    path.write_text(good)
+    assert read_config(path).denoiser_stage.follow_edges
+    for wrong in (good.replace('"image"', '"pixel"'), good.replace("[0.3, 0.6]", "[]")):
+        assert wrong != good
+        path.write_text(wrong)
+        with pytest.raises(ValueError, match="follow_edges") as raised:
+            read_config(path)
+        assert "\n" not in str(raised.value)

@@ -95,7 +95,7 @@ class DenoiserStage:
         the peak of a component are; those between say nothing. Masks grow where the two are far apart.
     follow_edges : bool
         Whether pseudo-masks end at the edges that the first sequence shows (`ddmd.training.edges`). Lesions must be
-        bright on it.
+        bright on it. What an uncertain teacher's lower threshold adds follows no edge.
     hard_from : float
         Share of the steps from which lesions are also painted that are no brighter than their
         surroundings.
@@ -218,11 +218,21 @@ class TrainConfig:
                 raise ValueError(
                     f"steps is {stage.steps} in {type(stage).__name__}; allowed is at least 1, and 0 with `start`"
                 )
+        self._check_edges()
         check_channels(self.sequences, self.autoencoder, self.denoiser)
         if self.validation + self.test >= 1:
             raise ValueError(
                 f"validation and test are {self.validation} and {self.test}; allowed are shares that leave "
                 "some to train on"
+            )
+
+    def _check_edges(self) -> None:
+        """Refuse pseudo-masks that follow edges where there are no pseudo-masks."""
+        rounds = self.denoiser_stage.rounds if self.labels == "image" and self.system != "anomaly" else ()
+        if self.denoiser_stage.follow_edges and not rounds:
+            raise ValueError(
+                "follow_edges is of pseudo-masks, and there are no rounds of image-level labels; give rounds, or leave "
+                "it out"
             )
 
 

@@ -23,9 +23,14 @@ def follow_edges(
     """The probability (Z, H, W), moved to the edges of bright components.
 
     Of each component, the median brightness of its core and of a ring around it are taken. A pixel half way between
-    both keeps its probability, one as bright as the core gains `HALF_CONTRAST_LOGITS`, and one as dark as the ring
-    loses as many. Where the contrast is less than the ring's own spread, nothing changes: such a lesion has no edge
-    that brightness shows.
+    both keeps its probability. The logit of one as bright as the core gains `HALF_CONTRAST_LOGITS`, that of one as dark
+    as the ring loses as many, and brighter and darker ones up to twice that. Only the component and what is within
+    `REACH_PX` of it change, in the head; between two components, the one with the higher label has its say. Where the
+    contrast is less than the ring's own spread, nothing changes: such a lesion has no edge that brightness shows. From
+    there to twice the spread, changes rise to their full size. The ring is whatever lies there: cortex, fluid or scalp
+    make an edge less clear.
+
+    Distances are in pixels of the grid, which is about 1 mm.
 
     Parameters
     ----------
