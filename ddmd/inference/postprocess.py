@@ -248,7 +248,7 @@ def lesion_score(
     --------
     >>> sure = np.full((10, 10, 10), 0.999, np.float32)
     >>> round(lesion_score(sure, 0.001, True), 2), round(lesion_score(0 * sure, 0.001, False), 2)
-    (0.96, 0.0)
+    (0.95, 0.0)
     """
     evidence = float(np.clip(lesion_evidence(probability, voxel_ml), EVIDENCE_LIMIT, 1 - EVIDENCE_LIMIT))
     exponent = calibration.slope * (np.log(evidence / (1 - evidence)) - calibration.centre)
