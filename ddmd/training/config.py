@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tomllib
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -104,6 +104,8 @@ class DenoiserStage:
         first one alone. Of the others each sequence is taken away with a chance of one half; one stays.
     use_inter, use_intra : bool
         Whether X and Y reach the network, for the ablations. Without both, no auto-encoder is trained.
+    painter : PainterConfig, optional
+        What lesions this stage paints; those of the run's [painter] where it is left out.
     """
 
     steps: Steps = 9000
@@ -126,6 +128,7 @@ class DenoiserStage:
     share_first_alone: Share = 0.3
     use_inter: bool = True
     use_intra: bool = True
+    painter: PainterConfig | None = None
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
@@ -161,6 +164,9 @@ class TrainConfig:
     `validation_patients` a validation patient, whatever the shares; neither is trained on.
 
     painter says what lesions are painted: which kinds, how large, how bright.
+
+    later_stages train the denoiser on, in order, each from the averaged weights of the stage before. Entries that one
+    of them leaves out in a TOML file are those of the stage before.
 
     sampling is how the finished weights draw masks by default.
 
@@ -199,6 +205,7 @@ class TrainConfig:
     denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
     autoencoder_stage: AutoencoderStage = field(default_factory=AutoencoderStage)
     denoiser_stage: DenoiserStage = field(default_factory=DenoiserStage)
+    later_stages: tuple[DenoiserStage, ...] = ()
     painter: PainterConfig = field(default_factory=PainterConfig)
     sampling: SamplingConfig = SAMPLING
 
@@ -218,7 +225,7 @@ class TrainConfig:
                 raise ValueError(
                     f"steps is {stage.steps} in {type(stage).__name__}; allowed is at least 1, and 0 with `start`"
                 )
-        self._check_edges()
+        self._check_denoiser_stages()
         check_channels(self.sequences, self.autoencoder, self.denoiser)
         if self.validation + self.test >= 1:
             raise ValueError(
@@ -226,14 +233,52 @@ class TrainConfig:
                 "some to train on"
             )
 
-    def _check_edges(self) -> None:
-        """Refuse pseudo-masks that follow edges where there are no pseudo-masks."""
-        rounds = self.denoiser_stage.rounds if self.labels == "image" and self.system != "anomaly" else ()
-        if self.denoiser_stage.follow_edges and not rounds:
+    @property
+    def denoiser_stages(self) -> tuple[DenoiserStage, ...]:
+        """The first stage of the denoiser and the later ones."""
+        return (self.denoiser_stage, *self.later_stages)
+
+    def of_stage(self, number: int) -> TrainConfig:
+        """This configuration with stage `number` of the denoiser, from 0, as its only one."""
+        stage = self.denoiser_stages[number]
+        return replace(self, denoiser_stage=stage, later_stages=(), painter=stage.painter or self.painter)
+
+    @property
+    def stage_names(self) -> list[str]:
+        """What is trained, in order; only what the system needs."""
+        anomaly, plan = self.system == "anomaly", self.denoiser_stage
+        names = []
+        if self.autoencoder_stage.steps and (anomaly or plan.use_inter or plan.use_intra):
+            names = ["autoencoders_a"] if anomaly else ["autoencoders_a", "autoencoders_b"]
+        return names if anomaly else [*names, *self.denoiser_stage_names]
+
+    @property
+    def denoiser_stage_names(self) -> list[str]:
+        """ "denoiser", "denoiser_2", "denoiser_3" and so on."""
+        later = range(2, len(self.denoiser_stages) + 1)
+        return ["denoiser", *(f"denoiser_{number}" for number in later)]
+
+    def _check_denoiser_stages(self) -> None:
+        """Refuse later stages that do not go with the first, and edges where there are no pseudo-masks."""
+        first = self.denoiser_stage
+        if self.later_stages and self.system == "anomaly":
             raise ValueError(
-                "follow_edges is of pseudo-masks, and there are no rounds of image-level labels; give rounds, or leave "
-                "it out"
+                "later_stages are of the denoiser, which anomaly detection has not; leave them out"
             )
+        for stage in self.later_stages:
+            if stage.steps < 1:
+                raise ValueError("steps is 0 in later_stages; allowed is at least 1")
+            if (stage.use_inter, stage.use_intra) != (first.use_inter, first.use_intra):
+                raise ValueError(
+                    "use_inter and use_intra differ in later_stages; they are those of the first stage"
+                )
+        for stage in self.denoiser_stages:
+            rounds = stage.rounds if self.labels == "image" and self.system != "anomaly" else ()
+            if stage.follow_edges and not rounds:
+                raise ValueError(
+                    "follow_edges is of pseudo-masks, and there are no rounds of image-level labels; give rounds, or "
+                    "leave it out"
+                )
 
 
 # Entries of 0.1 that have another name now, and those that are no longer needed.
@@ -257,7 +302,7 @@ def validate(values: dict[str, Any], where: str) -> TrainConfig:
     ValueError
         In one line: `where`, the entry, what it is and what is allowed.
     """
-    values = _with_old_names(values, where)
+    values = _with_entries_of_earlier_stages(_with_old_names(values, where))
     try:
         return _ADAPTER.validate_json(json.dumps(values, default=str), strict=True)
     except ValidationError as error:
@@ -279,6 +324,20 @@ def _with_old_names(values: dict[str, Any], where: str) -> dict[str, Any]:
             )
         values["denoiser_stage"] = {RENAMED.get(k, k): v for k, v in stage.items()}
     return values
+
+
+def _with_entries_of_earlier_stages(values: dict[str, Any]) -> dict[str, Any]:
+    """Later stages with what they leave out. What is not a table is left to the check of types."""
+    later, before = values.get("later_stages"), values.get("denoiser_stage", {})
+    if not isinstance(later, list | tuple) or not isinstance(before, dict):
+        return values
+    whole = []
+    for stage in later:
+        before = before | stage if isinstance(stage, dict) else stage
+        whole.append(before)
+        if not isinstance(before, dict):
+            return values
+    return values | {"later_stages": whole}
 
 
 def _first_problem(error: ValidationError) -> str:

@@ -66,14 +66,15 @@ def export_checkpoints(run: Path, path: Path) -> int:
         else dataclasses.replace(initial, description=description)
     )
     step, found = 0, set() if initial is None else set(initial.parts())
-    for stage in ("autoencoders_a", "autoencoders_b", "denoiser"):
+    for stage in ("autoencoders_a", "autoencoders_b", *config.denoiser_stage_names):
         file = run / f"{stage}.checkpoint.safetensors"
         if not file.exists():
             continue
         tensors, state = load_checkpoint(file)
         step = int(state["step"])
-        for part in (stage,) if stage != "denoiser" else ("condition", "denoiser"):
-            inside = "model.ensemble." if stage != "denoiser" else f"ema.{part}."
+        of_ensemble = stage.startswith("autoencoders")
+        for part in (stage,) if of_ensemble else ("condition", "denoiser"):
+            inside = "model.ensemble." if of_ensemble else f"ema.{part}."
             weights = {k[len(inside) :]: v for k, v in tensors.items() if k.startswith(inside)}
             try:
                 getattr(system, part).load_state_dict(weights)

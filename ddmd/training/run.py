@@ -10,6 +10,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -111,15 +112,6 @@ def _warn_of_unknown_patients(config: TrainConfig, cases: list[Case]) -> None:
             )
 
 
-def stage_names(config: TrainConfig) -> list[str]:
-    """What is trained, in order; only what the system needs."""
-    plan, system = config.denoiser_stage, config.system
-    names = []
-    if config.autoencoder_stage.steps and (system == "anomaly" or plan.use_inter or plan.use_intra):
-        names = ["autoencoders_a"] if system == "anomaly" else ["autoencoders_a", "autoencoders_b"]
-    return names if system == "anomaly" else [*names, "denoiser"]
-
-
 def train(
     config: str | Path | TrainConfig, out: str | Path, until: str | None = None, overwrite: bool = False
 ) -> Path:
@@ -130,7 +122,7 @@ def train(
     config : path of a TOML file, or TrainConfig
     out : path
         The run's folder: config.json, split.json, checkpoints, TensorBoard events, the weights.
-    until : "autoencoders_a", "autoencoders_b" or "denoiser", optional
+    until : "autoencoders_a", "autoencoders_b", "denoiser", or with later stages "denoiser_2" and so on, optional
         Stop after this stage.
     overwrite : bool
         Whether an earlier run in the folder is removed, of this configuration or another, and training begins
@@ -196,7 +188,7 @@ def _train(config: TrainConfig, out: Path, until: str | None, overwrite: bool, a
         earlier_run_name(out)
     else:
         check_folder(config, out)
-    if until is not None and until not in (names := stage_names(config)):
+    if until is not None and until not in (names := config.stage_names):
         raise ValueError(f"until is {until!r}; allowed are the stages of this run: {', '.join(names)}")
     initial = initial_system(config, out, overwrite)
     cases = cases_of(config)
@@ -276,18 +268,19 @@ class _Run:
         }  # fmt: skip
 
     def stages(self) -> dict[str, Callable[[], None]]:
-        """What trains each of `stage_names`, in order."""
-        trainers = {
-            "autoencoders_a": lambda: self._autoencoders("a"),
-            "autoencoders_b": lambda: self._autoencoders("b"),
-            "denoiser": self._denoiser,
+        """What trains each of the configuration's `stage_names`, in order."""
+        trainers = {f"autoencoders_{which}": partial(self._autoencoders, which) for which in "ab"}
+        trainers |= {
+            name: partial(self._denoiser, number)
+            for number, name in enumerate(self.config.denoiser_stage_names)
         }
-        return {name: trainers[name] for name in stage_names(self.config)}
+        return {name: trainers[name] for name in self.config.stage_names}
 
-    def batches(self, stage: BatchStage) -> BatchMaker:
-        """What makes the batches of a stage."""
-        shares = {entry.name or Path(entry.root).name: entry.weight for entry in self.config.data}
-        return BatchMaker(self.slices, self.config, stage, shares, self.schedule.steps)
+    def batches(self, stage: BatchStage, config: TrainConfig | None = None) -> BatchMaker:
+        """What makes the batches of a stage; `config` with that stage of the denoiser, where there are several."""
+        config = config or self.config
+        shares = {entry.name or Path(entry.root).name: entry.weight for entry in config.data}
+        return BatchMaker(self.slices, config, stage, shares, self.schedule.steps)
 
     def _stage(self, name: str, losses: nn.Module, steps: int, batch: int, rate: float, ema: float) -> Stage:
         plan = Plan(name, steps, batch, rate, ema, self.config.checkpoint_minutes, self.dtype)
@@ -313,8 +306,9 @@ class _Run:
             batches = self.batches("normal" if which == "a" else "mixed")
             stage.run(batches, plan.steps, self._logger(name))
 
-    def _denoiser(self) -> None:
-        plan, config = self.config.denoiser_stage, self.config
+    def _denoiser(self, number: int) -> None:
+        config, name = self.config.of_stage(number), self.config.denoiser_stage_names[number]
+        plan = config.denoiser_stage
         for ensemble in self.autoencoders.values():  # which no stage of this run need have moved
             ensemble.to(self.accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
             ensemble.requires_grad_(False)
@@ -322,34 +316,48 @@ class _Run:
             self.autoencoders["a"], self.autoencoders["b"], self.condition, self.denoiser, self.schedule, plan,
             diffusion=config.system == "ddmd", seed=config.seed,
         )  # fmt: skip
-        stage = self._stage("denoiser", losses, plan.steps, plan.batch, plan.learning_rate, plan.ema)
-        rounds = [round(share * plan.steps) for share in plan.rounds] if config.labels == "image" else []
-        for number, edge in enumerate([*rounds, plan.steps]):
+        stage = self._stage(name, losses, plan.steps, plan.batch, plan.learning_rate, plan.ema)
+        made = self._pseudo_mask_files(number)
+        edges = [round(share * plan.steps) for share in plan.rounds[: len(made)]]
+        earlier = [file for before in range(number) for file in self._pseudo_mask_files(before)]
+        for done, edge in enumerate([*edges, plan.steps]):
             if stage.step >= edge:
                 continue
-            if number and config.labels == "image":
-                self._update_pseudo_masks(losses, stage, number)
-            batches = self.batches("lesions")
-            stage.run(batches, edge, self._logger("denoiser"))
+            if done:
+                self._update_pseudo_masks(losses, stage, made[done - 1], config.seed + done)
+            elif earlier:  # until this stage's first round
+                self._use_pseudo_masks(earlier[-1])
+            batches = self.batches("lesions", config)
+            stage.run(batches, edge, self._logger(name))
             self._show(losses, stage, batches)
         losses.load_state_dict(stage.averaged())
 
-    def _update_pseudo_masks(self, losses: DenoiserLosses, stage: Stage, number: int) -> None:
+    def _pseudo_mask_files(self, number: int) -> list[Path]:
+        """Where the pseudo-masks of each round of a stage of the denoiser are kept."""
+        if self.config.labels != "image":
+            return []
+        stage = f"{number + 1}_" if number else ""
+        rounds = self.config.denoiser_stages[number].rounds
+        return [self.out / f"pseudo_masks_{stage}{done}.npz" for done in range(1, len(rounds) + 1)]
+
+    def _update_pseudo_masks(self, losses: DenoiserLosses, stage: Stage, kept: Path, seed: int) -> None:
         """Pseudo-masks by the averaged weights; the weights in training stay as they are.
 
         The main process makes them and keeps them in the run's folder, where all read them: a run that was
         stopped goes on with those it had.
         """
-        kept = self.out / f"pseudo_masks_{number}.npz"
         if self.accelerator.is_main_process and not kept.exists():
             current = {k: v.clone() for k, v in losses.state_dict().items()}
             losses.load_state_dict(stage.averaged())
             with stage.autocast():
-                summary = update_pseudo_masks(losses, self.slices, self.config.seed + number)
+                summary = update_pseudo_masks(losses, self.slices, seed)
             losses.load_state_dict(current)
             save_pseudo_masks(self.slices.cases, kept)
-            log.info("round %d of pseudo-masks at step %d: %s", number, stage.step, summary)
+            log.info("%s at step %d of %s: %s", kept.stem, stage.step, stage.plan.name, summary)
         self.accelerator.wait_for_everyone()
+        self._use_pseudo_masks(kept)
+
+    def _use_pseudo_masks(self, kept: Path) -> None:
         load_pseudo_masks(self.slices.cases, kept)
         self.slices.update_masks()
 
