@@ -28,7 +28,15 @@ FIGURES = ("dice", "dice_oracle", "precision", "recall", "uncertainty_auroc", "s
 
 
 def variants(config: TrainConfig) -> dict[str, TrainConfig]:
-    """The whole method, and it without one part at a time."""
+    """The whole method, and it without one part at a time.
+
+    Raises
+    ------
+    ValueError
+        If the configuration has later stages: a part would be missing from the first stage alone.
+    """
+    if config.later_stages:
+        raise ValueError("an ablation has one stage of the denoiser; leave later_stages out")
 
     def encoders(**changed: Any) -> TrainConfig:
         return replace(config, autoencoder_stage=replace(config.autoencoder_stage, **changed))

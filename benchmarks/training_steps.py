@@ -30,7 +30,7 @@ def configuration(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     recipe = next(path for name in RECIPES if (path := folder / name).exists())
     values = tomllib.loads(recipe.read_text(encoding="utf-8"))
     steps = settings["warm"] + settings["steps"]
-    for name in ("holdout", "validation_patients"):
+    for name in ("holdout", "validation_patients", "later_stages"):
         values.pop(name, None)
     values |= {"start": settings["start"], "validation": 0.0, "test": 0.0, "checkpoint_minutes": 1000.0}
     values["data"] = [{"root": settings["data"], "name": "data"}]

@@ -186,6 +186,7 @@ def test_todays_recipe_is_measured_on_any_data(tmp_path: Path) -> None:
         5,
         4,
     )
+    assert not config.later_stages
     assert [entry.root for entry in config.data] == [str(tmp_path)]
 
 

@@ -105,7 +105,7 @@ class DenoiserStage:
     use_inter, use_intra : bool
         Whether X and Y reach the network, for the ablations. Without both, no auto-encoder is trained.
     painter : PainterConfig, optional
-        What lesions this stage paints; those of the run's [painter] where it is left out.
+        Lesions that a later stage paints. None: as in [painter].
     """
 
     steps: Steps = 9000
@@ -138,7 +138,7 @@ class DenoiserStage:
             self.share_masked,
         )  # fmt: skip
         if not any(shares):
-            raise ValueError("all shares of a batch are 0; give at least one of [denoiser_stage] share_*")
+            raise ValueError("all shares of a batch are 0; give at least one share_*")
         if self.share_complete + self.share_first_alone > 1:
             raise ValueError(
                 f"share_complete and share_first_alone are {self.share_complete} and {self.share_first_alone}; "
@@ -166,7 +166,7 @@ class TrainConfig:
     painter says what lesions are painted: which kinds, how large, how bright.
 
     later_stages train the denoiser on, in order, each from the averaged weights of the stage before. Entries that one
-    of them leaves out in a TOML file are those of the stage before.
+    of them leaves out in a TOML file are those of the stage before. With image-level labels its rounds begin with 0.0.
 
     sampling is how the finished weights draw masks by default.
 
@@ -238,10 +238,11 @@ class TrainConfig:
         """The first stage of the denoiser and the later ones."""
         return (self.denoiser_stage, *self.later_stages)
 
-    def of_stage(self, number: int) -> TrainConfig:
+    def for_stage(self, number: int) -> TrainConfig:
         """This configuration with stage `number` of the denoiser, from 0, as its only one."""
         stage = self.denoiser_stages[number]
-        return replace(self, denoiser_stage=stage, later_stages=(), painter=stage.painter or self.painter)
+        alone = replace(stage, painter=None)
+        return replace(self, denoiser_stage=alone, later_stages=(), painter=stage.painter or self.painter)
 
     @property
     def stage_names(self) -> list[str]:
@@ -260,21 +261,26 @@ class TrainConfig:
 
     def _check_denoiser_stages(self) -> None:
         """Refuse later stages that do not go with the first, and edges where there are no pseudo-masks."""
-        first = self.denoiser_stage
+        first, pseudo_masks = self.denoiser_stage, self.labels == "image" and self.system != "anomaly"
+        if first.painter is not None:
+            raise ValueError("painter of [denoiser_stage] is that of the run; give it as [painter]")
         if self.later_stages and self.system == "anomaly":
             raise ValueError(
-                "later_stages are of the denoiser, which anomaly detection has not; leave them out"
+                "later_stages train the denoiser, and anomaly detection has none; leave them out"
             )
-        for stage in self.later_stages:
+        for number, stage in enumerate(self.later_stages, 1):
+            where = f"later stage {number}"
             if stage.steps < 1:
-                raise ValueError("steps is 0 in later_stages; allowed is at least 1")
+                raise ValueError(f"steps is 0 in {where}; allowed is at least 1")
             if (stage.use_inter, stage.use_intra) != (first.use_inter, first.use_intra):
+                raise ValueError(f"use_inter and use_intra in {where} are not those of the first stage")
+            if pseudo_masks and stage.rounds[:1] != (0.0,):
                 raise ValueError(
-                    "use_inter and use_intra differ in later_stages; they are those of the first stage"
+                    f"rounds is {list(stage.rounds)} in {where}; the first must be 0.0: pseudo-masks are made by the "
+                    "weights that the stage begins with"
                 )
         for stage in self.denoiser_stages:
-            rounds = stage.rounds if self.labels == "image" and self.system != "anomaly" else ()
-            if stage.follow_edges and not rounds:
+            if stage.follow_edges and not (pseudo_masks and stage.rounds):
                 raise ValueError(
                     "follow_edges is of pseudo-masks, and there are no rounds of image-level labels; give rounds, or "
                     "leave it out"
@@ -329,15 +335,15 @@ def _with_old_names(values: dict[str, Any], where: str) -> dict[str, Any]:
 def _with_entries_of_earlier_stages(values: dict[str, Any]) -> dict[str, Any]:
     """Later stages with what they leave out. What is not a table is left to the check of types."""
     later, before = values.get("later_stages"), values.get("denoiser_stage", {})
-    if not isinstance(later, list | tuple) or not isinstance(before, dict):
+    if not isinstance(later, list | tuple) or not all(isinstance(one, dict) for one in (before, *later)):
         return values
-    whole = []
+    painter, completed = values.get("painter", {}), []
     for stage in later:
-        before = before | stage if isinstance(stage, dict) else stage
-        whole.append(before)
-        if not isinstance(before, dict):
-            return values
-    return values | {"later_stages": whole}
+        before = before | stage
+        if isinstance(painter, dict) and isinstance(stage.get("painter"), dict):
+            painter = before["painter"] = painter | stage["painter"]
+        completed.append(before)
+    return values | {"later_stages": completed}
 
 
 def _first_problem(error: ValidationError) -> str:

@@ -66,15 +66,18 @@ def export_checkpoints(run: Path, path: Path) -> int:
         else dataclasses.replace(initial, description=description)
     )
     step, found = 0, set() if initial is None else set(initial.parts())
-    for stage in ("autoencoders_a", "autoencoders_b", *config.denoiser_stage_names):
+    averaged = {
+        name: "ema" if stage.ema else "model"
+        for name, stage in zip(config.denoiser_stage_names, config.denoiser_stages, strict=True)
+    }
+    for stage in ("autoencoders_a", "autoencoders_b", *averaged):
         file = run / f"{stage}.checkpoint.safetensors"
         if not file.exists():
             continue
         tensors, state = load_checkpoint(file)
         step = int(state["step"])
-        of_ensemble = stage.startswith("autoencoders")
-        for part in (stage,) if of_ensemble else ("condition", "denoiser"):
-            inside = "model.ensemble." if of_ensemble else f"ema.{part}."
+        for part in ("condition", "denoiser") if stage in averaged else (stage,):
+            inside = f"{averaged[stage]}.{part}." if stage in averaged else "model.ensemble."
             weights = {k[len(inside) :]: v for k, v in tensors.items() if k.startswith(inside)}
             try:
                 getattr(system, part).load_state_dict(weights)

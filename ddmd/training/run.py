@@ -307,7 +307,7 @@ class _Run:
             stage.run(batches, plan.steps, self._logger(name))
 
     def _denoiser(self, number: int) -> None:
-        config, name = self.config.of_stage(number), self.config.denoiser_stage_names[number]
+        config, name = self.config.for_stage(number), self.config.denoiser_stage_names[number]
         plan = config.denoiser_stage
         for ensemble in self.autoencoders.values():  # which no stage of this run need have moved
             ensemble.to(self.accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -317,31 +317,30 @@ class _Run:
             diffusion=config.system == "ddmd", seed=config.seed,
         )  # fmt: skip
         stage = self._stage(name, losses, plan.steps, plan.batch, plan.learning_rate, plan.ema)
-        made = self._pseudo_mask_files(number)
-        edges = [round(share * plan.steps) for share in plan.rounds[: len(made)]]
-        earlier = [file for before in range(number) for file in self._pseudo_mask_files(before)]
-        for done, edge in enumerate([*edges, plan.steps]):
+        files = self._pseudo_mask_files(number)
+        edges = [round(share * plan.steps) for share, _ in zip(plan.rounds, files, strict=False)]
+        for round_number, edge in enumerate([*edges, plan.steps]):
             if stage.step >= edge:
                 continue
-            if done:
-                self._update_pseudo_masks(losses, stage, made[done - 1], config.seed + done)
-            elif earlier:  # until this stage's first round
-                self._use_pseudo_masks(earlier[-1])
+            if round_number:
+                self._update_pseudo_masks(losses, stage, round_number, files[round_number - 1])
             batches = self.batches("lesions", config)
             stage.run(batches, edge, self._logger(name))
             self._show(losses, stage, batches)
         losses.load_state_dict(stage.averaged())
 
     def _pseudo_mask_files(self, number: int) -> list[Path]:
-        """Where the pseudo-masks of each round of a stage of the denoiser are kept."""
+        """Where the pseudo-masks of each round of a stage of the denoiser are kept; none with pixel labels."""
         if self.config.labels != "image":
             return []
         stage = f"{number + 1}_" if number else ""
-        rounds = self.config.denoiser_stages[number].rounds
-        return [self.out / f"pseudo_masks_{stage}{done}.npz" for done in range(1, len(rounds) + 1)]
+        count = len(self.config.denoiser_stages[number].rounds)
+        return [self.out / f"pseudo_masks_{stage}{round_number + 1}.npz" for round_number in range(count)]
 
-    def _update_pseudo_masks(self, losses: DenoiserLosses, stage: Stage, kept: Path, seed: int) -> None:
-        """Pseudo-masks by the averaged weights; the weights in training stay as they are.
+    def _update_pseudo_masks(
+        self, losses: DenoiserLosses, stage: Stage, round_number: int, kept: Path
+    ) -> None:
+        """Pseudo-masks of a round by the averaged weights; the weights in training stay as they are.
 
         The main process makes them and keeps them in the run's folder, where all read them: a run that was
         stopped goes on with those it had.
@@ -350,14 +349,17 @@ class _Run:
             current = {k: v.clone() for k, v in losses.state_dict().items()}
             losses.load_state_dict(stage.averaged())
             with stage.autocast():
-                summary = update_pseudo_masks(losses, self.slices, seed)
+                summary = update_pseudo_masks(losses, self.slices, self.config.seed + round_number)
             losses.load_state_dict(current)
             save_pseudo_masks(self.slices.cases, kept)
-            log.info("%s at step %d of %s: %s", kept.stem, stage.step, stage.plan.name, summary)
+            log.info(
+                "round %d of pseudo-masks at step %d of %s: %s",
+                round_number,
+                stage.step,
+                stage.plan.name,
+                summary,
+            )
         self.accelerator.wait_for_everyone()
-        self._use_pseudo_masks(kept)
-
-    def _use_pseudo_masks(self, kept: Path) -> None:
         load_pseudo_masks(self.slices.cases, kept)
         self.slices.update_masks()
 
@@ -373,4 +375,4 @@ class _Run:
         losses.train()
         middle = self.config.denoiser.context * self.config.denoiser.sequences
         shown = torch.cat(((image[:, middle : middle + 1] + 2) / 5, mask, drawn), 3).clamp(0, 1)
-        self.writer.add_images("denoiser/image, mask, draw", shown.cpu(), stage.step)
+        self.writer.add_images(f"{stage.plan.name}/image, mask, draw", shown.cpu(), stage.step)
