@@ -26,7 +26,7 @@ QUALITIES: dict[str, dict[str, Any]] = {
         "stop": 0.0,
         "shared_noise": True,
         "rater_sd": 1.6,
-        "rater_mean": -0.6,
+        "rater_mean": -0.2,
     },
 }
 """Named sampling: "fast" is the posterior mean in one step; with "draws" each sample is a mask of its own."""
