@@ -205,7 +205,7 @@ def shapes(folder: Path) -> str:
         dices = ", ".join(f"{one[window]['dice']:.3f}" for one in of_volumes.values())
         rows.append((window, *cells, times(sum(slower) / len(slower), 2) if slower else NONE, dices))
     names = ", ".join(values.get("masks", {}))
-    head = ("windows", "shapes", "pixels", "CPU seconds", f"Dice with today's masks: {names}")
+    head = ("windows", "shapes", "pixels", "CPU seconds", f"Dice with the masks of that commit: {names}")
     return markdown(head, rows)
 
 

@@ -166,7 +166,7 @@ class TrainConfig:
     painter says what lesions are painted: which kinds, how large, how bright.
 
     later_stages train the denoiser on, in order, each from the averaged weights of the stage before. Entries that one
-    of them leaves out in a TOML file are those of the stage before. With image-level labels its rounds begin with 0.0.
+    of them leaves out in a TOML file are those of the stage before. With image-level labels the rounds of each begin with 0.0.
 
     sampling is how the finished weights draw masks by default.
 
