@@ -83,13 +83,13 @@ def measure(name: str, config: TrainConfig, folder: Path) -> list[dict[str, Any]
     if kept.exists():
         return json.loads(kept.read_text())
     path, rows = train(config, folder), []
-    threshold = choose(folder, path)
+    (_setting, choice), *_tried = choose(folder, path)
     for samples in (None, 1) if name == "whole" else (None,):
         report = evaluate(
             config.data[0].root, weights=str(path), split=folder / "split.json", samples=samples
         )
         mean, low, high = report.intervals["dice"]
-        row = {"system": f"{name}, S = 1" if samples == 1 else name, "threshold": threshold}
+        row = {"system": f"{name}, S = 1" if samples == 1 else name, "threshold": choice.threshold}
         row |= {figure: report.pooled[figure] for figure in FIGURES}
         rows.append(row | {"mean_dice": mean, "low": low, "high": high, "patients": len(report.patients)})
         print({k: round(v, 3) if isinstance(v, float) else v for k, v in rows[-1].items()}, flush=True)

@@ -17,6 +17,7 @@ from scipy.optimize import minimize
 from ddmd.cohort.discovery import find_cases
 from ddmd.cohort.splits import split_by_patient
 from ddmd.inference.detector import Detector
+from ddmd.inference.lesion_contrast import BrightImage
 from ddmd.inference.postprocess import EVIDENCE_LIMIT, label_components, lesion_evidence
 from ddmd.models import checkpoint
 
@@ -48,11 +49,13 @@ def examples(weights: str, data: Path, seed: int) -> list[Example]:
         )
         maps = detector.to_volume(prepared, detector.maps(prepared, config))
         voxel_ml = float(np.prod(prepared.volume.spacing)) / 1000
+        image = BrightImage.of(prepared.volume)
         marked = case.lesion().any((0, 1))
         far = np.convolve(marked, np.ones(2 * MARGIN + 1), "same") == 0
         for has_lesion, chosen in ((True, np.ones_like(marked)), (False, far)):
             part = maps.probability[:, :, chosen]
-            detected = bool(label_components(part, voxel_ml, criteria).any())
+            bright = image.part((slice(None), slice(None), chosen)) if image is not None else None
+            detected = bool(label_components(part, voxel_ml, criteria, bright).any())
             rows.append(Example(case.patient, lesion_evidence(part, voxel_ml), detected, has_lesion))
     return rows
 

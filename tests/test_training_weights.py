@@ -17,7 +17,15 @@ from ddmd.models.checkpoint import WeightsError
 from ddmd.training import train
 from ddmd.training.config import DataEntry, TrainConfig
 from ddmd.training.export import export_checkpoints
-from ddmd.training.threshold import TOLERANCE, choose, dice_by_kind, highest, leave_one_out, lowest
+from ddmd.training.threshold import (
+    TOLERANCE,
+    Choice,
+    Setting,
+    choose,
+    dice_by_kind,
+    leave_one_out,
+    pick_settings,
+)
 from ddmd.training.weight_average import average
 from tests.training_setup import tiny_config, worst_difference
 from tests.volumes import write_slices
@@ -35,16 +43,23 @@ def test_choosing_a_threshold_changes_nothing_else(config, tmp_path):
     config = dataclasses.replace(config, data=data, validation=0.25, test=0.25)
     path = train(config, tmp_path / "run")
     before = load_file(path)
-    threshold = choose(tmp_path / "run", path)
+    (setting, choice), *tried = choose(tmp_path / "run", path)
     after, description = load_file(path), checkpoint.describe(path)
     assert all(torch.equal(before[k], after[k]) for k in before | after)
-    assert description.threshold == threshold
+    assert description.threshold == choice.threshold
+    assert setting == (description.min_peak, description.min_relative_contrast)
+    assert tried == [(setting, choice)], "one setting, those of the weights"
     assert description.threshold_chosen.endswith("on 1 cases of validation patients")
     assert description.sampling.items() <= dataclasses.asdict(config.sampling).items()
     choose(tmp_path / "run", path, steps=2)
     assert checkpoint.describe(path).sampling == description.sampling | {"steps": 2}
-    choose(tmp_path / "run", path, peak=0.9)
-    assert checkpoint.describe(path).min_peak == 0.9 != description.min_peak
+    choose(tmp_path / "run", path, peaks=[0.9], contrasts=[0.4])
+    changed = checkpoint.describe(path)
+    assert (changed.min_peak, changed.min_relative_contrast) == (0.9, 0.4)
+    assert description.min_relative_contrast == 0.0
+    assert description.min_peak != 0.9
+    with pytest.raises(ValueError, match="min_peak is 2"):
+        choose(tmp_path / "run", path, peaks=[0.9, 2.0])
     with pytest.raises(ValueError, match="split.json: cannot be read"):
         choose(tmp_path / "nowhere", path)
 
@@ -66,22 +81,21 @@ def test_patients_that_are_left_out_are_those_of_validation(config, tmp_path):
         choose(tmp_path / "run", path, leave_one_out_path=tmp_path / "none" / "x.json")
 
 
-def test_of_thresholds_with_nearly_equal_dice_the_lowest_is_taken():
-    curve = np.where(THRESHOLDS < 0.6, 0.3, 0.5)
-    curve[9] += 0.2
-    assert lowest(curve) == pytest.approx(THRESHOLDS[9])
-    for short, expected in ((0.9 * TOLERANCE, 4), (1.1 * TOLERANCE, 9)):
-        curve[4] = curve[9] - short
-        assert lowest(curve) == pytest.approx(THRESHOLDS[expected])
+@pytest.mark.parametrize(("pick", "other"), [("lowest", 4), ("highest", 14)])
+def test_of_thresholds_with_nearly_equal_dice_the_lowest_or_highest_is_taken(pick, other):
+    curve = np.full((1, len(THRESHOLDS)), 0.3)
+    curve[0, 9] = 0.5
+    assert pick_settings(curve, pick).threshold == pytest.approx(THRESHOLDS[9])
+    for short, expected in ((0.9 * TOLERANCE, other), (1.1 * TOLERANCE, 9)):
+        curve[0, other] = curve[0, 9] - short
+        assert pick_settings(curve, pick).threshold == pytest.approx(THRESHOLDS[expected])
 
 
-def test_the_highest_of_nearly_equal_thresholds_is_taken_where_it_is_asked_for():
-    curve = np.full(len(THRESHOLDS), 0.3)
-    curve[9] = 0.5
-    assert highest(curve) == pytest.approx(THRESHOLDS[9])
-    for short, expected in ((0.9 * TOLERANCE, 14), (1.1 * TOLERANCE, 9)):
-        curve[14] = curve[9] - short
-        assert highest(curve) == pytest.approx(THRESHOLDS[expected])
+def test_of_several_settings_the_best_for_the_threshold_is_taken():
+    curves = np.full((3, len(THRESHOLDS)), 0.3)
+    curves[0, 9], curves[1, 12], curves[2, 12] = 0.5, 0.497, 0.496
+    assert pick_settings(curves, "lowest") == Choice(0, pytest.approx(THRESHOLDS[9]), 0.5)
+    assert pick_settings(curves, "highest") == Choice(1, pytest.approx(THRESHOLDS[12]), 0.497)
 
 
 def test_every_kind_counts_alike_in_the_choice_of_a_threshold(rng):
@@ -107,17 +121,19 @@ def test_a_patient_that_is_left_out_has_no_say_in_its_threshold():
         hits = np.where(np.arange(len(THRESHOLDS)) == best[patient], 100, 20)
         return np.stack([hits, 0 * hits, 100 - hits, 0 * hits], axis=1)
 
-    found = leave_one_out([counts(patient) for patient in patients], ["ms", "ms", "ms", "wmh"], patients)
+    kinds, settings = ["ms", "ms", "ms", "wmh"], [Setting(0.9, 0.0), Setting(0.8, 0.5)]
+    useless = [np.tile([[0, 9, 100, 0]], (len(THRESHOLDS), 1))] * 4
+    both = [useless, [counts(patient) for patient in patients]]
+    found = leave_one_out(both, settings, kinds, patients)
+    assert all(row["min_peak"] == 0.8 and row["min_relative_contrast"] == 0.5 for row in found.values())
     assert {p: row["threshold"] for p, row in found.items()} == pytest.approx(
         {"a": THRESHOLDS[10], "b": THRESHOLDS[3], "c": THRESHOLDS[10]}
     )
     assert {p: row["dice"] for p, row in found.items()} == pytest.approx(
         {"a": 1 / 3, "b": 1 / 3, "c": 1.0}, abs=1e-3
     )
-    assert leave_one_out([counts("a")], ["ms"], ["a"]) == {}
-    upper = leave_one_out(
-        [counts(patient) for patient in patients], ["ms", "ms", "ms", "wmh"], patients, "highest"
-    )
+    assert leave_one_out([[counts("a")]], settings[:1], ["ms"], ["a"]) == {}
+    upper = leave_one_out(both, settings, kinds, patients, "highest")
     assert upper["b"]["threshold"] == pytest.approx(THRESHOLDS[10]), "3 and 10 are equal to the others"
 
 

@@ -24,6 +24,7 @@ from ddmd.evaluation.metrics import (
     rejection_curve,
     slice_scores,
 )
+from ddmd.inference.lesion_contrast import BrightImage
 from ddmd.inference.postprocess import LesionCriteria, find_lesions, label_components, lesion_score
 from ddmd.io.volume import Volume
 
@@ -73,15 +74,32 @@ class CaseMetrics:
     draws: DrawMetrics | None = None
 
 
-def _by_threshold(
-    probability: Floats, truth: Mask, inside: Mask, voxel_ml: float, criteria: LesionCriteria
+def counts_by_threshold(
+    probability: Floats,
+    truth: Mask,
+    inside: Mask,
+    voxel_ml: float,
+    criteria: LesionCriteria,
+    image: BrightImage | None,
 ) -> NDArray[np.int64]:
-    """`confusion` with each of THRESHOLDS; computed in the box that holds all candidates and lesions."""
+    """`confusion` with each of THRESHOLDS, (len(THRESHOLDS), 4).
+
+    Parameters
+    ----------
+    probability : (X, Y, Z) float32
+    truth, inside : (X, Y, Z) bool, lesion and what is counted
+    voxel_ml : volume of a voxel in ml
+    criteria : LesionCriteria, whose threshold is replaced
+    image : BrightImage, optional, as `label_components` takes it
+    """
+    # computed in the box that holds all candidates, their surroundings and lesions
     at = np.argwhere((probability >= THRESHOLDS[0]) | truth)
     low, high = (at.min(0), at.max(0) + 1) if len(at) else (np.zeros(3, int), np.ones(3, int))
-    box = tuple(slice(a, b) for a, b in zip(low, high, strict=True))
+    reach = image.radius if image is not None else (0, 0, 0)
+    box = tuple(slice(max(0, a - r), b + r) for a, b, r in zip(low, high, reach, strict=True))
+    part = image.part(box) if image is not None else None
     masks = (
-        label_components(probability[box], voxel_ml, replace(criteria, threshold=float(threshold))) > 0
+        label_components(probability[box], voxel_ml, replace(criteria, threshold=float(threshold)), part) > 0
         for threshold in THRESHOLDS
     )
     counts = np.array([confusion(mask, truth[box], inside[box]) for mask in masks])
@@ -117,7 +135,8 @@ def case_metrics(
     draws : DrawMetrics, where draws were kept
     """
     voxel_ml = float(np.prod(volume.spacing)) / 1000
-    lesion_map = find_lesions(probability, uncertainty, volume.affine, criteria)
+    image = BrightImage.of(volume)
+    lesion_map = find_lesions(probability, uncertainty, volume.affine, criteria, image)
     mask, inside = lesion_map.mask, volume.search_region | truth
     counts = confusion(mask, truth, inside)
     empty = not truth.any()
@@ -126,7 +145,7 @@ def case_metrics(
     baseline = Histogram.count(smoothed_intensity(volume)[inside], true_voxels, *BASELINE_RANGE)
     variance = Histogram.count(_log10(uncertainty[inside]), wrong, *VARIANCE_RANGE)
     bernoulli = Histogram.count(_log10(p * (1 - p)), wrong, *VARIANCE_RANGE)
-    by_threshold = _by_threshold(probability, truth, inside, voxel_ml, criteria)
+    by_threshold = counts_by_threshold(probability, truth, inside, voxel_ml, criteria, image)
     has_lesion: Mask = np.any(truth, axis=(0, 1))
     lesion_slices = confusion(mask[:, :, has_lesion], truth[:, :, has_lesion], inside[:, :, has_lesion])
     row: dict[str, Any] = {

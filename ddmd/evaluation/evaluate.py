@@ -22,6 +22,7 @@ from ddmd.evaluation.report import EvaluationError, check_report_folder, write_r
 from ddmd.evaluation.summary import Failure, Report, summarise
 from ddmd.inference.detector import Detector
 from ddmd.inference.ensemble import Maps
+from ddmd.inference.lesion_contrast import BrightImage
 from ddmd.inference.postprocess import LesionCriteria, label_components
 from ddmd.inference.session import SamplingConfig
 from ddmd.inference.volume_maps import Prepared, VolumeMaps
@@ -168,8 +169,8 @@ def evaluate_case(
     draws: bool = False,
 ) -> CaseMetrics:
     """Detect in one case and compare with its mask; a case known to hold no lesion has an empty one."""
-    prepared = detector.prepare(_volume(detector, case))
-    truth = _truth(case, prepared.volume)
+    prepared = detector.prepare(case_volume(detector, case))
+    truth = case_truth(case, prepared.volume)
     config = sampling or detector.sampling_config()
     criteria = detector.lesion_criteria(threshold)
     sampled = detector.maps(prepared, config, keep_draws=draws)
@@ -189,7 +190,7 @@ def evaluate_case(
     )
 
 
-def _volume(detector: Detector, case: Case) -> Volume:
+def case_volume(detector: Detector, case: Case) -> Volume:
     """What the weights take of a case."""
     return case.volume(detector.description.required_sequences, detector.description.optional_sequences)
 
@@ -207,16 +208,16 @@ def _draw_metrics(
     """Figures of the draws of one case beside draws of one step; energy distances where several raters marked it."""
     volume = prepared.volume
     voxel_ml = float(np.prod(volume.spacing)) / 1000
-    labels = label_components(maps.probability, voxel_ml, criteria)
+    image = BrightImage.of(volume)
+    labels = label_components(maps.probability, voxel_ml, criteria, image)
     raters = case.rater_lesions()
     fast = detector.sampling_config(samples=config.samples, seed=config.seed, quality="fast")
     one_step = detector.maps(prepared, fast, keep_draws=len(raters) > 1)
     mean = detector.to_volume(prepared, one_step).probability
     inside = volume.search_region | truth
     draws = _whole(detector, prepared, sampled)
-    aurocs = error_aurocs(
-        draws[:, inside], mean[inside], label_components(mean, voxel_ml, criteria)[inside] > 0, truth[inside]
-    )
+    one_step_mask = label_components(mean, voxel_ml, criteria, image) > 0
+    aurocs = error_aurocs(draws[:, inside], mean[inside], one_step_mask[inside], truth[inside])
     compared = len(raters) > 1
     return draw_metrics(
         draws,
@@ -235,7 +236,7 @@ def _whole(detector: Detector, prepared: Prepared, sampled: Maps) -> NDArray[np.
     return np.stack([prepared.slices.place(draw).astype(np.uint8) for draw in part])
 
 
-def _truth(case: Case, volume: Volume) -> Mask:
+def case_truth(case: Case, volume: Volume) -> Mask:
     """The mask of a case on the grid of its image.
 
     Raises
@@ -259,8 +260,8 @@ def _baseline_bin(detector: Detector, cases: Sequence[Case]) -> int | None:
     histograms = []
     for case in cases:
         try:
-            volume = _volume(detector, case)
-            truth = _truth(case, volume)
+            volume = case_volume(detector, case)
+            truth = case_truth(case, volume)
         except Exception:  # a validation case that cannot be read has no say
             continue
         inside = volume.search_region | truth

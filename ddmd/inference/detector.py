@@ -243,7 +243,9 @@ class Detector:
         if threshold is None:
             threshold = description.threshold
         threshold = validation.real("threshold", threshold, 0.0, 1.0, inclusive=False)
-        return LesionCriteria(threshold, description.min_lesion_ml, description.min_peak)
+        return LesionCriteria(
+            threshold, description.min_lesion_ml, description.min_peak, description.min_relative_contrast
+        )
 
     def maps(
         self,

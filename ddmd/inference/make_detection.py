@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from ddmd.diffusion.samplers import SamplingConfig
 from ddmd.inference.detection import Detection
 from ddmd.inference.draws import summarise_draws
+from ddmd.inference.lesion_contrast import BrightImage
 from ddmd.inference.postprocess import LesionCriteria, find_lesions, lesion_score
 from ddmd.inference.provenance import provenance, without_folders
 from ddmd.inference.volume_maps import Prepared, VolumeMaps, draws_image
@@ -50,7 +51,7 @@ def make_detection(
     Detection
     """
     volume = prepared.volume
-    found = find_lesions(maps.probability, maps.uncertainty, volume.affine, criteria)
+    found = find_lesions(maps.probability, maps.uncertainty, volume.affine, criteria, BrightImage.of(volume))
     lesions, interval, image = found.lesions, None, None
     if draws is not None:
         labels = prepared.slices.part_of(found.labels)

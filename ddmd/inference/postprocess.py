@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from ddmd.inference.lesion_contrast import BrightImage, bright_enough, lesion_contrasts
 from ddmd.io.background import bounding_box
 
 EVIDENCE_LIMIT = 1e-3  # evidence is kept this far from 0 and 1, so that its odds are finite
@@ -56,11 +57,16 @@ class LesionCriteria:
         Smaller components are not lesions.
     min_peak : float in [0, 1]
         A component that is nowhere as probable as this is not a lesion.
+    min_relative_contrast : float in [0, 1]
+        A component with less than so much of the contrast of the main one is not a lesion. The main one is that with
+        the largest summed probability; contrast is how much brighter a component is on FLAIR than its surroundings,
+        see `ddmd.inference.lesion_contrast`. Without a FLAIR image it says nothing.
     """
 
     threshold: float
     min_ml: float = 0.0
     min_peak: float = 0.0
+    min_relative_contrast: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0.0 < self.threshold < 1.0:
@@ -89,7 +95,10 @@ class LesionMap:
 
 
 def label_components(
-    probability: NDArray[np.floating], voxel_ml: float, criteria: LesionCriteria
+    probability: NDArray[np.floating],
+    voxel_ml: float,
+    criteria: LesionCriteria,
+    image: BrightImage | None = None,
 ) -> NDArray[np.int32]:
     """Connected components (26 neighbours) that meet the criteria.
 
@@ -98,6 +107,8 @@ def label_components(
     probability : (X, Y, Z) float32 in [0, 1]
     voxel_ml : volume of a voxel in ml
     criteria : LesionCriteria
+    image : BrightImage, optional
+        Of which contrast is taken; without it that criterion is left out.
 
     Returns
     -------
@@ -114,7 +125,7 @@ def label_components(
     np.int32(1)
     """
     labels = np.zeros_like(probability, dtype=np.int32)
-    found = _components(probability, voxel_ml, criteria)
+    found = _components(probability, voxel_ml, criteria, image)
     if found is not None:
         box, inside = found
         labels[box] = inside
@@ -122,7 +133,10 @@ def label_components(
 
 
 def _components(
-    probability: NDArray[np.floating], voxel_ml: float, criteria: LesionCriteria
+    probability: NDArray[np.floating],
+    voxel_ml: float,
+    criteria: LesionCriteria,
+    image: BrightImage | None,
 ) -> tuple[tuple[slice, ...], NDArray[np.int32]] | None:
     """The box that holds all candidates, and `label_components` in it; None where there are no candidates."""
     candidates = probability >= criteria.threshold
@@ -137,10 +151,33 @@ def _components(
     peaks = ndimage.maximum(probability[box][candidates], component, numbers)
     least = criteria.min_ml * (1 - ROUNDING)
     accepted = np.flatnonzero((sizes * voxel_ml >= least) & (peaks >= criteria.min_peak))
+    if image is not None and criteria.min_relative_contrast and len(accepted) > 1:
+        masses = ndimage.sum(probability[box][candidates], component, accepted + 1)
+        contrasts = _contrasts(box, components, accepted + 1, image)
+        accepted = accepted[bright_enough(contrasts, masses, criteria.min_relative_contrast)]
     accepted = accepted[np.argsort(-sizes[accepted], kind="stable")]
     new_number = np.zeros(count + 1, np.int32)
     new_number[accepted + 1] = np.arange(1, len(accepted) + 1)
     return box, new_number[components]
+
+
+def _contrasts(
+    box: tuple[slice, ...],
+    components: NDArray[np.integer],
+    numbers: NDArray[np.integer],
+    image: BrightImage,
+) -> NDArray[np.float64]:
+    """`lesion_contrasts` of the components in a box, whose surroundings may lie outside it."""
+    margin = tuple(min(side.start, reach) for side, reach in zip(box, image.radius, strict=True))
+    near = image.part(
+        tuple(
+            slice(side.start - before, side.stop + reach)
+            for side, before, reach in zip(box, margin, image.radius, strict=True)
+        )
+    )
+    labels = np.zeros(near.tissue.shape, np.int32)
+    labels[tuple(slice(m, m + n) for m, n in zip(margin, components.shape, strict=True))] = components
+    return lesion_contrasts(labels, numbers, near.values, near.tissue & (labels == 0), image.radius)
 
 
 def find_lesions(
@@ -148,6 +185,7 @@ def find_lesions(
     uncertainty: NDArray[np.floating],
     affine: NDArray[np.floating],
     criteria: LesionCriteria,
+    image: BrightImage | None = None,
 ) -> LesionMap:
     """The lesions of a probability map: a labelled map, and a table whose rows are its labels.
 
@@ -156,6 +194,8 @@ def find_lesions(
     probability, uncertainty : (X, Y, Z) float32
     affine : (4, 4), voxels to mm
     criteria : LesionCriteria
+    image : BrightImage, optional
+        As `label_components` takes it.
 
     Returns
     -------
@@ -163,7 +203,7 @@ def find_lesions(
     """
     voxel_ml = abs(float(np.linalg.det(affine[:3, :3]))) / 1000
     labels, lesions = np.zeros_like(probability, dtype=np.int32), []
-    found = _components(probability, voxel_ml, criteria)
+    found = _components(probability, voxel_ml, criteria, image)
     boxes = []
     if found is not None:
         outer, part = found

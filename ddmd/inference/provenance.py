@@ -59,6 +59,7 @@ def provenance(
         "Threshold": criteria.threshold,
         "MinLesionMl": criteria.min_ml,
         "MinPeak": criteria.min_peak,
+        "MinRelativeContrast": criteria.min_relative_contrast,
         "ThroughPlaneMm": description.through_plane_mm,
         "Sources": {sequence: os.path.basename(source) for sequence, source in volume.sources.items()},
         "Device": str(device),

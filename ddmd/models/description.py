@@ -121,6 +121,8 @@ class Description:
         Probability from which a voxel is lesion; threshold_chosen says how it was chosen.
     min_lesion_ml, min_peak : float
         Components that are smaller, or nowhere as probable, are left out of the mask.
+    min_relative_contrast : float
+        So are those with less than so much of the contrast of the main one on FLAIR; 0 in files without this entry.
     through_plane_mm : float
         Standard deviation of the Gaussian that smooths maps across slices.
     training : dict
@@ -147,6 +149,7 @@ class Description:
     threshold_chosen: str = "one half"
     min_lesion_ml: float = 0.05
     min_peak: float = 0.8
+    min_relative_contrast: float = 0.0
     through_plane_mm: float = 1.5
     training: dict[str, Any] = field(default_factory=dict)
     format: int = FORMAT
@@ -166,6 +169,9 @@ class Description:
             "threshold_chosen": validation.text("threshold_chosen", self.threshold_chosen, 1000),
             "min_lesion_ml": validation.real("min_lesion_ml", self.min_lesion_ml, 0.0, 1000.0),
             "min_peak": validation.real("min_peak", self.min_peak, 0.0, 1.0),
+            "min_relative_contrast": validation.real(
+                "min_relative_contrast", self.min_relative_contrast, 0.0, 1.0
+            ),
             "through_plane_mm": validation.real("through_plane_mm", self.through_plane_mm, 0.0, 50.0),
             "format": validation.integer("format", self.format, 1, FORMAT),
         }

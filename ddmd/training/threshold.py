@@ -1,11 +1,12 @@
-"""The threshold that weights ship with: chosen on validation patients, never on test ones.
+"""The settings that weights ship with: chosen on validation patients, never on test ones.
 
-`python -m ddmd.training.threshold RUN WEIGHTS [--steps N] [--peak P] [--training NAME] [--pick highest]` writes it
-into the weights file, and with it the N and the least peak of a lesion that it is for. Patients of every kind count
-alike: a kind is a data set, or what the run's folder says in kinds.json, {patient: kind}. With `--training NAME`, the
-training patients of that data set choose, too, where training opened no mask: with image-level labels.
+`python -m ddmd.training.threshold RUN WEIGHTS [--steps N] [--peak P ...] [--contrast C ...] [--training NAME]
+[--pick highest]` writes them into the weights file: the threshold, the least peak and the least relative contrast of a
+lesion, and the N that they are for. Of several peaks and contrasts, all combinations are tried. Patients of every kind
+count alike: a kind is a data set, or what the run's folder says in kinds.json, {patient: kind}. With `--training NAME`,
+the training patients of that data set choose, too, where training opened no mask: with image-level labels.
 
-`--leave-one-out FILE` writes what each validation patient reaches with the threshold that the others choose, as JSON.
+`--leave-one-out FILE` writes what each validation patient reaches with the settings that the others choose, as JSON.
 """
 
 from __future__ import annotations
@@ -13,19 +14,24 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import hashlib
+import itertools
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from ddmd.cohort.cases import Case
 from ddmd.cohort.discovery import find_cases
 from ddmd.cohort.splits import read_split
-from ddmd.evaluation.case_metrics import THRESHOLDS
-from ddmd.evaluation.evaluate import evaluate_case
+from ddmd.diffusion.samplers import SamplingConfig
+from ddmd.evaluation.case_metrics import THRESHOLDS, counts_by_threshold
+from ddmd.evaluation.evaluate import case_truth, case_volume
 from ddmd.evaluation.metrics import dice_scores
 from ddmd.inference.detector import Detector
+from ddmd.inference.lesion_contrast import BrightImage
 from ddmd.io.atomic import write_text
 from ddmd.io.text import json_text
 from ddmd.models import checkpoint
@@ -37,17 +43,38 @@ TOLERANCE = (
 )
 
 
-def lowest(curve: np.ndarray) -> float:
-    """Of THRESHOLDS the first whose Dice on the curve is within TOLERANCE of the highest."""
-    return round(float(THRESHOLDS[np.argmax(curve >= curve.max() - TOLERANCE)]), 3)
+class Setting(NamedTuple):
+    """What decides with a threshold which components are lesions; see `LesionCriteria`."""
+
+    min_peak: float
+    min_relative_contrast: float
 
 
-def highest(curve: np.ndarray) -> float:
-    """Of THRESHOLDS the last whose Dice on the curve is within TOLERANCE of the highest."""
-    return round(float(THRESHOLDS[np.flatnonzero(curve >= curve.max() - TOLERANCE)[-1]]), 3)
+@dataclass(frozen=True)
+class Choice:
+    """The number of a setting, a threshold, and the mean over kinds that both reach."""
+
+    setting: int
+    threshold: float
+    mean: float
 
 
-PICKS = {"lowest": lowest, "highest": highest}
+PICKS = {"lowest": 0, "highest": -1}
+
+
+def pick_settings(curves: np.ndarray, pick: str = "lowest") -> Choice:
+    """Of all thresholds that reach nearly the highest mean in any setting the lowest or highest, and the best setting
+    for it.
+
+    Parameters
+    ----------
+    curves : (settings, len(THRESHOLDS)), as `mean_over_kinds` gives them
+    pick : "lowest" or "highest", of thresholds with a mean within TOLERANCE of the highest
+    """
+    near = curves >= curves.max() - TOLERANCE
+    column = np.flatnonzero(near.any(axis=0))[PICKS[pick]]
+    setting = int(np.argmax(curves[:, column]))
+    return Choice(setting, round(float(THRESHOLDS[column]), 3), float(curves[setting, column]))
 
 
 def kind_of(case: Case, kinds: Mapping[str, str]) -> str:
@@ -104,19 +131,24 @@ def mean_over_kinds(counts: Sequence[np.ndarray], kinds: Sequence[str]) -> np.nd
 
 
 def leave_one_out(
-    counts: Sequence[np.ndarray], kinds: Sequence[str], patients: Sequence[str], pick: str = "lowest"
+    counts: Sequence[Sequence[np.ndarray]],
+    settings: Sequence[Setting],
+    kinds: Sequence[str],
+    patients: Sequence[str],
+    pick: str = "lowest",
 ) -> dict[str, dict[str, float]]:
-    """What each patient reaches with the threshold that the other patients choose.
+    """What each patient reaches with the settings that the other patients choose.
 
     Parameters
     ----------
-    counts, kinds : as `dice_by_kind` takes them
-    patients : the patient of each case
-    pick : "lowest" or "highest", of thresholds with nearly equal Dice
+    counts : of each setting, of each case, what `counts_by_threshold` gives
+    settings : as many as counts
+    kinds, patients : of each case
+    pick : as `pick_settings` takes it
 
     Returns
     -------
-    patient -> {"threshold", "dice"}
+    patient -> {"threshold", "min_peak", "min_relative_contrast", "dice"}
         Dice pooled over the cases of the patient. A patient without others is left out of the result.
     """
     result = {}
@@ -124,37 +156,73 @@ def leave_one_out(
         others = [number for number, name in enumerate(patients) if name != patient]
         if not others:
             continue
-        threshold = PICKS[pick](mean_over_kinds([counts[i] for i in others], [kinds[i] for i in others]))
-        own = dice_scores(np.sum([counts[i] for i, name in enumerate(patients) if name == patient], axis=0))
-        dice = float(own[np.argmin(np.abs(THRESHOLDS - threshold))])
-        result[patient] = {"threshold": threshold, "dice": round(dice, 4)}
+        own_kinds = [kinds[i] for i in others]
+        choice = pick_settings(
+            np.stack([mean_over_kinds([of_one[i] for i in others], own_kinds) for of_one in counts]), pick
+        )
+        of_chosen = counts[choice.setting]
+        own = dice_scores(
+            np.sum([of_chosen[i] for i, name in enumerate(patients) if name == patient], axis=0)
+        )
+        dice = float(own[np.argmin(np.abs(THRESHOLDS - choice.threshold))])
+        result[patient] = {
+            "threshold": choice.threshold,
+            **settings[choice.setting]._asdict(),
+            "dice": round(dice, 4),
+        }
     return result
+
+
+def count_case(
+    detector: Detector, case: Case, sampling: SamplingConfig, settings: Sequence[Setting]
+) -> list[np.ndarray]:
+    """Of each setting, what `counts_by_threshold` gives for one case; it is detected once."""
+    prepared = detector.prepare(case_volume(detector, case))
+    volume = prepared.volume
+    truth = case_truth(case, volume)
+    probability = detector.to_volume(prepared, detector.maps(prepared, sampling)).probability
+    voxel_ml = float(np.prod(volume.spacing)) / 1000
+    image = BrightImage.of(volume)
+    counts = []
+    for setting in settings:
+        criteria = dataclasses.replace(detector.lesion_criteria(), **setting._asdict())
+        inside = volume.search_region | truth
+        counts.append(counts_by_threshold(probability, truth, inside, voxel_ml, criteria, image))
+    return counts
 
 
 def choose(
     run: Path,
     path: Path,
     steps: int | None = None,
-    peak: float | None = None,
+    peaks: Sequence[float] = (),
+    contrasts: Sequence[float] = (),
     training: Sequence[str] = (),
     leave_one_out_path: Path | None = None,
     pick: str = "lowest",
-) -> float:
-    """The `lowest` or `highest` threshold by Dice on the patients that choose and have masks, the mean over kinds.
+) -> list[tuple[Setting, Choice]]:
+    """The settings with the highest mean over kinds on the patients that choose and have masks.
 
-    Nothing in the weights file changes but what it says of its threshold, and, where they are given, of its N
-    (`steps`) and of the probability that a lesion reaches somewhere (`peak`).
+    Nothing in the weights file changes but what it says of its threshold, least peak and least relative contrast, and,
+    where it is given, of its N (`steps`).
 
     Parameters
     ----------
     run : folder of the run; its kinds.json, where there is one, says of which kind each patient is.
     path : the weights file.
-    steps, peak : optional
+    steps : optional
+    peaks, contrasts : by default those of the weights
+        All combinations are tried.
     training : names of data sets
         Validation patients choose, and the training patients of these sets.
     leave_one_out_path : optional
         A JSON file that gets what `leave_one_out` says of the validation patients.
-    pick : "lowest" or "highest", of thresholds with nearly equal Dice
+    pick : as `pick_settings` takes it
+
+    Returns
+    -------
+    list of (Setting, Choice)
+        First what was chosen, then the best threshold of every setting.
 
     Raises
     ------
@@ -180,36 +248,46 @@ def choose(
     if not chosen:
         raise ValueError(f"{run}: no validation patient has a mask; the threshold stays as it is")
     detector = Detector.load(path)
-    if peak is not None:
-        description = dataclasses.replace(detector.description, min_peak=peak)
-        detector = Detector(dataclasses.replace(detector.system, description=description))
+    own = detector.description
+    settings = [
+        Setting(*values)
+        for values in itertools.product(peaks or [own.min_peak], contrasts or [own.min_relative_contrast])
+    ]
+    for setting in settings:
+        dataclasses.replace(own, **setting._asdict())  # refused before the work
     sampling = detector.sampling_config(steps=steps)
-    counts = [evaluate_case(detector, case, sampling=sampling).by_threshold for case in chosen]
+    of_cases = [count_case(detector, case, sampling, settings) for case in chosen]
+    counts = [[of_one[number] for of_one in of_cases] for number in range(len(settings))]
     own_kinds = [kind_of(case, kinds) for case in chosen]
-    curves = dice_by_kind(counts, own_kinds)
-    curve = mean_over_kinds(counts, own_kinds)
-    threshold = PICKS[pick](curve)
+    curves = np.stack([mean_over_kinds(of_setting, own_kinds) for of_setting in counts])
+    choice = pick_settings(curves, pick)
+    of_kinds = dice_by_kind(counts[choice.setting], own_kinds)
     others = f" and of training patients of {', '.join(training)}" if training else ""
-    best = ", ".join(f"{kind} {one.max():.3f}" for kind, one in curves.items())
+    best = ", ".join(f"{kind} {one.max():.3f}" for kind, one in of_kinds.items())
     description = dataclasses.replace(
-        detector.description,
-        sampling=detector.description.sampling | {"steps": sampling.steps},
-        threshold=threshold,
-        threshold_chosen=f"{pick} within {TOLERANCE} of the highest Dice, mean over kinds ({curve.max():.3f}; best of "
+        own,
+        sampling=own.sampling | {"steps": sampling.steps},
+        **settings[choice.setting]._asdict(),
+        threshold=choice.threshold,
+        threshold_chosen=f"{pick} within {TOLERANCE} of the highest Dice, mean over kinds ({curves.max():.3f}; best of "
         f"each: {best}), on {len(chosen)} cases of validation patients" + others,
     )
     # float16 in the file: read and written without rounding
     system = checkpoint.load(path, precision="float32")
     checkpoint.save(dataclasses.replace(system, description=description), path)
     if leave_one_out_path is not None:
-        reached = leave_one_out(counts, own_kinds, [case.patient for case in chosen], pick)
+        reached = leave_one_out(counts, settings, own_kinds, [case.patient for case in chosen], pick)
         result = {
             "weights": description.name,
             "weights_sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
             "patients": {k: v for k, v in reached.items() if split.get(k) == "validation"},
         }
         write_text(leave_one_out_path, json_text(result))
-    return threshold
+    each = [
+        (setting, dataclasses.replace(pick_settings(curve[None], pick), setting=number))
+        for number, (setting, curve) in enumerate(zip(settings, curves, strict=True))
+    ]
+    return [(settings[choice.setting], choice), *each]
 
 
 def mask_cases(config: TrainConfig) -> list[Case]:
@@ -230,12 +308,34 @@ def mask_cases(config: TrainConfig) -> list[Case]:
     return cases
 
 
+def _line(setting: Setting, choice: Choice) -> str:
+    return (
+        f"peak {setting.min_peak:g}, contrast {setting.min_relative_contrast:g}, "
+        f"threshold {choice.threshold:.3f}: mean Dice {choice.mean:.3f}"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path)
     parser.add_argument("weights", type=Path)
     parser.add_argument("--steps", type=int, help="N; by default what the weights say")
-    parser.add_argument("--peak", type=float, help="least peak of a lesion; by default what the weights say")
+    parser.add_argument(
+        "--peak",
+        type=float,
+        nargs="+",
+        default=[],
+        metavar="P",
+        help="least peaks of a lesion that are tried; by default that of the weights",
+    )
+    parser.add_argument(
+        "--contrast",
+        type=float,
+        nargs="+",
+        default=[],
+        metavar="C",
+        help="least relative contrasts of a lesion that are tried; by default that of the weights",
+    )
     parser.add_argument(
         "--training",
         nargs="+",
@@ -257,11 +357,13 @@ def main() -> None:
     )
     options = parser.parse_args()
     try:
-        chosen = choose(
-            options.run, options.weights, options.steps, options.peak, options.training, options.leave_one_out,
-            options.pick,
+        chosen, *each = choose(
+            options.run, options.weights, options.steps, options.peak, options.contrast, options.training,
+            options.leave_one_out, options.pick,
         )  # fmt: skip
-        print(f"threshold {chosen:.3f}")
+        for setting, choice in each:
+            print("tried:", _line(setting, choice))
+        print(_line(*chosen))
     except ValueError as error:
         parser.error(str(error))
 

@@ -1,0 +1,118 @@
+"""How much brighter a component is than its surroundings, and which are too faint beside the main one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from ddmd.io.volume import Volume
+
+BRIGHT_SEQUENCE = "flair"  # on which lesions are brighter than what surrounds them
+RING_MM = 4.0  # in the slice: so far from a component its surroundings reach
+
+
+@dataclass(frozen=True)
+class BrightImage:
+    """A sequence on which lesions are bright, and where tissue is.
+
+    Parameters
+    ----------
+    values : (X, Y, Z) float32
+        In any unit: contrasts are only compared with one another.
+    tissue : (X, Y, Z) bool
+    radius : voxels along each axis, as `lesion_contrasts` takes them
+    """
+
+    values: NDArray[np.floating]
+    tissue: NDArray[np.bool_]
+    radius: tuple[int, int, int]
+
+    @classmethod
+    def of(cls, volume: Volume) -> BrightImage | None:
+        """The FLAIR image of a volume; None where it has none."""
+        if BRIGHT_SEQUENCE not in volume.images:
+            return None
+        x, y, _z = (max(1, round(RING_MM / side)) for side in volume.spacing)
+        return cls(volume.images[BRIGHT_SEQUENCE], volume.search_region, (x, y, 0))
+
+    def part(self, index: Any) -> BrightImage:
+        """A part of it, by any index that leaves three axes."""
+        return BrightImage(self.values[index], self.tissue[index], self.radius)
+
+
+def lesion_contrasts(
+    labels: NDArray[np.integer],
+    numbers: Sequence[int] | NDArray[np.integer],
+    image: NDArray[np.floating],
+    around: NDArray[np.bool_],
+    radius: tuple[int, int, int],
+) -> NDArray[np.float64]:
+    """Median of the image in each component, minus the median of its surroundings.
+
+    Parameters
+    ----------
+    labels : (X, Y, Z) int, components numbered from 1
+    numbers : (n,), the components that are looked at
+    image : (X, Y, Z), finite
+    around : (X, Y, Z) bool
+        What may count as surroundings: tissue that is in no component.
+    radius : voxels along each axis; a box of so many on each side of a voxel holds its surroundings
+
+    Returns
+    -------
+    (n,) float64, in the image's unit
+        NaN where a component has no surroundings.
+
+    Examples
+    --------
+    >>> labels = np.zeros((5, 5, 1), int)
+    >>> labels[2, 2] = 1
+    >>> lesion_contrasts(labels, [1], 3.0 * labels + 10, labels == 0, (1, 1, 0))
+    array([3.])
+    """
+    boxes = ndimage.find_objects(labels)
+    contrasts = np.full(len(numbers), np.nan)
+    for row, number in enumerate(numbers):
+        near = tuple(
+            slice(max(0, side.start - reach), side.stop + reach)
+            for side, reach in zip(boxes[number - 1], radius, strict=True)
+        )
+        inside = labels[near] == number
+        ring = ndimage.maximum_filter(inside, tuple(2 * reach + 1 for reach in radius)) & around[near]
+        if ring.any():
+            contrasts[row] = np.median(image[near][inside]) - np.median(image[near][ring])
+    return contrasts
+
+
+def bright_enough(
+    contrasts: NDArray[np.floating], masses: NDArray[np.floating], least: float
+) -> NDArray[np.bool_]:
+    """Which components have at least `least` times the contrast of the main one.
+
+    All of them where the main one is not brighter than its surroundings, and those whose contrast is not known.
+
+    Parameters
+    ----------
+    contrasts : (n,), as `lesion_contrasts` gives them
+    masses : (n,), summed probability; the main component is that with the largest
+    least : share of the main component's contrast, 0 to 1
+
+    Returns
+    -------
+    (n,) bool
+
+    Examples
+    --------
+    >>> bright_enough(np.array([0.4, 2.0, 1.0, np.nan]), np.array([1.0, 9.0, 2.0, 1.0]), 0.5)
+    array([False,  True,  True,  True])
+    """
+    main = contrasts[np.argmax(masses)] if len(masses) else np.nan
+    if not main > 0:
+        return np.ones(len(contrasts), bool)
+    kept: NDArray[np.bool_] = ~(contrasts < least * main)
+    return kept
