@@ -151,7 +151,8 @@ def test_everything_of_one_case(rng):
         draw[8, 8, 2] = 0.6 if number == 0 else 0.4
     raters = np.stack([truth, np.roll(truth, 1, axis=0)])
     one_step = np.repeat(draws[:1], 8, axis=0)
-    result = draw_metrics(draws, labels, truth, 0.1, raters, one_step, scale=1.0)
+    probability = np.linspace(0, 1, truth.size, dtype=np.float32).reshape(truth.shape)
+    result = draw_metrics(draws, labels, truth, 0.1, raters, one_step, probability, scale=1.0)
     volumes = [(draw >= 0.5).sum() * 0.1 for draw in draws]
     assert result.row["volume_low_ml"] == pytest.approx(np.quantile(volumes, 0.05))
     assert result.row["volume_interval_ml"] == pytest.approx(
@@ -162,7 +163,8 @@ def test_everything_of_one_case(rng):
     assert result.existence[1].tolist() == [1, 0.125, 0], "the one that a draw of eight marks is not"
     assert result.row["draws_distance"] == pytest.approx(energy_distance(draws >= 0.5, raters).distance)
     assert result.row["one_step_draws_diversity"] == 0
-    assert 0 < result.row["random_thresholds_distance"] < 2
+    thresholds = threshold_energy_distance(probability, raters, 8)
+    assert result.row["random_thresholds_distance"] == pytest.approx(thresholds.distance)
     alone = draw_metrics(draws, labels, truth, 0.1)
     assert not any("distance" in name for name in alone.row), "one annotator has no spread to compare with"
 

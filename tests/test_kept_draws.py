@@ -12,11 +12,13 @@ from ddmd.inference import ensemble
 from ddmd.inference.detector import Detector
 from ddmd.inference.draws import (
     calibrated_interval,
+    leave_out_faint,
     lesion_volumes,
     scale_to_cover,
     summarise_draws,
     volume_interval,
 )
+from ddmd.inference.lesion_contrast import BrightImage
 from ddmd.inference.session import Session, detect_slices
 from ddmd.inference.slices import SliceGrid, extract
 from ddmd.io.volume import Volume
@@ -43,6 +45,37 @@ def test_draws_are_masks_on_the_input_grid_whose_mean_is_the_probability(detecto
     mean = np.asarray(detection.draws.dataobj).mean(-1) / 255
     assert np.abs(mean - np.asarray(detection.probability.dataobj)).max() < 0.006
     assert np.ptp(np.asarray(detection.draws.dataobj), axis=-1).max() > 0, "draws differ"
+
+
+def test_faint_components_are_no_lesions_in_draws_either():
+    """Two blocks, of contrast 10 and 3; the second draw marks the fainter alone, and there it is the main one."""
+    draws = np.zeros((2, 20, 12, 3), np.uint8)
+    draws[0, 2:6, 4:8], draws[:, 12:15, 4:7] = 200, 255
+    draws[:, 18, 10] = 100  # no lesion
+    image = np.where(draws[0] == 200, 10.0, np.where(draws[0] == 255, 3.0, 0.0)).astype(np.float32)
+    bright = BrightImage(image, np.ones(image.shape, bool), (2, 2, 0))
+    for least, left in ((0.25, draws), (0.35, np.where((draws == 255) & ([[[[1]]], [[[0]]]]), 127, draws))):
+        changed = draws.copy()
+        assert leave_out_faint(changed, bright, least) is changed
+        assert np.array_equal(changed, left)
+
+
+def test_detected_draws_meet_the_contrast_that_the_weights_ask_for(image):
+    system = tiny_system()
+    options = dict(sequences="flair", samples=3, steps=2, draws=True)
+    raw, kept = (
+        np.asarray(
+            Detector(replace(system, description=replace(system.description, min_relative_contrast=least)))
+            .detect(image, **options)
+            .draws.dataobj
+        )
+        for least in (0.0, 1.0)
+    )
+    changed = raw != kept
+    assert changed.any()
+    assert (kept[changed] == 127).all()
+    assert (raw[changed] >= 128).all()
+    assert all((kept[..., n] >= 128).any() for n in range(3)), "the main one stays"
 
 
 def test_draws_are_kept_on_request_only(detector, image):

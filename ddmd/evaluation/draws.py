@@ -221,13 +221,14 @@ def draw_metrics(
     voxel_ml: float,
     raters: Mask | None = None,
     one_step: Draws | None = None,
+    probability: Floats | None = None,
     threshold: float = 0.5,
     scale: float = INTERVAL_SCALE,
 ) -> DrawMetrics:
     """Everything that draws say of one case, beside two baselines.
 
-    The baselines are draws of one step, and their mean probability at as many random thresholds
-    (`threshold_energy_distance`); without draws of one step, the mean of the draws.
+    The baselines are draws of one step, and the probability at as many random thresholds
+    (`threshold_energy_distance`).
 
     Parameters
     ----------
@@ -237,6 +238,7 @@ def draw_metrics(
     voxel_ml : volume of a voxel in ml
     raters : (R, X, Y, Z) bool, masks of two annotators or more; energy distances need them
     one_step : draws of one denoising step, as `draws`
+    probability : (X, Y, Z) float32, the posterior mean; by default the mean of the draws
     threshold : from which a voxel of a draw is lesion
     scale : of the volume interval, see `calibrated_interval`
     """
@@ -254,7 +256,7 @@ def draw_metrics(
         "volume_interval_ml": high - low,
     }
     if raters is not None and len(raters) > 1:
-        mean = _mean(draws if one_step is None else one_step)
+        mean = _mean(draws) if probability is None else probability
         distances = {
             "draws": energy_distance(masks, raters),
             "random_thresholds": threshold_energy_distance(mean, raters, len(draws)),

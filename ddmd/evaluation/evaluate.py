@@ -226,6 +226,7 @@ def _draw_metrics(
         voxel_ml,
         np.stack(raters) if compared else None,
         _whole(detector, prepared, one_step) if compared else None,
+        mean,
     ).beside(aurocs)
 
 

@@ -20,7 +20,9 @@ from ddmd import validation
 from ddmd.diffusion.samplers import QUALITIES
 from ddmd.inference.detection import Detection
 from ddmd.inference.devices import DEVICES, pick_device
+from ddmd.inference.draws import leave_out_faint
 from ddmd.inference.ensemble import Maps, Progress
+from ddmd.inference.lesion_contrast import BrightImage
 from ddmd.inference.make_detection import make_detection
 from ddmd.inference.postprocess import LesionCriteria
 from ddmd.inference.prefetch import prefetch
@@ -274,6 +276,8 @@ class Detector:
     def draws(self, prepared: Prepared, maps: Maps) -> NDArray[np.uint8] | None:
         """The draws of `maps`, where they were kept, as `volume_maps.draws_in_part` gives them.
 
+        What is too faint beside the main lesion is no lesion in them either; see `draws.leave_out_faint`.
+
         Parameters
         ----------
         prepared : Prepared
@@ -287,7 +291,11 @@ class Detector:
             return None
         sigma = self.description.through_plane_mm / prepared.volume.spacing[2]
         with callers_state_aside(self.system.device):
-            return draws_in_part(prepared, maps.draws, sigma, self.system.device)
+            draws = draws_in_part(prepared, maps.draws, sigma, self.system.device)
+        least, image = self.description.min_relative_contrast, BrightImage.of(prepared.volume)
+        if image is None or not least:
+            return draws
+        return leave_out_faint(draws, image.map(prepared.slices.part_of), least)
 
     def to_volume(self, prepared: Prepared, maps: Maps) -> VolumeMaps:
         """Maps of slices on the volume they are of; probability and uncertainty smoothed through the plane.

@@ -8,11 +8,38 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from ddmd.inference.lesion_contrast import BrightImage
+from ddmd.inference.postprocess import LesionCriteria, label_components
+
 DRAW_THRESHOLD = 0.5  # from which a voxel of a draw is lesion
 DRAW_LEVEL = 128  # the same of a draw as uint8, 255 for 1
 INTERVAL = 0.9
 VOLUME_FLOOR_ML = 0.05  # added to volumes before their logarithm is taken, so that 0 has one
 NEIGHBOURS_26 = np.ones((3, 3, 3))
+
+
+def leave_out_faint(
+    draws: NDArray[np.uint8], image: BrightImage, min_relative_contrast: float
+) -> NDArray[np.uint8]:
+    """Draws without the components that are too faint beside the main one, as in the mask; see `LesionCriteria`.
+
+    Parameters
+    ----------
+    draws : (S, X, Y, Z) uint8, 255 for probability 1; changed in place
+        In components that are left out, the highest value becomes the last that is no lesion.
+    image : BrightImage, on the same grid
+    min_relative_contrast : float in [0, 1]
+
+    Returns
+    -------
+    draws
+    """
+    criteria = LesionCriteria(DRAW_THRESHOLD, min_relative_contrast=min_relative_contrast)
+    for draw in draws:
+        marked = draw >= DRAW_LEVEL
+        kept = label_components(marked.astype(np.float32), 1.0, criteria, image) > 0
+        draw[marked & ~kept] = DRAW_LEVEL - 1
+    return draws
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,7 +42,11 @@ class BrightImage:
 
     def part(self, index: Any) -> BrightImage:
         """A part of it, by any index that leaves three axes."""
-        return BrightImage(self.values[index], self.tissue[index], self.radius)
+        return self.map(lambda values: values[index])
+
+    def map(self, cut: Callable[[NDArray[Any]], NDArray[Any]]) -> BrightImage:
+        """What a function that takes a part of an array makes of it."""
+        return BrightImage(cut(self.values), cut(self.tissue), self.radius)
 
 
 def lesion_contrasts(
