@@ -28,8 +28,8 @@ from ddmd.inference.detector import Detector
 from ddmd.inference.draws import DRAW_LEVEL
 from ddmd.models import checkpoint
 
-MEANS = (-1.0, -0.6, -0.2)
-SDS = (1.2, 1.6, 2.0)
+MEANS = (-0.4, 0.0, 0.4)
+SDS = (0.8, 1.2, 1.6)
 
 
 def candidates(config: SamplingConfig, options: Mapping[str, Sequence[Any]]) -> list[SamplingConfig]:

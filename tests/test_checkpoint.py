@@ -130,6 +130,8 @@ WRONG = {
     ("min_lesion_ml",): (-1, NAN, "x", 1e9),
     ("min_peak",): (2, NAN, "x"),
     ("min_relative_contrast",): (2, -0.1, NAN, "x"),
+    ("large_lesion_ml",): (-1, NAN, "x", 1e9),
+    ("outline_share",): (0, 1.1, NAN, "x"),
     ("through_plane_mm",): (-1, 1e9, NAN, float("inf"), "x", None, 1e5),
     ("discrepancy_scale",): (NAN, 1e30, "x", None, -1),
     ("use_inter",): ("x", 3, None),

@@ -33,6 +33,41 @@ def flood_fill(mask):
     return components
 
 
+@pytest.mark.parametrize(("large_ml", "share"), [(0.3, 0.5), (0.3, 1.0), (0.0, 0.5), (1e4, 0.5)])
+def test_large_lesions_reach_out_to_their_outline(rng, large_ml, share):
+    """Everything by flood fill: what is accepted at the threshold, and whole regions in which that is large."""
+    probability = np.clip(rng.random((14, 11, 9)).astype(np.float32) ** 4, 0, 1)
+    voxel_ml, criteria = 0.024, LesionCriteria(0.5, 0.03, 0.8, large_ml=large_ml, outline_share=share)
+    accepted = np.zeros(probability.shape, bool)
+    for component in flood_fill(probability >= 0.5):
+        at = tuple(np.array(component).T)
+        accepted[at] = len(component) * voxel_ml >= 0.03 and probability[at].max() >= 0.8
+    wanted, grown = accepted.copy(), 0
+    for region in flood_fill(probability >= 0.5 * share):
+        at = tuple(np.array(region).T)
+        if accepted[at].any() and accepted[at].sum() * voxel_ml >= large_ml - 1e-9:
+            wanted[at], grown = True, grown + 1
+    labels = label_components(probability, voxel_ml, criteria)
+    assert np.array_equal(labels > 0, wanted)
+    sizes = np.bincount(labels.ravel())[1:]
+    assert sorted(sizes, reverse=True) == sizes.tolist() == sorted(map(len, flood_fill(wanted)), reverse=True)
+    assert (grown > 0) == (large_ml < 1e4)
+    assert (wanted != accepted).any() == (share < 1 and large_ml < 1e4)
+
+
+def test_two_parts_within_one_outline_are_one_large_lesion():
+    probability = np.zeros((12, 3, 3), np.float32)
+    probability[1:11, 1, 1] = 0.4
+    probability[2:4, 1, 1] = probability[8:10, 1, 1] = 0.9
+    parts = LesionCriteria(0.6, large_ml=5.0, outline_share=0.5)
+    assert label_components(probability, 1.0, parts).max() == 2, "4 ml together"
+    whole = LesionCriteria(0.6, large_ml=4.0, outline_share=0.5)
+    assert np.array_equal(label_components(probability, 1.0, whole), probability > 0)
+    assert whole.outline == pytest.approx(0.3)
+    with pytest.raises(ValueError, match="outline_share is 0"):
+        LesionCriteria(0.6, outline_share=0.0)
+
+
 @pytest.mark.parametrize(("min_ml", "min_peak"), [(0.0, 0.0), (0.1, 0.0), (0.0, 0.9), (0.06, 0.8)])
 def test_labels_and_rows_are_those_of_a_flood_fill(rng, min_ml, min_peak):
     probability = rng.random((14, 11, 9)).astype(np.float32) ** 3

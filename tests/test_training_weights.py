@@ -47,15 +47,17 @@ def test_choosing_a_threshold_changes_nothing_else(config, tmp_path):
     after, description = load_file(path), checkpoint.describe(path)
     assert all(torch.equal(before[k], after[k]) for k in before | after)
     assert description.threshold == choice.threshold
-    assert setting == (description.min_peak, description.min_relative_contrast)
+    assert setting == (description.min_peak, description.min_relative_contrast, description.outline_share)
     assert tried == [(setting, choice)], "one setting, those of the weights"
     assert description.threshold_chosen.endswith("on 1 cases of validation patients")
     assert description.sampling.items() <= dataclasses.asdict(config.sampling).items()
     choose(tmp_path / "run", path, steps=2)
     assert checkpoint.describe(path).sampling == description.sampling | {"steps": 2}
-    choose(tmp_path / "run", path, peaks=[0.9], contrasts=[0.4])
+    tried = choose(tmp_path / "run", path, peaks=[0.9], contrasts=[0.4], outlines=[1.0, 0.7])[1:]
+    assert [setting for setting, _ in tried] == [(0.9, 0.4, 1.0), (0.9, 0.4, 0.7)]
     changed = checkpoint.describe(path)
     assert (changed.min_peak, changed.min_relative_contrast) == (0.9, 0.4)
+    assert changed.outline_share in (1.0, 0.7)
     assert description.min_relative_contrast == 0.0
     assert description.min_peak != 0.9
     with pytest.raises(ValueError, match="min_peak is 2"):
@@ -121,11 +123,11 @@ def test_a_patient_that_is_left_out_has_no_say_in_its_threshold():
         hits = np.where(np.arange(len(THRESHOLDS)) == best[patient], 100, 20)
         return np.stack([hits, 0 * hits, 100 - hits, 0 * hits], axis=1)
 
-    kinds, settings = ["ms", "ms", "ms", "wmh"], [Setting(0.9, 0.0), Setting(0.8, 0.5)]
+    kinds, settings = ["ms", "ms", "ms", "wmh"], [Setting(0.9, 0.0, 1.0), Setting(0.8, 0.5, 0.7)]
     useless = [np.tile([[0, 9, 100, 0]], (len(THRESHOLDS), 1))] * 4
     both = [useless, [counts(patient) for patient in patients]]
     found = leave_one_out(both, settings, kinds, patients)
-    assert all(row["min_peak"] == 0.8 and row["min_relative_contrast"] == 0.5 for row in found.values())
+    assert all({**row, **settings[1]._asdict()} == row for row in found.values())
     assert {p: row["threshold"] for p, row in found.items()} == pytest.approx(
         {"a": THRESHOLDS[10], "b": THRESHOLDS[3], "c": THRESHOLDS[10]}
     )

@@ -25,8 +25,8 @@ QUALITIES: dict[str, dict[str, Any]] = {
         "eta": 0.0,
         "stop": 0.0,
         "shared_noise": True,
-        "rater_sd": 1.6,
-        "rater_mean": -0.2,
+        "rater_sd": 1.2,
+        "rater_mean": 0.0,
     },
 }
 """Named sampling: "fast" is the posterior mean in one step; with "draws" each sample is a mask of its own."""

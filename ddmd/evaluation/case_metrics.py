@@ -93,7 +93,7 @@ def counts_by_threshold(
     image : BrightImage, optional, as `label_components` takes it
     """
     # computed in the box that holds all candidates, their surroundings and lesions
-    at = np.argwhere((probability >= THRESHOLDS[0]) | truth)
+    at = np.argwhere((probability >= THRESHOLDS[0] * criteria.outline_share) | truth)
     low, high = (at.min(0), at.max(0) + 1) if len(at) else (np.zeros(3, int), np.ones(3, int))
     reach = image.radius if image is not None else (0, 0, 0)
     box = tuple(slice(max(0, a - r), b + r) for a, b, r in zip(low, high, reach, strict=True))

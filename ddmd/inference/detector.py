@@ -246,7 +246,12 @@ class Detector:
             threshold = description.threshold
         threshold = validation.real("threshold", threshold, 0.0, 1.0, inclusive=False)
         return LesionCriteria(
-            threshold, description.min_lesion_ml, description.min_peak, description.min_relative_contrast
+            threshold,
+            description.min_lesion_ml,
+            description.min_peak,
+            description.min_relative_contrast,
+            description.large_lesion_ml,
+            description.outline_share,
         )
 
     def maps(

@@ -15,6 +15,7 @@ EVIDENCE_LIMIT = 1e-3  # evidence is kept this far from 0 and 1, so that its odd
 SCORE_ML = 0.5  # the evidence of a volume is the mean probability of this much of its most probable tissue
 UNCERTAIN = (0.25, 0.75)  # probabilities that are neither clearly lesion nor clearly none
 NEIGHBOURS_26 = np.ones((3, 3, 3))
+LARGE_ML = 20.0  # a lesion of this volume is large, where weights do not say otherwise
 ROUNDING = 1e-6  # relative: a component of exactly the least volume is a lesion, however its voxels' volume is rounded
 
 
@@ -61,16 +62,29 @@ class LesionCriteria:
         A component with less than so much of the contrast of the main one is not a lesion. The main one is that with
         the largest summed probability; contrast is how much brighter a component is on FLAIR than its surroundings,
         see `ddmd.inference.lesion_contrast`. Without a FLAIR image it says nothing.
+    large_ml : float
+        What is a large lesion.
+    outline_share : float in (0, 1]
+        A large lesion ends only where the probability falls below so much of the threshold. 1: where others do.
     """
 
     threshold: float
     min_ml: float = 0.0
     min_peak: float = 0.0
     min_relative_contrast: float = 0.0
+    large_ml: float = LARGE_ML
+    outline_share: float = 1.0
 
     def __post_init__(self) -> None:
         if not 0.0 < self.threshold < 1.0:
             raise ValueError(f"threshold is {self.threshold}; allowed are values between 0 and 1")
+        if not 0.0 < self.outline_share <= 1.0:
+            raise ValueError(f"outline_share is {self.outline_share}; allowed is above 0 and at most 1")
+
+    @property
+    def outline(self) -> float:
+        """The least probability of any voxel of a lesion."""
+        return self.threshold * self.outline_share
 
 
 @dataclass(frozen=True)
@@ -139,26 +153,47 @@ def _components(
     image: BrightImage | None,
 ) -> tuple[tuple[slice, ...], NDArray[np.int32]] | None:
     """The box that holds all candidates, and `label_components` in it; None where there are no candidates."""
-    candidates = probability >= criteria.threshold
     # scipy visits every voxel it is given: only the box that holds the candidates is
-    box = bounding_box(candidates)
+    box = bounding_box(probability >= criteria.outline)
     if box is None:
         return None
-    candidates = candidates[box]
+    inside = probability[box]
+    candidates = inside >= criteria.threshold
     components, count = ndimage.label(candidates, NEIGHBOURS_26)
-    numbers, component = np.arange(1, count + 1), components[candidates]
+    if not count:
+        return None
+    component = components[candidates]
     sizes = np.bincount(component, minlength=count + 1)[1:]
-    peaks = ndimage.maximum(probability[box][candidates], component, numbers)
+    peaks = ndimage.maximum(inside[candidates], component, np.arange(1, count + 1))
     least = criteria.min_ml * (1 - ROUNDING)
     accepted = np.flatnonzero((sizes * voxel_ml >= least) & (peaks >= criteria.min_peak))
     if image is not None and criteria.min_relative_contrast and len(accepted) > 1:
-        masses = ndimage.sum(probability[box][candidates], component, accepted + 1)
+        masses = ndimage.sum(inside[candidates], component, accepted + 1)
         contrasts = _contrasts(box, components, accepted + 1, image)
         accepted = accepted[bright_enough(contrasts, masses, criteria.min_relative_contrast)]
+    if criteria.outline_share < 1 and sizes[accepted].sum() * voxel_ml >= criteria.large_ml * (1 - ROUNDING):
+        kept = np.isin(components, accepted + 1)
+        components, sizes = _with_outlines(kept, inside, voxel_ml, criteria)
+        accepted = np.arange(len(sizes))
     accepted = accepted[np.argsort(-sizes[accepted], kind="stable")]
-    new_number = np.zeros(count + 1, np.int32)
+    new_number = np.zeros(len(sizes) + 1, np.int32)
     new_number[accepted + 1] = np.arange(1, len(accepted) + 1)
     return box, new_number[components]
+
+
+def _with_outlines(
+    kept: NDArray[np.bool_], probability: NDArray[np.floating], voxel_ml: float, criteria: LesionCriteria
+) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+    """Components of what was accepted, large ones out to their outline, and how many voxels each has.
+
+    All that lies within one outline is one lesion, and large if it is so together.
+    """
+    regions, count = ndimage.label(probability >= criteria.outline, NEIGHBOURS_26)
+    volumes = np.bincount(regions[kept], minlength=count + 1) * voxel_ml
+    large = (volumes > 0) & (volumes >= criteria.large_ml * (1 - ROUNDING))
+    large[0] = False
+    components, found = ndimage.label(kept | large[regions], NEIGHBOURS_26)
+    return components, np.bincount(components.ravel(), minlength=found + 1)[1:]
 
 
 def _contrasts(

@@ -60,6 +60,8 @@ def provenance(
         "MinLesionMl": criteria.min_ml,
         "MinPeak": criteria.min_peak,
         "MinRelativeContrast": criteria.min_relative_contrast,
+        "LargeLesionMl": criteria.large_ml,
+        "OutlineShare": criteria.outline_share,
         "ThroughPlaneMm": description.through_plane_mm,
         "Sources": {sequence: os.path.basename(source) for sequence, source in volume.sources.items()},
         "Device": str(device),

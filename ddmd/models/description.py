@@ -123,6 +123,8 @@ class Description:
         Components that are smaller, or nowhere as probable, are left out of the mask.
     min_relative_contrast : float
         So are those with less than so much of the contrast of the main one on FLAIR; 0 in files without this entry.
+    large_lesion_ml, outline_share : float
+        Lesions of that volume end where the probability falls below so much of the threshold; 1 in files without.
     through_plane_mm : float
         Standard deviation of the Gaussian that smooths maps across slices.
     training : dict
@@ -150,6 +152,8 @@ class Description:
     min_lesion_ml: float = 0.05
     min_peak: float = 0.8
     min_relative_contrast: float = 0.0
+    large_lesion_ml: float = 20.0
+    outline_share: float = 1.0
     through_plane_mm: float = 1.5
     training: dict[str, Any] = field(default_factory=dict)
     format: int = FORMAT
@@ -172,6 +176,8 @@ class Description:
             "min_relative_contrast": validation.real(
                 "min_relative_contrast", self.min_relative_contrast, 0.0, 1.0
             ),
+            "large_lesion_ml": validation.real("large_lesion_ml", self.large_lesion_ml, 0.0, 1e4),
+            "outline_share": validation.real("outline_share", self.outline_share, 0.01, 1.0),
             "through_plane_mm": validation.real("through_plane_mm", self.through_plane_mm, 0.0, 50.0),
             "format": validation.integer("format", self.format, 1, FORMAT),
         }

@@ -1,9 +1,9 @@
 """The settings that weights ship with: chosen on validation patients, never on test ones.
 
-`python -m ddmd.training.threshold RUN WEIGHTS [--steps N] [--peak P ...] [--contrast C ...] [--training NAME]
-[--pick highest]` writes them into the weights file: the threshold, the least peak and the least relative contrast of a
-lesion, and the N that they are for. Of several peaks and contrasts, all combinations are tried. Patients of every kind
-count alike: a kind is a data set, or what the run's folder says in kinds.json, {patient: kind}. With `--training NAME`,
+`python -m ddmd.training.threshold RUN WEIGHTS [--steps N] [--peak P ...] [--contrast C ...] [--outline S ...]
+[--training NAME] [--pick highest]` writes them into the weights file: the threshold, the least peak and the least
+relative contrast of a lesion, how far large lesions reach, and the N that they are for. All combinations of what is given
+are tried. Patients of every kind count alike: a kind is a data set, or what the run's folder says in kinds.json, {patient: kind}. With `--training NAME`,
 the training patients of that data set choose, too, where training opened no mask: with image-level labels.
 
 `--leave-one-out FILE` writes what each validation patient reaches with the settings that the others choose, as JSON.
@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import hashlib
-import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -48,6 +47,7 @@ class Setting(NamedTuple):
 
     min_peak: float
     min_relative_contrast: float
+    outline_share: float
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ def leave_one_out(
 
     Returns
     -------
-    patient -> {"threshold", "min_peak", "min_relative_contrast", "dice"}
+    patient -> {"threshold", what `Setting` has, "dice"}
         Dice pooled over the cases of the patient. A patient without others is left out of the result.
     """
     result = {}
@@ -197,22 +197,22 @@ def choose(
     steps: int | None = None,
     peaks: Sequence[float] = (),
     contrasts: Sequence[float] = (),
+    outlines: Sequence[float] = (),
     training: Sequence[str] = (),
     leave_one_out_path: Path | None = None,
     pick: str = "lowest",
 ) -> list[tuple[Setting, Choice]]:
     """The settings with the highest mean over kinds on the patients that choose and have masks.
 
-    Nothing in the weights file changes but what it says of its threshold, least peak and least relative contrast, and,
-    where it is given, of its N (`steps`).
+    Nothing in the weights file changes but its threshold, what `Setting` names, and, where it is given, its N (`steps`).
 
     Parameters
     ----------
     run : folder of the run; its kinds.json, where there is one, says of which kind each patient is.
     path : the weights file.
     steps : optional
-    peaks, contrasts : by default those of the weights
-        All combinations are tried.
+    peaks, contrasts, outlines : by default those of the weights
+        All combinations are tried: of `Setting.min_peak`, `min_relative_contrast` and `outline_share`.
     training : names of data sets
         Validation patients choose, and the training patients of these sets.
     leave_one_out_path : optional
@@ -250,8 +250,10 @@ def choose(
     detector = Detector.load(path)
     own = detector.description
     settings = [
-        Setting(*values)
-        for values in itertools.product(peaks or [own.min_peak], contrasts or [own.min_relative_contrast])
+        Setting(peak, contrast, outline)
+        for peak in peaks or [own.min_peak]
+        for contrast in contrasts or [own.min_relative_contrast]
+        for outline in outlines or [own.outline_share]
     ]
     for setting in settings:
         dataclasses.replace(own, **setting._asdict())  # refused before the work
@@ -310,7 +312,7 @@ def mask_cases(config: TrainConfig) -> list[Case]:
 
 def _line(setting: Setting, choice: Choice) -> str:
     return (
-        f"peak {setting.min_peak:g}, contrast {setting.min_relative_contrast:g}, "
+        f"peak {setting.min_peak:g}, contrast {setting.min_relative_contrast:g}, outline {setting.outline_share:g}, "
         f"threshold {choice.threshold:.3f}: mean Dice {choice.mean:.3f}"
     )
 
@@ -337,6 +339,14 @@ def main() -> None:
         help="least relative contrasts of a lesion that are tried; by default that of the weights",
     )
     parser.add_argument(
+        "--outline",
+        type=float,
+        nargs="+",
+        default=[],
+        metavar="S",
+        help="shares of the threshold that large lesions reach to, that are tried; by default that of the weights",
+    )
+    parser.add_argument(
         "--training",
         nargs="+",
         default=[],
@@ -358,8 +368,8 @@ def main() -> None:
     options = parser.parse_args()
     try:
         chosen, *each = choose(
-            options.run, options.weights, options.steps, options.peak, options.contrast, options.training,
-            options.leave_one_out, options.pick,
+            options.run, options.weights, options.steps, options.peak, options.contrast, options.outline,
+            options.training, options.leave_one_out, options.pick,
         )  # fmt: skip
         for setting, choice in each:
             print("tried:", _line(setting, choice))
