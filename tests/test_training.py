@@ -20,7 +20,7 @@ from ddmd.models.checkpoint import WeightsError
 from ddmd.training import loop, train
 from ddmd.training.config import DataEntry, TrainConfig
 from ddmd.training.loop import DivergedError, Plan, Stage, train_step
-from ddmd.training.run import TrainingWarning, cases_of
+from ddmd.training.run import TrainingWarning, cases_of, split_of
 from ddmd.training.run_folder import LOCK, locked
 from tests.training_setup import as_if_stopped, tiny_config, worst_difference
 from tests.volumes import head, write, write_slices
@@ -31,6 +31,19 @@ pytest.importorskip("accelerate", reason="the extra ddmd[train] is not installed
 @pytest.fixture
 def config(tmp_path, rng) -> TrainConfig:
     return tiny_config(tmp_path, rng)
+
+
+def test_runs_of_several_seeds_may_keep_the_same_patients_aside(tmp_path, rng):
+    data = (DataEntry(str(write_slices(tmp_path / "many", rng, 12))),)
+    config = TrainConfig(data=data, validation=0.25, test=0.25)
+    cases = cases_of(config)
+
+    def split(**changes):
+        return split_of(dataclasses.replace(config, **changes), cases)
+
+    assert set(split().values()) == {"train", "validation", "test"}
+    assert len({tuple(split(seed=seed).items()) for seed in range(5)}) > 1
+    assert all(split(seed=seed, split_seed=3) == split(seed=3) for seed in range(5))
 
 
 def test_image_track_trains_without_opening_a_mask_and_its_weights_load(config, tmp_path, caplog):

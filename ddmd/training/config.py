@@ -179,7 +179,9 @@ class TrainConfig:
     stage of 0 steps then leaves its networks as they are. The sizes must be that system's; only `sequences` may
     have more with presence, and what is new then has no effect before it is trained. Patients
     that the earlier training saw must be in this one's training part: it is the same where data,
-    seed and shares are.
+    split_seed and shares are.
+
+    split_seed decides which patients are kept aside; None is seed. Runs that differ in seed alone then have one split.
 
     system is "ddmd", or one of the systems beside it: "supervised", the condition network alone, and
     "anomaly", the auto-encoders of normal slices alone.
@@ -191,6 +193,7 @@ class TrainConfig:
     labels: Literal["image", "pixel"] = "image"
     system: Literal["ddmd", "supervised", "anomaly"] = "ddmd"
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    split_seed: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     size: Annotated[int, Field(ge=32, le=1024)] = 144
     mm: Annotated[float, Field(ge=0.25, le=8)] = 1.0
     validation: Share = 0.1

@@ -92,7 +92,8 @@ def split_of(config: TrainConfig, cases: list[Case]) -> dict[str, str]:
         "test": config.test,
     }
     whole = {entry.source for entry in config.data if not entry.split}
-    split = split_by_patient((c for c in cases if c.source not in whole), fractions, config.seed)
+    seed = config.seed if config.split_seed is None else config.split_seed
+    split = split_by_patient((c for c in cases if c.source not in whole), fractions, seed)
     split |= {case.patient: "train" for case in cases if case.source in whole}
     split |= {case.patient: "validation" for case in cases if case.patient in config.validation_patients}
     return split | {case.patient: "test" for case in cases if case.patient in config.holdout}
