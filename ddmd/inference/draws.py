@@ -10,6 +10,7 @@ from scipy import ndimage
 
 from ddmd.inference.lesion_contrast import BrightImage
 from ddmd.inference.postprocess import LesionCriteria, label_components
+from ddmd.io.background import bounding_box
 
 DRAW_THRESHOLD = 0.5  # from which a voxel of a draw is lesion
 DRAW_LEVEL = 128  # the same of a draw as uint8, 255 for 1
@@ -35,9 +36,16 @@ def leave_out_faint(
     draws
     """
     criteria = LesionCriteria(DRAW_THRESHOLD, min_relative_contrast=min_relative_contrast)
-    for draw in draws:
+    box = bounding_box(draws.max(axis=0) >= DRAW_LEVEL)
+    if box is None:
+        return draws
+    near = tuple(
+        slice(max(0, side.start - reach), side.stop + reach)
+        for side, reach in zip(box, image.radius, strict=True)
+    )
+    for draw in draws[:, *near]:
         marked = draw >= DRAW_LEVEL
-        kept = label_components(marked.astype(np.float32), 1.0, criteria, image) > 0
+        kept = label_components(marked.astype(np.float32), 1.0, criteria, image.part(near)) > 0
         draw[marked & ~kept] = DRAW_LEVEL - 1
     return draws
 
