@@ -200,18 +200,18 @@ def overview() -> str:
 
 
 def leave_one_out() -> str:
-    """Dice of validation patients with the threshold that the others choose, a system a column, as Markdown."""
+    """Dice of validation patients with the settings that the others choose, a system a column, as Markdown."""
     systems = []
     for name in SHIPPED:
         dated = sorted(RESULTS.glob(f"leave-one-out-{name}-????-??-??.json"))
         systems.append(json.loads(dated[-1].read_text())["patients"] if dated else {})
     lines = [
-        f"| validation patient | {' | '.join(f'`{name}`, threshold | Dice' for name in SHIPPED)} |",
-        "|---" * (1 + 2 * len(SHIPPED)) + "|",
+        f"| validation patient | {' | '.join(f'`{name}`, threshold | least peak | Dice' for name in SHIPPED)} |",
+        "|---" * (1 + 3 * len(SHIPPED)) + "|",
     ]
     for patient in sorted({patient for system in systems for patient in system}):
         rows = [system.get(patient, {}) for system in systems]
-        cells = [number(row.get(key)) for row in rows for key in ("threshold", "dice")]
+        cells = [number(row.get(key)) for row in rows for key in ("threshold", "min_peak", "dice")]
         lines.append(f"| {patient} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

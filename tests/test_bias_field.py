@@ -5,6 +5,7 @@ import importlib.util
 import numpy as np
 import pytest
 
+from ddmd.inference.lesion_contrast import BrightImage
 from ddmd.io.bias_field import correct_bias, estimate_bias_field
 from ddmd.io.volume import Volume
 
@@ -115,6 +116,15 @@ def test_a_volume_is_normalised_as_if_it_had_no_field(scene):
     inside = brain & ~lesion
     assert np.corrcoef(plain[inside], drifted[inside])[0, 1] > 0.95
     assert (drifted[~brain] == -4).all()
+
+
+def test_the_contrast_of_lesions_is_taken_without_the_field(scene):
+    signal, _brain, _lesion, log_field = scene
+    drifted = (signal * np.exp(log_field)).astype(np.float32)
+    volume = Volume.from_array({"flair": drifted}, np.diag([*SPACING, 1.0]), bias="on")
+    bright = BrightImage.of(volume)
+    assert bright.values is volume.bias_corrected("flair"), "computed once"
+    assert not np.array_equal(bright.values, volume.images["flair"])
 
 
 REAL = [

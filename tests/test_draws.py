@@ -8,6 +8,7 @@ from ddmd.evaluation.draws import (
     draw_metrics,
     energy_distance,
     error_aurocs,
+    family_energy_distance,
     intersections,
     iou_distances,
     threshold_energy_distance,
@@ -80,6 +81,25 @@ def test_random_thresholds_are_what_many_sets_of_them_reach_on_average(rng):
         values = np.array([getattr(one, name) for one in sets])
         error = values.std() / len(values) ** 0.5
         assert getattr(result, name) == pytest.approx(values.mean(), abs=5 * error + 2e-3), name
+
+
+def test_a_family_of_masks_is_what_sets_of_it_reach_on_average(rng):
+    masks, raters = rng.random((5, 6, 6, 4)) < 0.4, rng.random((2, 6, 6, 4)) < 0.3
+    assert family_energy_distance(masks, raters, 5).distance == pytest.approx(
+        energy_distance(masks, raters).distance
+    )
+    pairs = [energy_distance(masks[[i, j]], raters) for i in range(5) for j in range(5) if i != j]
+    result = family_energy_distance(masks, raters, 2)
+    for name in ("distance", "rater_distance", "diversity", "rater_diversity"):
+        assert getattr(result, name) == pytest.approx(np.mean([getattr(one, name) for one in pairs])), name
+    probability = rng.random((6, 6, 4)).astype(np.float32)
+    nested = np.stack([probability >= (level + 0.5) / 200 for level in range(200)])
+    ours, theirs = (
+        family_energy_distance(nested, raters, 8),
+        threshold_energy_distance(probability, raters, 8),
+    )
+    for name in ("distance", "rater_distance", "diversity", "best_match_dice"):
+        assert getattr(ours, name) == pytest.approx(getattr(theirs, name), abs=0.01), name
 
 
 def test_random_thresholds_of_no_probability_are_empty_masks():
@@ -164,6 +184,10 @@ def test_everything_of_one_case(rng):
     assert result.row["draws_distance"] == pytest.approx(energy_distance(draws >= 0.5, raters).distance)
     assert result.row["one_step_draws_diversity"] == 0
     thresholds = threshold_energy_distance(probability, raters, 8)
+    family = np.stack([probability >= 0.3, probability >= 0.7])
+    both = draw_metrics(draws, labels, truth, 0.1, raters, one_step, probability, family)
+    wanted = family_energy_distance(family, raters, 8).distance
+    assert both.row["bright_thresholds_distance"] == pytest.approx(wanted)
     assert result.row["random_thresholds_distance"] == pytest.approx(thresholds.distance)
     alone = draw_metrics(draws, labels, truth, 0.1)
     assert not any("distance" in name for name in alone.row), "one annotator has no spread to compare with"

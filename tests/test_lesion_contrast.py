@@ -1,9 +1,14 @@
 """Contrast of components against medians written out, and which components are too faint beside the main one."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
+from scipy import ndimage
 
-from ddmd.evaluation.case_metrics import THRESHOLDS, case_metrics
+from ddmd.evaluation.case_metrics import THRESHOLDS, case_metrics, counts_by_threshold
+from ddmd.evaluation.metrics import confusion
+from ddmd.inference.detector import Detector
 from ddmd.inference.lesion_contrast import RING_MM, BrightImage, bright_enough, lesion_contrasts
 from ddmd.inference.make_detection import make_detection
 from ddmd.inference.postprocess import LesionCriteria, find_lesions, label_components
@@ -93,6 +98,55 @@ def test_faint_components_are_no_lesions_whatever_the_unit_of_the_image(strength
         assert without.max() == 2, "one without an image, one without the criterion"
 
 
+def test_components_are_left_out_by_the_definition():
+    """Of components numbered by scipy: the main one has the largest summed probability, and rings lie in the tissue."""
+    left_out = 0
+    for seed in range(5):
+        rng = np.random.default_rng(seed)
+        probability = np.zeros((22, 18, 7), np.float32)
+        probability[3:-2, 1:-3, 1:-1] = (
+            rng.random((17, 14, 5)) ** 3
+        )  # rings reach beyond the box of the candidates
+        image, tissue = (
+            rng.normal(size=probability.shape).astype(np.float32),
+            rng.random(probability.shape) < 0.8,
+        )
+        image += 3 * probability
+        bright = BrightImage(image, tissue, (3, 2, 0))
+        parts, count = ndimage.label(probability >= 0.55, np.ones((3, 3, 3)))
+        accepted = [n for n in range(1, count + 1) if probability[parts == n].max() >= 0.8]
+        around = tissue & (probability < 0.55)
+        contrast = dict(zip(range(1, count + 1), written_out(parts, image, around, (3, 2, 0)), strict=True))
+        main = max(accepted, key=lambda n: probability[parts == n].sum())
+        kept = [n for n in accepted if not contrast[n] < 0.7 * contrast[main]]
+        left_out += len(accepted) - len(kept)
+        criteria = LesionCriteria(0.55, 0.0, 0.8, 0.7)
+        assert np.array_equal(label_components(probability, 1.0, criteria, bright) > 0, np.isin(parts, kept))
+    assert left_out >= 5
+
+
+def test_the_main_component_is_that_with_the_largest_summed_probability():
+    labels = blobs((4, 4, 1), (20, 20, 1), (24, 20, 1))
+    large, surer = labels >= 2, labels == 1
+    probability = np.where(large, 0.5, np.where(surer, 1.0, 0.0)).astype(np.float32)
+    probability[20, 20, 1] = 0.0  # 47 voxels of 0.5 and 24 of 1
+    image = (10.0 * large + 4.0 * surer).astype(np.float32)
+    bright = BrightImage(image, np.ones(labels.shape, bool), (4, 2, 0))
+    kept = label_components(probability, 1.0, LesionCriteria(0.5, min_relative_contrast=0.5), bright)
+    assert np.array_equal(kept > 0, (labels > 0) & (probability > 0)), "compared with 4, not with 10"
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.3, 1 / 3, 0.7])
+def test_exactly_the_least_contrast_is_enough_however_the_image_is_scaled(scale):
+    labels, probability, _ = two_lesions(0.5)
+    image = ((100 + 100 * (labels == 1) + 50 * (labels == 3)) * np.float32(scale)).astype(np.float32)
+    bright = BrightImage(image, np.ones(labels.shape, bool), (4, 2, 0))
+    criteria = LesionCriteria(0.5, min_relative_contrast=0.5)
+    assert label_components(probability, 1.0, criteria, bright).max() == 2
+    with pytest.raises(ValueError, match="min_relative_contrast is 5"):
+        LesionCriteria(0.5, min_relative_contrast=5.0)
+
+
 def test_what_another_criterion_leaves_out_is_not_the_main_component():
     labels, probability, image = two_lesions(0.3)
     probability[labels == 3] = 0.95
@@ -117,7 +171,7 @@ def test_the_image_is_flair_and_the_ring_has_the_same_width_in_any_voxels(rng):
 def test_evaluation_and_detection_apply_what_the_weights_say(rng, least):
     labels, probability, image = two_lesions(0.3)
     volume = volume_of({"flair": image + 0.1 * rng.random(image.shape).astype(np.float32)})
-    criteria = LesionCriteria(0.5, min_relative_contrast=least)
+    criteria = LesionCriteria(0.5, min_relative_contrast=least, large_ml=7.0, outline_share=0.9)
     truth = labels == 1
     case = case_metrics("p", "p", volume, probability, 0 * probability, truth, criteria)
     false = int((labels == 3).sum()) * (least == 0.0)
@@ -131,4 +185,30 @@ def test_evaluation_and_detection_apply_what_the_weights_say(rng, least):
         system, Prepared(volume, None), maps, None, system.description.sampling_config, criteria, False, 0.0
     )
     assert len(found.lesions) == 1 + (least == 0.0)
-    assert found.provenance["MinRelativeContrast"] == least
+    keys = ("MinRelativeContrast", "LargeLesionMl", "OutlineShare")
+    assert [found.provenance[key] for key in keys] == [least, 7.0, 0.9]
+
+
+def test_a_detector_asks_for_what_the_description_says():
+    system = tiny_system()
+    values = {"threshold": 0.41, "min_lesion_ml": 0.2, "min_peak": 0.7}
+    values |= {"min_relative_contrast": 0.3, "large_lesion_ml": 5.0, "outline_share": 0.6}
+    detector = Detector(replace(system, description=replace(system.description, **values)))
+    assert detector.lesion_criteria() == LesionCriteria(0.41, 0.2, 0.7, 0.3, 5.0, 0.6)
+    assert detector.lesion_criteria(0.8) == LesionCriteria(0.8, 0.2, 0.7, 0.3, 5.0, 0.6)
+
+
+@pytest.mark.parametrize("share", [1.0, 0.3])
+def test_counts_at_every_threshold_are_those_of_the_whole_volume(share):
+    rng = np.random.default_rng(5)
+    probability = np.zeros((24, 20, 8), np.float32)
+    probability[6:-5, 5:-4, 2:-2] = rng.random((13, 11, 4)) ** 3
+    probability[6, 5, 2] = np.float32(0.05 * share)
+    truth = np.roll(probability > 0.6, 1, axis=0)
+    inside = rng.random(truth.shape) < 0.9
+    bright = BrightImage(rng.normal(size=truth.shape) + probability, rng.random(truth.shape) < 0.8, (4, 3, 0))
+    criteria = LesionCriteria(0.5, 0.0, 0.6, 0.4, 0.02, share)
+    counts = counts_by_threshold(probability, truth, inside, 0.001, criteria, bright)
+    for threshold, count in zip(THRESHOLDS, counts, strict=True):
+        mask = label_components(probability, 0.001, replace(criteria, threshold=float(threshold)), bright) > 0
+        assert count.tolist() == confusion(mask, truth, inside).tolist()

@@ -11,12 +11,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ddmd.evaluation.case_metrics import THRESHOLDS
+from ddmd.evaluation.case_metrics import THRESHOLDS, counts_by_threshold
+from ddmd.inference.detector import Detector
 from ddmd.models import checkpoint
 from ddmd.models.checkpoint import WeightsError
-from ddmd.training import train
+from ddmd.training import threshold, train
 from ddmd.training.config import DataEntry, TrainConfig
 from ddmd.training.export import export_checkpoints
+from ddmd.training.run import cases_of
 from ddmd.training.threshold import (
     TOLERANCE,
     Choice,
@@ -28,7 +30,7 @@ from ddmd.training.threshold import (
 )
 from ddmd.training.weight_average import average
 from tests.training_setup import tiny_config, worst_difference
-from tests.volumes import write_slices
+from tests.volumes import tiny_system, write_slices
 
 pytest.importorskip("accelerate", reason="the extra ddmd[train] is not installed")
 
@@ -38,7 +40,7 @@ def config(tmp_path, rng) -> TrainConfig:
     return tiny_config(tmp_path, rng)
 
 
-def test_choosing_a_threshold_changes_nothing_else(config, tmp_path):
+def test_choosing_a_threshold_changes_nothing_else(config, tmp_path, monkeypatch):
     data = (DataEntry(str(write_slices(tmp_path / "masked", np.random.default_rng(1), 4))),)
     config = dataclasses.replace(config, data=data, validation=0.25, test=0.25)
     path = train(config, tmp_path / "run")
@@ -49,21 +51,46 @@ def test_choosing_a_threshold_changes_nothing_else(config, tmp_path):
     assert description.threshold == choice.threshold
     assert setting == (description.min_peak, description.min_relative_contrast, description.outline_share)
     assert tried == [(setting, choice)], "one setting, those of the weights"
+    assert f"({choice.mean:.3f};" in description.threshold_chosen
     assert description.threshold_chosen.endswith("on 1 cases of validation patients")
     assert description.sampling.items() <= dataclasses.asdict(config.sampling).items()
     choose(tmp_path / "run", path, steps=2)
     assert checkpoint.describe(path).sampling == description.sampling | {"steps": 2}
-    tried = choose(tmp_path / "run", path, peaks=[0.9], contrasts=[0.4], outlines=[1.0, 0.7])[1:]
-    assert [setting for setting, _ in tried] == [(0.9, 0.4, 1.0), (0.9, 0.4, 0.7)]
+    good, bad = (np.tile([hits, 5, 10, 0], (len(THRESHOLDS), 1)) for hits in (20, 0))
+    monkeypatch.setattr(threshold, "count_case", lambda *_: [bad, good])
+    (setting, choice), *tried = choose(
+        tmp_path / "run", path, peaks=[1.0, 0.0], contrasts=[0.4], outlines=[0.7]
+    )
+    assert [one for one, _ in tried] == [(1.0, 0.4, 0.7), (0.0, 0.4, 0.7)]
+    assert [one.setting for _, one in tried] == [0, 1]
+    assert [one.mean for _, one in tried] == pytest.approx([0.0, 40 / 55])
+    assert (setting, choice) == tried[1]
     changed = checkpoint.describe(path)
-    assert (changed.min_peak, changed.min_relative_contrast) == (0.9, 0.4)
-    assert changed.outline_share in (1.0, 0.7)
-    assert description.min_relative_contrast == 0.0
-    assert description.min_peak != 0.9
+    assert (changed.min_peak, changed.min_relative_contrast, changed.outline_share) == setting
+    assert changed.threshold == choice.threshold
     with pytest.raises(ValueError, match="min_peak is 2"):
         choose(tmp_path / "run", path, peaks=[0.9, 2.0])
     with pytest.raises(ValueError, match="split.json: cannot be read"):
         choose(tmp_path / "nowhere", path)
+
+
+def test_every_setting_is_counted_with_its_own_criteria_and_with_the_image(config, tmp_path, monkeypatch):
+    data = (DataEntry(str(write_slices(tmp_path / "masked", np.random.default_rng(1), 4))),)
+    config = dataclasses.replace(config, data=data)
+    detector = Detector(tiny_system())
+    seen = []
+
+    def recorded(probability, truth, inside, voxel_ml, criteria, image):
+        seen.append((criteria, image))
+        return counts_by_threshold(probability, truth, inside, voxel_ml, criteria, image)
+
+    monkeypatch.setattr(threshold, "counts_by_threshold", recorded)
+    case = cases_of(config)[0]
+    settings = [Setting(0.3, 0.0, 1.0), Setting(0.0, 0.6, 0.5)]
+    counts = threshold.count_case(detector, case, detector.sampling_config(), settings)
+    assert [(one.min_peak, one.min_relative_contrast, one.outline_share) for one, _ in seen] == settings
+    assert all(image.values.shape == case.lesion().shape for _, image in seen)
+    assert all(count.sum(1).tolist() == [count[0].sum()] * len(THRESHOLDS) for count in counts)
 
 
 def test_patients_that_are_left_out_are_those_of_validation(config, tmp_path):

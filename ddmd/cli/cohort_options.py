@@ -61,7 +61,9 @@ class CohortSettings:
     seed: Annotated[int, typer.Option("--seed", metavar="N", help="The same seed gives the same result.")] = 0
     threshold: Annotated[
         float | None,
-        typer.Option("--threshold", metavar="P", help="Probability from which a voxel is lesion."),
+        typer.Option(
+            "--threshold", metavar="P", help="Probability from which a voxel is lesion; large ones reach on."
+        ),
     ] = None
     resample: Annotated[bool, typer.Option("--resample", help="Bring sequences onto one grid first.")] = False
     skull: Annotated[

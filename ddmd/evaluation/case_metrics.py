@@ -26,6 +26,7 @@ from ddmd.evaluation.metrics import (
 )
 from ddmd.inference.lesion_contrast import BrightImage
 from ddmd.inference.postprocess import LesionCriteria, find_lesions, label_components, lesion_score
+from ddmd.io.background import bounding_box
 from ddmd.io.volume import Volume
 
 BASELINE_RANGE = (-4.0, 6.0)  # of the smoothed robust z-score
@@ -93,10 +94,10 @@ def counts_by_threshold(
     image : BrightImage, optional, as `label_components` takes it
     """
     # computed in the box that holds all candidates, their surroundings and lesions
-    at = np.argwhere((probability >= THRESHOLDS[0] * criteria.outline_share) | truth)
-    low, high = (at.min(0), at.max(0) + 1) if len(at) else (np.zeros(3, int), np.ones(3, int))
+    faintest = replace(criteria, threshold=float(THRESHOLDS[0])).outline
+    marked = bounding_box((probability >= faintest) | truth) or (slice(0, 1),) * 3
     reach = image.radius if image is not None else (0, 0, 0)
-    box = tuple(slice(max(0, a - r), b + r) for a, b, r in zip(low, high, reach, strict=True))
+    box = tuple(slice(max(0, a.start - r), a.stop + r) for a, r in zip(marked, reach, strict=True))
     part = image.part(box) if image is not None else None
     masks = (
         label_components(probability[box], voxel_ml, replace(criteria, threshold=float(threshold)), part) > 0

@@ -142,16 +142,50 @@ def threshold_energy_distance(probability: Floats, raters: Mask, count: int) -> 
     among = np.where(largest > 0, 1 - np.minimum(sizes[:, None], sizes) / np.maximum(largest, 1), 0.0)
     diversity = (1 - 1 / count) * float(among.mean())  # a mask with itself among the pairs
     rater_diversity = float(iou_distances(raters, raters).mean())
-    # P(best of S is at most the i-th of n) = (i / n)^S
-    share = (np.arange(THRESHOLD_LEVELS + 1) / THRESHOLD_LEVELS) ** count
-    best = np.sort(_dice(across), axis=0).T @ np.diff(share)
     return EnergyDistance(
         distance=2 * float(across.mean()) - diversity - rater_diversity,
         rater_distance=float(across.mean()),
         diversity=diversity,
         rater_diversity=rater_diversity,
-        best_match_dice=float(best.mean()),
+        best_match_dice=_expected_best(_dice(across), count),
     )
+
+
+def family_energy_distance(masks: Mask, raters: Mask, count: int) -> EnergyDistance:
+    """What `count` masks taken at random from a large family reach on average.
+
+    As `threshold_energy_distance`, for masks that need not be nested.
+
+    Parameters
+    ----------
+    masks : (n, X, Y, Z) bool, the family
+    raters : (R, X, Y, Z) bool
+    count : masks in a set, S
+
+    Returns
+    -------
+    EnergyDistance
+        Expectations over sets of S masks; the highest Dice is that of the best of the S.
+    """
+    n = len(masks)
+    across = iou_distances(masks, raters)
+    among = float(iou_distances(masks, masks).sum()) / (n * (n - 1))  # of two different masks
+    diversity = (1 - 1 / count) * among  # a mask with itself among the pairs
+    rater_diversity = float(iou_distances(raters, raters).mean())
+    return EnergyDistance(
+        distance=2 * float(across.mean()) - diversity - rater_diversity,
+        rater_distance=float(across.mean()),
+        diversity=diversity,
+        rater_diversity=rater_diversity,
+        best_match_dice=_expected_best(_dice(across), count),
+    )
+
+
+def _expected_best(dice: NDArray[np.float64], count: int) -> float:
+    """Mean over raters of the expected highest of `count` values taken at random from each column of (n, R)."""
+    # P(best of S is at most the i-th of n) = (i / n)^S
+    share = (np.arange(len(dice) + 1) / len(dice)) ** count
+    return float((np.sort(dice, axis=0).T @ np.diff(share)).mean())
 
 
 def _unit(draws: Draws) -> int:
@@ -222,13 +256,14 @@ def draw_metrics(
     raters: Mask | None = None,
     one_step: Draws | None = None,
     probability: Floats | None = None,
+    thresholded: Mask | None = None,
     threshold: float = 0.5,
     scale: float = INTERVAL_SCALE,
 ) -> DrawMetrics:
     """Everything that draws say of one case, beside two baselines.
 
     The baselines are draws of one step, and the probability at as many random thresholds
-    (`threshold_energy_distance`).
+    (`threshold_energy_distance`), also with components left out as draws leave them out.
 
     Parameters
     ----------
@@ -239,6 +274,7 @@ def draw_metrics(
     raters : (R, X, Y, Z) bool, masks of two annotators or more; energy distances need them
     one_step : draws of one denoising step, as `draws`
     probability : (X, Y, Z) float32, the posterior mean; by default the mean of the draws
+    thresholded : (n, X, Y, Z) bool, masks of the probability at n thresholds, without what draws leave out
     threshold : from which a voxel of a draw is lesion
     scale : of the volume interval, see `calibrated_interval`
     """
@@ -261,6 +297,8 @@ def draw_metrics(
             "draws": energy_distance(masks, raters),
             "random_thresholds": threshold_energy_distance(mean, raters, len(draws)),
         }
+        if thresholded is not None:
+            distances["bright_thresholds"] = family_energy_distance(thresholded, raters, len(draws))
         if one_step is not None:
             distances["one_step_draws"] = energy_distance(one_step >= threshold * _unit(one_step), raters)
         for name, result in distances.items():

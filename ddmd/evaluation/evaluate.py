@@ -32,6 +32,8 @@ from ddmd.validation import choice, flag
 
 __all__ = ["EvaluationError", "Report", "evaluate", "evaluate_case"]
 
+RANDOM_THRESHOLDS = (np.arange(50) + 0.5) / 50  # of which masks stand for those of random thresholds
+
 
 def evaluate(
     data: str | Path,
@@ -219,6 +221,10 @@ def _draw_metrics(
     one_step_mask = label_components(mean, voxel_ml, criteria, image) > 0
     aurocs = error_aurocs(draws[:, inside], mean[inside], one_step_mask[inside], truth[inside])
     compared = len(raters) > 1
+    least, thresholded = criteria.min_relative_contrast, None
+    if compared and least and image is not None:
+        levels = [LesionCriteria(float(level), min_relative_contrast=least) for level in RANDOM_THRESHOLDS]
+        thresholded = np.stack([label_components(mean, voxel_ml, level, image) > 0 for level in levels])
     return draw_metrics(
         draws,
         labels,
@@ -227,6 +233,7 @@ def _draw_metrics(
         np.stack(raters) if compared else None,
         _whole(detector, prepared, one_step) if compared else None,
         mean,
+        thresholded,
     ).beside(aurocs)
 
 

@@ -393,7 +393,7 @@ class Detector:
         seed : int
             The same seed gives the same result on one machine with the same number of threads.
         threshold : float in (0, 1), optional
-            Probability from which a voxel is lesion.
+            Probability from which a voxel is lesion; large lesions reach on to a share of it, which the weights say.
         batch : int, optional
             Most slices computed at once. It changes time and memory; see Notes for the result.
         progress : called with (slices done, slices in all), optional

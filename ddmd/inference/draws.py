@@ -22,12 +22,14 @@ NEIGHBOURS_26 = np.ones((3, 3, 3))
 def leave_out_faint(
     draws: NDArray[np.uint8], image: BrightImage, min_relative_contrast: float
 ) -> NDArray[np.uint8]:
-    """Draws without the components that are too faint beside the main one, as in the mask; see `LesionCriteria`.
+    """Draws without the components that are too faint beside the main one of the same draw; see `LesionCriteria`.
+
+    The main one of a draw is its largest.
 
     Parameters
     ----------
     draws : (S, X, Y, Z) uint8, 255 for probability 1; changed in place
-        In components that are left out, the highest value becomes the last that is no lesion.
+        0 in components that are left out.
     image : BrightImage, on the same grid
     min_relative_contrast : float in [0, 1]
 
@@ -46,7 +48,7 @@ def leave_out_faint(
     for draw in draws[:, *near]:
         marked = draw >= DRAW_LEVEL
         kept = label_components(marked.astype(np.float32), 1.0, criteria, image.part(near)) > 0
-        draw[marked & ~kept] = DRAW_LEVEL - 1
+        draw[marked & ~kept] = 0
     return draws
 
 

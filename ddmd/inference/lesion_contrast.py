@@ -13,7 +13,8 @@ from scipy import ndimage
 from ddmd.io.volume import Volume
 
 BRIGHT_SEQUENCE = "flair"  # on which lesions are brighter than what surrounds them
-RING_MM = 4.0  # in the slice: so far from a component its surroundings reach
+RING_MM = 4.0  # along rows and columns of a slice: about so far from a component its surroundings reach
+ROUNDING = 1e-5  # relative: a component of exactly the least contrast stays, however the image is scaled
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class BrightImage:
     Parameters
     ----------
     values : (X, Y, Z) float32
-        In any unit: contrasts are only compared with one another.
+        In any unit, the same everywhere: contrasts are only compared with one another.
     tissue : (X, Y, Z) bool
     radius : voxels along each axis, as `lesion_contrasts` takes them
     """
@@ -34,11 +35,11 @@ class BrightImage:
 
     @classmethod
     def of(cls, volume: Volume) -> BrightImage | None:
-        """The FLAIR image of a volume; None where it has none."""
+        """The FLAIR image of a volume, without its bias field; None where it has none."""
         if BRIGHT_SEQUENCE not in volume.images:
             return None
         x, y, _z = (max(1, round(RING_MM / side)) for side in volume.spacing)
-        return cls(volume.images[BRIGHT_SEQUENCE], volume.search_region, (x, y, 0))
+        return cls(volume.bias_corrected(BRIGHT_SEQUENCE), volume.search_region, (x, y, 0))
 
     def part(self, index: Any) -> BrightImage:
         """A part of it, by any index that leaves three axes."""
@@ -89,7 +90,7 @@ def lesion_contrasts(
         inside = labels[near] == number
         ring = ndimage.maximum_filter(inside, tuple(2 * reach + 1 for reach in radius)) & around[near]
         if ring.any():
-            contrasts[row] = np.median(image[near][inside]) - np.median(image[near][ring])
+            contrasts[row] = _median(image[near][inside]) - _median(image[near][ring])
     return contrasts
 
 
@@ -118,5 +119,9 @@ def bright_enough(
     main = contrasts[np.argmax(masses)] if len(masses) else np.nan
     if not main > 0:
         return np.ones(len(contrasts), bool)
-    kept: NDArray[np.bool_] = ~(contrasts < least * main)
+    kept: NDArray[np.bool_] = ~(contrasts < least * main * (1 - ROUNDING))
     return kept
+
+
+def _median(values: NDArray[np.floating]) -> float:
+    return float(np.median(values.astype(np.float64)))

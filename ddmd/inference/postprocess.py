@@ -15,7 +15,6 @@ EVIDENCE_LIMIT = 1e-3  # evidence is kept this far from 0 and 1, so that its odd
 SCORE_ML = 0.5  # the evidence of a volume is the mean probability of this much of its most probable tissue
 UNCERTAIN = (0.25, 0.75)  # probabilities that are neither clearly lesion nor clearly none
 NEIGHBOURS_26 = np.ones((3, 3, 3))
-LARGE_ML = 20.0  # a lesion of this volume is large, where weights do not say otherwise
 ROUNDING = 1e-6  # relative: a component of exactly the least volume is a lesion, however its voxels' volume is rounded
 
 
@@ -65,14 +64,16 @@ class LesionCriteria:
     large_ml : float
         What is a large lesion.
     outline_share : float in (0, 1]
-        A large lesion ends only where the probability falls below so much of the threshold. 1: where others do.
+        A large lesion ends only where the probability falls below so much of the threshold. 1: where others do. All
+        that lies within one such outline is one lesion, what the other criteria left out among it; and lesions within
+        one outline are large if they are so together.
     """
 
     threshold: float
     min_ml: float = 0.0
     min_peak: float = 0.0
     min_relative_contrast: float = 0.0
-    large_ml: float = LARGE_ML
+    large_ml: float = 0.0
     outline_share: float = 1.0
 
     def __post_init__(self) -> None:
@@ -80,6 +81,8 @@ class LesionCriteria:
             raise ValueError(f"threshold is {self.threshold}; allowed are values between 0 and 1")
         if not 0.0 < self.outline_share <= 1.0:
             raise ValueError(f"outline_share is {self.outline_share}; allowed is above 0 and at most 1")
+        if not 0.0 <= self.min_relative_contrast <= 1.0:
+            raise ValueError(f"min_relative_contrast is {self.min_relative_contrast}; allowed is 0 to 1")
 
     @property
     def outline(self) -> float:
@@ -168,7 +171,7 @@ def _components(
     least = criteria.min_ml * (1 - ROUNDING)
     accepted = np.flatnonzero((sizes * voxel_ml >= least) & (peaks >= criteria.min_peak))
     if image is not None and criteria.min_relative_contrast and len(accepted) > 1:
-        masses = ndimage.sum(inside[candidates], component, accepted + 1)
+        masses = ndimage.sum_labels(inside[candidates], component, accepted + 1)
         contrasts = _contrasts(box, components, accepted + 1, image)
         accepted = accepted[bright_enough(contrasts, masses, criteria.min_relative_contrast)]
     if criteria.outline_share < 1 and sizes[accepted].sum() * voxel_ml >= criteria.large_ml * (1 - ROUNDING):
@@ -191,7 +194,6 @@ def _with_outlines(
     regions, count = ndimage.label(probability >= criteria.outline, NEIGHBOURS_26)
     volumes = np.bincount(regions[kept], minlength=count + 1) * voxel_ml
     large = (volumes > 0) & (volumes >= criteria.large_ml * (1 - ROUNDING))
-    large[0] = False
     components, found = ndimage.label(kept | large[regions], NEIGHBOURS_26)
     return components, np.bincount(components.ravel(), minlength=found + 1)[1:]
 

@@ -64,13 +64,15 @@ BIDS_NAMES = Naming(
 )  # of BIDS derivatives
 SEG_SUFFIXES = {"mask": "desc-lesion_mask.dcm", "probability": "desc-lesion_probseg.dcm"}  # for DICOM input
 MEANING = {
-    "mask": "1 where the probability reaches the threshold, in components of at least the smallest volume and peak",
+    "mask": "1 in components that meet Threshold and the other criteria of the result's JSON file, and in the outlines of "
+    "large ones",
     "probability": "mean over the S drawn masks, smoothed through the plane, in [0, 1]",
     "uncertainty": "variance over the S drawn masks, 1/(S-1), smoothed through the plane",
     "labels": "n in the voxels of the n-th lesion of the table, 0 elsewhere",
     "inter_discrepancy": "X = mean over sequences of |mu_B - mu_A|, in robust z-scores times 0.5",
     "intra_discrepancy": "Y = root mean square deviation of the ensemble trained on normal slices, same unit",
-    "draws": "the S drawn masks along the fourth axis: probability times 255, smoothed through the plane; lesion from 128",
+    "draws": "the S drawn masks along the fourth axis: probability times 255, smoothed through the plane; lesion from 128. "
+    "0 where a mask marks what is too faint beside its main lesion",
 }
 _GEOMETRY = (
     "qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z",

@@ -255,7 +255,16 @@ class Volume:
         method = "off" if self.skull and self.bias == "auto" else self.bias
         if method == "off":
             return values
-        return correct_bias(values, self.brain, self.spacing, self.zero_signal(sequence), method)[0]
+        if sequence not in self._corrected:
+            self._corrected[sequence] = correct_bias(
+                values, self.brain, self.spacing, self.zero_signal(sequence), method
+            )[0]
+        return self._corrected[sequence]
+
+    @cached_property
+    def _corrected(self) -> dict[str, np.ndarray]:
+        """What `bias_corrected` has computed: the slices and the contrast of lesions need it."""
+        return {}
 
     def normalised(self, sequence: str) -> np.ndarray:
         """Robust z-scores float32 (X, Y, Z) of a sequence over the brain, in [LOWEST, HIGHEST].

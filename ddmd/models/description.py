@@ -118,7 +118,8 @@ class Description:
     sampling : fields of `SamplingConfig`, but for seed and batch
         The defaults.
     threshold : float in (0, 1)
-        Probability from which a voxel is lesion; threshold_chosen says how it was chosen.
+        Probability from which a voxel is lesion, but for the outline of large ones; threshold_chosen says how it was
+        chosen.
     min_lesion_ml, min_peak : float
         Components that are smaller, or nowhere as probable, are left out of the mask.
     min_relative_contrast : float

@@ -109,7 +109,7 @@ def dice_by_kind(counts: Sequence[np.ndarray], kinds: Sequence[str]) -> dict[str
 
     Parameters
     ----------
-    counts : of each patient, what `evaluate_case` gives as `by_threshold`.
+    counts : of each patient, what `counts_by_threshold` gives.
     kinds : of each patient.
 
     Returns
@@ -183,10 +183,10 @@ def count_case(
     probability = detector.to_volume(prepared, detector.maps(prepared, sampling)).probability
     voxel_ml = float(np.prod(volume.spacing)) / 1000
     image = BrightImage.of(volume)
+    inside = volume.search_region | truth
     counts = []
     for setting in settings:
         criteria = dataclasses.replace(detector.lesion_criteria(), **setting._asdict())
-        inside = volume.search_region | truth
         counts.append(counts_by_threshold(probability, truth, inside, voxel_ml, criteria, image))
     return counts
 
@@ -222,7 +222,7 @@ def choose(
     Returns
     -------
     list of (Setting, Choice)
-        First what was chosen, then the best threshold of every setting.
+        First what was chosen, then every setting with the threshold that `pick` takes in it.
 
     Raises
     ------
@@ -271,7 +271,7 @@ def choose(
         sampling=own.sampling | {"steps": sampling.steps},
         **settings[choice.setting]._asdict(),
         threshold=choice.threshold,
-        threshold_chosen=f"{pick} within {TOLERANCE} of the highest Dice, mean over kinds ({curves.max():.3f}; best of "
+        threshold_chosen=f"{pick} within {TOLERANCE} of the highest Dice, mean over kinds ({choice.mean:.3f}; best of "
         f"each: {best}), on {len(chosen)} cases of validation patients" + others,
     )
     # float16 in the file: read and written without rounding
@@ -357,7 +357,7 @@ def main() -> None:
         "--leave-one-out",
         type=Path,
         metavar="FILE",
-        help="JSON of what each validation patient reaches with the threshold that the others choose",
+        help="JSON of what each validation patient reaches with the settings that the others choose",
     )
     parser.add_argument(
         "--pick",

@@ -27,7 +27,8 @@ def average(first: System, second: System, share: float) -> System:
     """A new system, float32: (1 - share) of the first's weights and `share` of the second's.
 
     It is described as the second is, which was trained on from the first, and says what it is a mean of. The
-    threshold of neither holds for the mean, which has one half until one is chosen.
+    threshold of neither holds for the mean, which has one half until one is chosen. The other criteria of lesions are
+    those of the second until then.
 
     Parameters
     ----------
