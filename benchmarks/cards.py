@@ -104,7 +104,8 @@ def volumes(*evaluations: Mapping[str, Any]) -> str:
     return "\n".join([
         *lines, "", f"False-positive volume of healthy controls: {', '.join(empty) or 'not measured'}. Uncertainty "
         f"against error, AUROC, on the {len(first['patients'])} volumes with lesions: "
-        f"{pooled['uncertainty_auroc']:.3f}; pooled Dice without the 5 % least certain voxels "
+        f"{pooled['uncertainty_auroc']:.3f}; p(1 - p) {pooled['bernoulli_auroc']:.3f}, nearness to the decision "
+        f"{pooled['decision_auroc']:.3f}. Pooled Dice without the 5 % least certain voxels "
         f"{pooled['dice_without_5_percent']:.3f}, with them {pooled['dice']:.3f}.",
     ])  # fmt: skip
 

@@ -24,7 +24,7 @@ from ddmd.models import checkpoint
 
 RESULTS = Path(__file__).with_name("results")
 COLUMNS = ("patient", "lesion_ml", "detected_ml", "false_positive_ml", "dice", "dice_oracle", "baseline_dice_oracle",
-           "lesion_recall", "false_positives", "score", "uncertainty_auroc", "bernoulli_auroc")  # fmt: skip
+           "lesion_recall", "false_positives", "score", "uncertainty_auroc", "bernoulli_auroc", "decision_auroc")  # fmt: skip
 
 
 def without_mask(data: Path, name: str, split: dict[str, str] | None, part: str) -> list[dict[str, Any]]:

@@ -73,7 +73,8 @@ def test_the_tables_shown_have_the_gpus_figures(capsys):
 def test_tables_of_an_evaluation_leave_out_what_is_not_there():
     row = {"patient": "p", "lesion_ml": 2.0, "detected_ml": 1.0, "dice": 0.25, "dice_oracle": 0.5,
            "baseline_dice_oracle": None}  # fmt: skip
-    pooled = {"dice": 0.5, "uncertainty_auroc": 0.75, "dice_without_5_percent": 0.625, "auprc": None}
+    pooled = {"dice": 0.5, "uncertainty_auroc": 0.75, "bernoulli_auroc": 0.5, "decision_auroc": 0.875,
+              "dice_without_5_percent": 0.625, "auprc": None}  # fmt: skip
     evaluation = {
         "pooled": pooled, "intervals": {"dice": [0.4, 0.3, 0.6], "hd95_mm": [None, None, None]},
         "patients": [row], "without_mask": [{"patient": "q", "detected_ml": 1.25}],
@@ -84,7 +85,10 @@ def test_tables_of_an_evaluation_leave_out_what_is_not_there():
     text = cards.volumes(evaluation)
     assert "| p | 2.0 | 1.0 | 0.250 | 0.500 |  |" in text
     assert "False-positive volume of healthy controls: q: 1.2 ml." in text
-    assert "AUROC, on the 1 volumes with lesions: 0.750; " in text
+    assert (
+        "AUROC, on the 1 volumes with lesions: 0.750; p(1 - p) 0.500, nearness to the decision 0.875. Pooled"
+        in text
+    )
 
 
 def test_a_case_that_the_split_does_not_list_is_in_no_part(tmp_path, monkeypatch, rng):

@@ -24,6 +24,7 @@ from ddmd.evaluation.metrics import (
     rejection_curve,
     slice_scores,
 )
+from ddmd.inference.decision import decision_uncertainty
 from ddmd.inference.lesion_contrast import BrightImage
 from ddmd.inference.postprocess import LesionCriteria, find_lesions, label_components, lesion_score
 from ddmd.io.background import bounding_box
@@ -46,7 +47,8 @@ class CaseMetrics:
     patient : whose examination it is, the unit of the bootstrap
     probability : Histogram of the probability, lesion against other tissue
     baseline : the same of the smoothed intensity
-    uncertainty, bernoulli : Histograms of log10 of the variance over samples and of p (1 - p), voxels where the
+    uncertainty, bernoulli, decision : Histograms of log10 of the variance over samples, of p (1 - p) and of
+        `decision_uncertainty`, voxels where the
         mask is wrong against the others
     confusion : (4,), see `metrics.confusion`
     by_threshold : (len(THRESHOLDS), 4), the same with each threshold
@@ -64,6 +66,7 @@ class CaseMetrics:
     baseline: Histogram
     uncertainty: Histogram
     bernoulli: Histogram
+    decision: Histogram
     confusion: NDArray[np.int64]
     by_threshold: NDArray[np.int64]
     rejection: NDArray[np.int64]
@@ -146,6 +149,8 @@ def case_metrics(
     baseline = Histogram.count(smoothed_intensity(volume)[inside], true_voxels, *BASELINE_RANGE)
     variance = Histogram.count(_log10(uncertainty[inside]), wrong, *VARIANCE_RANGE)
     bernoulli = Histogram.count(_log10(p * (1 - p)), wrong, *VARIANCE_RANGE)
+    nearness = decision_uncertainty(probability, lesion_map.labels, volume.spacing, criteria)[inside]
+    decision = Histogram.count(_log10(nearness), wrong, *VARIANCE_RANGE)
     by_threshold = counts_by_threshold(probability, truth, inside, voxel_ml, criteria, image)
     has_lesion: Mask = np.any(truth, axis=(0, 1))
     lesion_slices = confusion(mask[:, :, has_lesion], truth[:, :, has_lesion], inside[:, :, has_lesion])
@@ -164,6 +169,7 @@ def case_metrics(
         "dice_lesion_slices": confusion_metrics(lesion_slices)["dice"],
         "uncertainty_auroc": variance.auroc(),
         "bernoulli_auroc": bernoulli.auroc(),
+        "decision_auroc": decision.auroc(),
         **(draws.row if draws else {}),
     }
     filled = volume.search_region.any(axis=(0, 1))
@@ -174,6 +180,7 @@ def case_metrics(
         baseline=baseline,
         uncertainty=variance,
         bernoulli=bernoulli,
+        decision=decision,
         confusion=counts,
         by_threshold=by_threshold,
         rejection=rejection_curve(mask[inside], true_voxels, uncertainty[inside], REJECTED_SHARES),

@@ -44,6 +44,7 @@ FIGURES = {
     "score_brier": "Brier score of the score",
     "uncertainty_auroc": "uncertainty against error, AUROC",
     "bernoulli_auroc": "p(1 - p) against error, AUROC",
+    "decision_auroc": "nearness to the decision against error, AUROC",
     "draws_contradiction_auroc": "share of draws that contradict the mask against its error, AUROC",
     "draws_variance_auroc": "variance of the draws against the same error, AUROC",
     "posterior_mean_bernoulli_auroc": "p(1 - p) of the posterior mean against the same error, AUROC",
@@ -194,6 +195,7 @@ def _pooled(cases: Sequence[CaseMetrics], rows: Sequence[Mapping[str, Any]]) -> 
     pooled["dice_lesion_slices"] = confusion_metrics(lesion_slices)["dice"]
     pooled["uncertainty_auroc"] = reduce(add, (case.uncertainty for case in cases)).auroc()
     pooled["bernoulli_auroc"] = reduce(add, (case.bernoulli for case in cases)).auroc()
+    pooled["decision_auroc"] = reduce(add, (case.decision for case in cases)).auroc()
     slices = [np.concatenate([getattr(c, key) for c in cases]) for key in ("slice_label", "slice_score")]
     pooled["slice_auroc"] = auroc(slices[0], slices[1])
     pooled["score_auroc"] = auroc(has_lesion, scores)

@@ -1,0 +1,84 @@
+"""How near a voxel is to being decided otherwise: highest where the mask ends, and ranked as errors are."""
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from ddmd.evaluation.case_metrics import case_metrics
+from ddmd.inference.decision import REACH_MM, decision_uncertainty
+from ddmd.inference.detector import Detector
+from ddmd.inference.postprocess import LesionCriteria, label_components
+from ddmd.io.volume import Volume
+from tests.volumes import head, tiny_system
+
+SPACING = (1.0, 2.0, 3.0)
+
+
+def written_out(p: float, deciding: float) -> float:
+    odds = p / (1 - p) / (deciding / (1 - deciding))
+    q = odds / (1 + odds)
+    return q * (1 - q)
+
+
+def test_it_is_highest_at_the_threshold_and_falls_on_both_sides(rng):
+    p = np.linspace(0.01, 0.99, 99, dtype=np.float32).reshape(99, 1, 1)
+    found = decision_uncertainty(p, p >= 0.7, SPACING, LesionCriteria(0.7)).ravel()
+    assert found == pytest.approx([written_out(float(x), 0.7) for x in p.ravel()], rel=1e-4)
+    assert found.argmax() == 69
+    assert found.max() == pytest.approx(0.25)
+    assert (np.diff(found)[:69] > 0).all()
+    assert (np.diff(found)[69:] < 0).all()
+    half = decision_uncertainty(p, p >= 0.5, SPACING, LesionCriteria(0.5))
+    assert half == pytest.approx(p * (1 - p), rel=1e-4)
+    ends = decision_uncertainty(np.array([[[0.0, 1.0]]], np.float32), p[:1] > 1, SPACING, LesionCriteria(0.7))
+    assert (ends < 1e-5).all()
+    assert np.isfinite(ends).all()
+
+
+def test_near_a_large_lesion_its_outline_decides():
+    labels = np.zeros((60, 8, 6), np.int32)
+    labels[4:14, 2:6, 1:5], labels[50:52, 2:4, 1:3] = 1, 2  # 0.96 ml and 0.05 ml
+    p = np.full(labels.shape, 0.35, np.float32)
+    criteria = LesionCriteria(0.7, large_ml=0.9, outline_share=0.5)
+    found = decision_uncertainty(p, labels, SPACING, criteria)
+    away = np.array([
+        np.sqrt((((np.argwhere(labels == 1) - voxel) * SPACING) ** 2).sum(1).min()) for voxel in np.ndindex(p.shape)
+    ]).reshape(p.shape)  # fmt: skip
+    near = away <= REACH_MM
+    assert near.any()
+    assert found[near] == pytest.approx(0.25)
+    assert found[~near] == pytest.approx(written_out(0.35, 0.7), rel=1e-4)
+    for other in (LesionCriteria(0.7, large_ml=1.0, outline_share=0.5), LesionCriteria(0.7, large_ml=0.9)):
+        assert decision_uncertainty(p, labels, SPACING, other) == pytest.approx(
+            written_out(0.35, 0.7), rel=1e-4
+        )
+
+
+def test_evaluations_rank_errors_by_it(rng):
+    from sklearn.metrics import roc_auc_score
+
+    values, affine = head(rng)
+    volume = Volume.from_array({"flair": values}, affine)
+    p = rng.random(volume.brain.shape).astype(np.float32) * volume.brain
+    truth = (rng.random(p.shape) < p**3) & volume.brain  # the probability is too high; 0.8 decides well
+    criteria = LesionCriteria(0.8)
+    row = case_metrics("p", "p", volume, p, 0 * p, truth, criteria).row
+    inside = volume.search_region | truth
+    labels = label_components(p, 0.096, criteria)
+    scores = decision_uncertainty(p, labels, volume.spacing, criteria)
+    wrong = ((labels > 0) != truth)[inside]
+    assert row["decision_auroc"] == pytest.approx(roc_auc_score(wrong, scores[inside]), abs=0.02)
+    assert row["decision_auroc"] > row["bernoulli_auroc"] + 0.05
+
+
+def test_a_detection_gives_it_on_the_input_grid(rng):
+    values, affine = head(rng, (40, 48, 8))
+    image = nib.Nifti1Image(values, affine @ np.diag([-1.0, 1.0, 1.0, 1.0]))  # stored from right to left
+    detection = Detector(tiny_system()).detect(image, sequences="flair", threshold=0.6)
+    found = detection.decision_uncertainty()
+    p = np.asarray(detection.probability.dataobj)
+    assert np.array_equal(found.affine, image.affine)
+    assert found.get_data_dtype() == np.float32
+    some = (p > 0.01) & (p < 0.99)
+    wanted = [written_out(float(x), 0.6) for x in p[some]]
+    assert np.asarray(found.dataobj)[some] == pytest.approx(wanted, rel=1e-3)
