@@ -128,8 +128,8 @@ class Detection:
     def decision_uncertainty(self) -> nib.Nifti1Image:
         """How near each voxel is to being decided otherwise, float32 image in [0, 0.25]; see `ddmd.inference.decision`.
 
-        With `flair-image-labels` it ranks the errors of a mask at least as well as `uncertainty` and p (1 - p) do, and
-        better along large lesions (docs/quality.md).
+        With `flair-image-labels` it ranks the errors of a mask better on average than `uncertainty` and p (1 - p) do,
+        above all along large lesions (docs/quality.md).
         """
         made = self.provenance
         criteria = LesionCriteria(
