@@ -92,15 +92,18 @@ def energy_distance(draws: Mask, raters: Mask) -> EnergyDistance:
     0.0
     """
     across = iou_distances(draws, raters)
-    diversity, rater_diversity = (float(iou_distances(m, m).mean()) for m in (draws, raters))
     # Dice rises with IoU, so the best Dice is that of the least distance
-    return EnergyDistance(
-        distance=2 * float(across.mean()) - diversity - rater_diversity,
-        rater_distance=float(across.mean()),
-        diversity=diversity,
-        rater_diversity=rater_diversity,
-        best_match_dice=float(_dice(across.min(axis=0)).mean()),
-    )
+    best = float(_dice(across.min(axis=0)).mean())
+    return _with_terms(across, float(iou_distances(draws, draws).mean()), raters, best)
+
+
+def _with_terms(
+    across: NDArray[np.float64], diversity: float, raters: Mask, best_match_dice: float
+) -> EnergyDistance:
+    """The distance from its terms; across is (draws, raters), of each draw to each rater."""
+    rater_distance, rater_diversity = float(across.mean()), float(iou_distances(raters, raters).mean())
+    distance = 2 * rater_distance - diversity - rater_diversity
+    return EnergyDistance(distance, rater_distance, diversity, rater_diversity, best_match_dice)
 
 
 def _dice(distance: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -141,14 +144,7 @@ def threshold_energy_distance(probability: Floats, raters: Mask, count: int) -> 
     largest = np.maximum(sizes[:, None], sizes)
     among = np.where(largest > 0, 1 - np.minimum(sizes[:, None], sizes) / np.maximum(largest, 1), 0.0)
     diversity = (1 - 1 / count) * float(among.mean())  # a mask with itself among the pairs
-    rater_diversity = float(iou_distances(raters, raters).mean())
-    return EnergyDistance(
-        distance=2 * float(across.mean()) - diversity - rater_diversity,
-        rater_distance=float(across.mean()),
-        diversity=diversity,
-        rater_diversity=rater_diversity,
-        best_match_dice=_expected_best(_dice(across), count),
-    )
+    return _with_terms(across, diversity, raters, _expected_best(_dice(across), count))
 
 
 def family_energy_distance(masks: Mask, raters: Mask, count: int) -> EnergyDistance:
@@ -171,14 +167,7 @@ def family_energy_distance(masks: Mask, raters: Mask, count: int) -> EnergyDista
     across = iou_distances(masks, raters)
     among = float(iou_distances(masks, masks).sum()) / (n * (n - 1))  # of two different masks
     diversity = (1 - 1 / count) * among  # a mask with itself among the pairs
-    rater_diversity = float(iou_distances(raters, raters).mean())
-    return EnergyDistance(
-        distance=2 * float(across.mean()) - diversity - rater_diversity,
-        rater_distance=float(across.mean()),
-        diversity=diversity,
-        rater_diversity=rater_diversity,
-        best_match_dice=_expected_best(_dice(across), count),
-    )
+    return _with_terms(across, diversity, raters, _expected_best(_dice(across), count))
 
 
 def _expected_best(dice: NDArray[np.float64], count: int) -> float:

@@ -322,30 +322,13 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("weights", type=Path)
     parser.add_argument("--steps", type=int, help="N; by default what the weights say")
-    parser.add_argument(
-        "--peak",
-        type=float,
-        nargs="+",
-        default=[],
-        metavar="P",
-        help="least peaks of a lesion that are tried; by default that of the weights",
-    )
-    parser.add_argument(
-        "--contrast",
-        type=float,
-        nargs="+",
-        default=[],
-        metavar="C",
-        help="least relative contrasts of a lesion that are tried; by default that of the weights",
-    )
-    parser.add_argument(
-        "--outline",
-        type=float,
-        nargs="+",
-        default=[],
-        metavar="S",
-        help="shares of the threshold that large lesions reach to, that are tried; by default that of the weights",
-    )
+    for option, metavar, meaning in (
+        ("--peak", "P", "least peaks of a lesion"),
+        ("--contrast", "C", "least relative contrasts of a lesion"),
+        ("--outline", "S", "shares of the threshold that large lesions reach to"),
+    ):
+        what = f"{meaning} that are tried; by default that of the weights"
+        parser.add_argument(option, type=float, nargs="+", default=[], metavar=metavar, help=what)
     parser.add_argument(
         "--training",
         nargs="+",
