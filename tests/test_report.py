@@ -134,7 +134,9 @@ def test_a_second_report_keeps_the_image_and_a_new_result_does_not(cohort):
 def test_an_image_of_another_grid_or_name_is_not_shown(cohort):
     inputs, out = cohort
     other = brain().images["flair"]
-    nib.save(nib.Nifti1Image(other.dataobj, other.affine + np.eye(4)[:, 3:] * 9), inputs / "p-1_flair.nii.gz")
+    moved = other.affine.copy()
+    moved[:3, 3] += 9.0
+    nib.save(nib.Nifti1Image(other.dataobj, moved), inputs / "p-1_flair.nii.gz")
     report = write_report(out, find_cases(inputs, annotations=False))
     assert "grid" in " ".join(report.notes)
     assert "image" not in script_volumes(out / "report_volumes" / "p-1.js")
