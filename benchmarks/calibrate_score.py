@@ -55,7 +55,7 @@ def examples(weights: str, data: Path, seed: int) -> list[Example]:
         for has_lesion, chosen in ((True, np.ones_like(marked)), (False, far)):
             part = maps.probability[:, :, chosen]
             bright = image.part((slice(None), slice(None), chosen)) if image is not None else None
-            detected = bool(label_components(part, voxel_ml, criteria, bright).any())
+            detected = bool(label_components(part, prepared.volume.spacing, criteria, bright).any())
             rows.append(Example(case.patient, lesion_evidence(part, voxel_ml), detected, has_lesion))
     return rows
 

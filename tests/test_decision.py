@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from ddmd.evaluation.case_metrics import case_metrics
-from ddmd.inference.decision import REACH_MM, decision_uncertainty
+from ddmd.inference.decision import decision_uncertainty
 from ddmd.inference.detector import Detector
 from ddmd.inference.postprocess import LesionCriteria, label_components
 from ddmd.io.volume import Volume
@@ -36,22 +36,19 @@ def test_it_is_highest_at_the_threshold_and_falls_on_both_sides(rng):
 
 
 def test_near_a_large_lesion_its_outline_decides():
-    labels = np.zeros((60, 8, 6), np.int32)
-    labels[4:14, 2:6, 1:5], labels[50:52, 2:4, 1:3] = 1, 2  # 0.96 ml and 0.05 ml
-    p = np.full(labels.shape, 0.35, np.float32)
+    mask = np.zeros((60, 12, 8), bool)
+    mask[8:18, 4:8, 2:6] = mask[50:52, 2:4, 1:3] = True  # 0.96 ml and 0.05 ml
+    p = np.where(mask, 0.9, 0.3).astype(np.float32)
+    mask[18:20, 4:8, 2:6], p[18:20, 4:8, 2:6] = True, 0.4  # within the outline, below the threshold
     criteria = LesionCriteria(0.7, large_ml=0.9, outline_share=0.5)
-    found = decision_uncertainty(p, labels, SPACING, criteria)
-    away = np.array([
-        np.sqrt((((np.argwhere(labels == 1) - voxel) * SPACING) ** 2).sum(1).min()) for voxel in np.ndindex(p.shape)
-    ]).reshape(p.shape)  # fmt: skip
-    near = away <= REACH_MM
-    assert near.any()
-    assert found[near] == pytest.approx(0.25)
-    assert found[~near] == pytest.approx(written_out(0.35, 0.7), rel=1e-4)
+    found = decision_uncertainty(p, mask, SPACING, criteria)
+    near = np.zeros_like(mask)
+    near[3:23, 2:10, 1:7] = True  # 5, 2 and 1 voxels of 1, 2 and 3 mm beyond what reaches the threshold
+    wanted = [written_out(float(x), 0.35 if n else 0.7) for x, n in zip(p.ravel(), near.ravel(), strict=True)]
+    assert found.ravel() == pytest.approx(wanted, rel=1e-4)
+    plain = [written_out(float(x), 0.7) for x in p.ravel()]
     for other in (LesionCriteria(0.7, large_ml=1.0, outline_share=0.5), LesionCriteria(0.7, large_ml=0.9)):
-        assert decision_uncertainty(p, labels, SPACING, other) == pytest.approx(
-            written_out(0.35, 0.7), rel=1e-4
-        )
+        assert decision_uncertainty(p, mask, SPACING, other).ravel() == pytest.approx(plain, rel=1e-4)
 
 
 def test_evaluations_rank_errors_by_it(rng):
@@ -64,9 +61,9 @@ def test_evaluations_rank_errors_by_it(rng):
     criteria = LesionCriteria(0.8)
     row = case_metrics("p", "p", volume, p, 0 * p, truth, criteria).row
     inside = volume.search_region | truth
-    labels = label_components(p, 0.096, criteria)
-    scores = decision_uncertainty(p, labels, volume.spacing, criteria)
-    wrong = ((labels > 0) != truth)[inside]
+    mask = label_components(p, volume.spacing, criteria) > 0
+    scores = decision_uncertainty(p, mask, volume.spacing, criteria)
+    wrong = (mask != truth)[inside]
     assert row["decision_auroc"] == pytest.approx(roc_auc_score(wrong, scores[inside]), abs=0.02)
     assert row["decision_auroc"] > row["bernoulli_auroc"] + 0.05
 

@@ -90,10 +90,10 @@ def test_faint_components_are_no_lesions_whatever_the_unit_of_the_image(strength
     lesions = find_lesions(probability, 0 * probability, AFFINE, criteria, bright)
     assert len(lesions.lesions) == lesions.labels.max() == found
     assert np.array_equal(lesions.mask, (labels == 1) | ((labels == 3) & (found == 2)))
-    assert label_components(probability, 0.006, criteria, bright).max() == found
+    assert label_components(probability, (1.0, 2.0, 3.0), criteria, bright).max() == found
     for without in (
-        label_components(probability, 0.006, criteria),
-        label_components(probability, 0.006, LesionCriteria(0.5), bright),
+        label_components(probability, (1.0, 2.0, 3.0), criteria),
+        label_components(probability, (1.0, 2.0, 3.0), LesionCriteria(0.5), bright),
     ):
         assert without.max() == 2, "one without an image, one without the criterion"
 
@@ -121,7 +121,9 @@ def test_components_are_left_out_by_the_definition():
         kept = [n for n in accepted if not contrast[n] < 0.7 * contrast[main]]
         left_out += len(accepted) - len(kept)
         criteria = LesionCriteria(0.55, 0.0, 0.8, 0.7)
-        assert np.array_equal(label_components(probability, 1.0, criteria, bright) > 0, np.isin(parts, kept))
+        assert np.array_equal(
+            label_components(probability, (10.0, 10.0, 10.0), criteria, bright) > 0, np.isin(parts, kept)
+        )
     assert left_out >= 5
 
 
@@ -132,7 +134,9 @@ def test_the_main_component_is_that_with_the_largest_summed_probability():
     probability[20, 20, 1] = 0.0  # 47 voxels of 0.5 and 24 of 1
     image = (10.0 * large + 4.0 * surer).astype(np.float32)
     bright = BrightImage(image, np.ones(labels.shape, bool), (4, 2, 0))
-    kept = label_components(probability, 1.0, LesionCriteria(0.5, min_relative_contrast=0.5), bright)
+    kept = label_components(
+        probability, (10.0, 10.0, 10.0), LesionCriteria(0.5, min_relative_contrast=0.5), bright
+    )
     assert np.array_equal(kept > 0, (labels > 0) & (probability > 0)), "compared with 4, not with 10"
 
 
@@ -142,7 +146,7 @@ def test_exactly_the_least_contrast_is_enough_however_the_image_is_scaled(scale)
     image = ((100 + 100 * (labels == 1) + 50 * (labels == 3)) * np.float32(scale)).astype(np.float32)
     bright = BrightImage(image, np.ones(labels.shape, bool), (4, 2, 0))
     criteria = LesionCriteria(0.5, min_relative_contrast=0.5)
-    assert label_components(probability, 1.0, criteria, bright).max() == 2
+    assert label_components(probability, (10.0, 10.0, 10.0), criteria, bright).max() == 2
     with pytest.raises(ValueError, match="min_relative_contrast is 5"):
         LesionCriteria(0.5, min_relative_contrast=5.0)
 
@@ -151,7 +155,7 @@ def test_what_another_criterion_leaves_out_is_not_the_main_component():
     labels, probability, image = two_lesions(0.3)
     probability[labels == 3] = 0.95
     bright = BrightImage(image, np.ones(labels.shape, bool), (4, 2, 0))
-    kept = label_components(probability, 0.006, LesionCriteria(0.5, 0.0, 0.92, 0.5), bright)
+    kept = label_components(probability, (1.0, 2.0, 3.0), LesionCriteria(0.5, 0.0, 0.92, 0.5), bright)
     assert np.array_equal(kept > 0, labels == 3)
 
 
@@ -208,7 +212,12 @@ def test_counts_at_every_threshold_are_those_of_the_whole_volume(share):
     inside = rng.random(truth.shape) < 0.9
     bright = BrightImage(rng.normal(size=truth.shape) + probability, rng.random(truth.shape) < 0.8, (4, 3, 0))
     criteria = LesionCriteria(0.5, 0.0, 0.6, 0.4, 0.02, share)
-    counts = counts_by_threshold(probability, truth, inside, 0.001, criteria, bright)
+    counts = counts_by_threshold(probability, truth, inside, (1.0, 0.5, 2.0), criteria, bright)
     for threshold, count in zip(THRESHOLDS, counts, strict=True):
-        mask = label_components(probability, 0.001, replace(criteria, threshold=float(threshold)), bright) > 0
+        mask = (
+            label_components(
+                probability, (1.0, 0.5, 2.0), replace(criteria, threshold=float(threshold)), bright
+            )
+            > 0
+        )
         assert count.tolist() == confusion(mask, truth, inside).tolist()

@@ -35,37 +35,58 @@ def flood_fill(mask):
 
 @pytest.mark.parametrize(("large_ml", "share"), [(0.3, 0.5), (0.3, 1.0), (0.0, 0.5), (1e4, 0.5)])
 def test_large_lesions_reach_out_to_their_outline(rng, large_ml, share):
-    """Everything by flood fill: what is accepted at the threshold, and whole regions in which that is large."""
+    """All by flood fill: what is accepted at the threshold, and where that is large in a region, the region near it."""
     probability = np.clip(rng.random((14, 11, 9)).astype(np.float32) ** 4, 0, 1)
-    voxel_ml, criteria = 0.024, LesionCriteria(0.5, 0.03, 0.8, large_ml=large_ml, outline_share=share)
+    spacing, criteria = (
+        (2.0, 4.0, 3.0),
+        LesionCriteria(0.5, 0.03, 0.8, large_ml=large_ml, outline_share=share),
+    )
+    voxel_ml, reach = 0.024, np.array([2, 1, 1])  # of 5 mm
     accepted = np.zeros(probability.shape, bool)
     for component in flood_fill(probability >= 0.5):
         at = tuple(np.array(component).T)
         accepted[at] = len(component) * voxel_ml >= 0.03 and probability[at].max() >= 0.8
-    wanted, grown = accepted.copy(), 0
+    outlined, grown = accepted.copy(), 0
     for region in flood_fill(probability >= 0.5 * share):
-        at = tuple(np.array(region).T)
-        if accepted[at].any() and accepted[at].sum() * voxel_ml >= large_ml - 1e-9:
-            wanted[at], grown = True, grown + 1
-    labels = label_components(probability, voxel_ml, criteria)
-    assert np.array_equal(labels > 0, wanted)
+        kept = np.array([voxel for voxel in region if accepted[voxel]])
+        if len(kept) and len(kept) * voxel_ml >= large_ml - 1e-9:
+            grown += 1
+            for voxel in region:
+                outlined[voxel] |= (abs(kept - voxel) <= reach).all(1).any()
+    components = [c for c in flood_fill(outlined) if any(accepted[voxel] for voxel in c)]
+    labels = label_components(probability, spacing, criteria)
+    assert {tuple(v) for v in np.argwhere(labels)} == {voxel for c in components for voxel in c}
     sizes = np.bincount(labels.ravel())[1:]
-    assert sorted(sizes, reverse=True) == sizes.tolist() == sorted(map(len, flood_fill(wanted)), reverse=True)
+    assert sorted(sizes, reverse=True) == sizes.tolist() == sorted(map(len, components), reverse=True)
     assert (grown > 0) == (large_ml < 1e4)
-    assert (wanted != accepted).any() == (share < 1 and large_ml < 1e4)
+    assert ((labels > 0) != accepted).any() == (share < 1 and large_ml < 1e4)
 
 
-def test_two_parts_within_one_outline_are_one_large_lesion():
+def test_two_parts_within_one_outline_are_large_together():
     probability = np.zeros((12, 3, 3), np.float32)
     probability[1:11, 1, 1] = 0.4
     probability[2:4, 1, 1] = probability[8:10, 1, 1] = 0.9
+    ten_mm, four_mm = (10.0, 10.0, 10.0), (4.0, 10.0, 25.0)  # 1 ml a voxel
     parts = LesionCriteria(0.6, large_ml=5.0, outline_share=0.5)
-    assert label_components(probability, 1.0, parts).max() == 2, "4 ml together"
+    assert label_components(probability, four_mm, parts).max() == 2, "4 ml together"
     whole = LesionCriteria(0.6, large_ml=4.0, outline_share=0.5)
-    assert np.array_equal(label_components(probability, 1.0, whole), probability > 0)
+    assert np.array_equal(label_components(probability, ten_mm, whole) > 0, probability > 0.5), (
+        "5 mm is no voxel"
+    )
+    found = label_components(probability, four_mm, whole)
+    assert found[:, 1, 1].tolist() == [0, 1, 1, 1, 1, 0, 0, 2, 2, 2, 2, 0], "one voxel of 4 mm, not two"
     assert whole.outline == pytest.approx(0.3)
     with pytest.raises(ValueError, match="outline_share is 0"):
         LesionCriteria(0.6, outline_share=0.0)
+
+
+def test_an_outline_leaves_out_what_joins_the_lesion_only_out_of_reach():
+    """A lesion whose outline bends back: what is near in space but joined far away is no lesion of its own."""
+    probability = np.zeros((12, 6, 1), np.float32)
+    probability[1:4, 1, 0] = 0.9
+    probability[4:11, 1, 0] = probability[10, 1:4, 0] = probability[2:11, 3, 0] = 0.4
+    found = label_components(probability, (1.0, 2.0, 3.0), LesionCriteria(0.6, outline_share=0.5))
+    assert np.array_equal(np.argwhere(found), [[x, 1, 0] for x in range(1, 9)])
 
 
 @pytest.mark.parametrize(("min_ml", "min_peak"), [(0.0, 0.0), (0.1, 0.0), (0.0, 0.9), (0.06, 0.8)])
@@ -108,7 +129,7 @@ def test_a_map_without_candidates_has_no_lesions():
 def test_nan_is_never_lesion():
     probability = np.full((3, 3, 3), np.nan, np.float32)
     probability[1, 1, 1] = 0.9
-    labels = label_components(probability, 1.0, LesionCriteria(0.5))
+    labels = label_components(probability, (1.0, 1.0, 1.0), LesionCriteria(0.5))
     assert labels.sum() == labels[1, 1, 1] == 1
 
 
@@ -148,6 +169,6 @@ def test_a_component_of_exactly_the_least_volume_is_a_lesion():
     probability = np.zeros((8, 8, 8), np.float32)
     probability[2, 2, 2:4] = 0.9  # two voxels
     probability[6, 6, 6] = 0.9
-    for voxel_ml in (0.003, np.nextafter(0.003, 0), 0.002 * 1.5):
-        labels = label_components(probability, voxel_ml, LesionCriteria(0.5, min_ml=0.006))
+    for side in (3.0, np.nextafter(3.0, 0), 2.0 * 1.5):
+        labels = label_components(probability, (1.0, 1.0, side), LesionCriteria(0.5, min_ml=0.006))
         assert np.array_equal(labels > 0, np.where(probability > 0, [[[0, 0, 1, 1, 0, 0, 0, 0]]], 0))

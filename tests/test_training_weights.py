@@ -80,9 +80,9 @@ def test_every_setting_is_counted_with_its_own_criteria_and_with_the_image(confi
     detector = Detector(tiny_system())
     seen = []
 
-    def recorded(probability, truth, inside, voxel_ml, criteria, image):
+    def recorded(probability, truth, inside, spacing, criteria, image):
         seen.append((criteria, image))
-        return counts_by_threshold(probability, truth, inside, voxel_ml, criteria, image)
+        return counts_by_threshold(probability, truth, inside, spacing, criteria, image)
 
     monkeypatch.setattr(threshold, "counts_by_threshold", recorded)
     case = cases_of(config)[0]

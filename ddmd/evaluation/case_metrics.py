@@ -26,7 +26,7 @@ from ddmd.evaluation.metrics import (
 )
 from ddmd.inference.decision import decision_uncertainty
 from ddmd.inference.lesion_contrast import BrightImage
-from ddmd.inference.postprocess import LesionCriteria, find_lesions, label_components, lesion_score
+from ddmd.inference.postprocess import LesionCriteria, Spacing, find_lesions, label_components, lesion_score
 from ddmd.io.background import bounding_box
 from ddmd.io.volume import Volume
 
@@ -82,7 +82,7 @@ def counts_by_threshold(
     probability: Floats,
     truth: Mask,
     inside: Mask,
-    voxel_ml: float,
+    spacing: Spacing,
     criteria: LesionCriteria,
     image: BrightImage | None,
 ) -> NDArray[np.int64]:
@@ -92,7 +92,7 @@ def counts_by_threshold(
     ----------
     probability : (X, Y, Z) float32
     truth, inside : (X, Y, Z) bool, lesion and what is counted
-    voxel_ml : volume of a voxel in ml
+    spacing : of the voxels in mm
     criteria : LesionCriteria, whose threshold is replaced
     image : BrightImage, optional, as `label_components` takes it
     """
@@ -103,7 +103,7 @@ def counts_by_threshold(
     box = tuple(slice(max(0, a.start - r), a.stop + r) for a, r in zip(marked, reach, strict=True))
     part = image.part(box) if image is not None else None
     masks = (
-        label_components(probability[box], voxel_ml, replace(criteria, threshold=float(threshold)), part) > 0
+        label_components(probability[box], spacing, replace(criteria, threshold=float(threshold)), part) > 0
         for threshold in THRESHOLDS
     )
     counts = np.array([confusion(mask, truth[box], inside[box]) for mask in masks])
@@ -149,9 +149,9 @@ def case_metrics(
     baseline = Histogram.count(smoothed_intensity(volume)[inside], true_voxels, *BASELINE_RANGE)
     variance = Histogram.count(_log10(uncertainty[inside]), wrong, *VARIANCE_RANGE)
     bernoulli = Histogram.count(_log10(p * (1 - p)), wrong, *VARIANCE_RANGE)
-    nearness = decision_uncertainty(probability, lesion_map.labels, volume.spacing, criteria)[inside]
+    nearness = decision_uncertainty(probability, mask, volume.spacing, criteria)[inside]
     decision = Histogram.count(_log10(nearness), wrong, *VARIANCE_RANGE)
-    by_threshold = counts_by_threshold(probability, truth, inside, voxel_ml, criteria, image)
+    by_threshold = counts_by_threshold(probability, truth, inside, volume.spacing, criteria, image)
     has_lesion: Mask = np.any(truth, axis=(0, 1))
     lesion_slices = confusion(mask[:, :, has_lesion], truth[:, :, has_lesion], inside[:, :, has_lesion])
     row: dict[str, Any] = {

@@ -6,31 +6,29 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import ndimage
 
-from ddmd.inference.postprocess import ROUNDING, LesionCriteria
+from ddmd.inference.postprocess import OUTLINE_MM, LesionCriteria, Spacing, large_lesions, outline_reach
 from ddmd.io.background import bounding_box
 
-REACH_MM = 10.0  # so far from a large lesion its outline decides
 LEAST = 1e-6  # probabilities are kept this far from 0 and 1, so that their odds are finite
 
 
 def decision_uncertainty(
     probability: NDArray[np.floating],
-    labels: NDArray[np.integer],
-    spacing: tuple[float, float, float],
+    mask: NDArray[np.bool_],
+    spacing: Spacing,
     criteria: LesionCriteria,
 ) -> NDArray[np.float32]:
     """q (1 - q), where the odds of q are those of the probability over those of the probability that decides.
 
-    That is the threshold, and up to `REACH_MM` from a large lesion its outline. p (1 - p) is highest where the
-    probability is one half, whatever the threshold; this is highest where the mask ends.
+    That is the threshold, and where the outline of a large lesion may lie, a share of it. p (1 - p) is highest
+    where the probability is one half, whatever the threshold; this is highest where the mask ends.
 
     Parameters
     ----------
     probability : (X, Y, Z) float32 in [0, 1]
-    labels : (X, Y, Z) int
-        The lesions that the criteria found, numbered from 1.
+    mask : (X, Y, Z) bool
+        True in the lesions that the criteria found.
     spacing : of the voxels in mm
     criteria : LesionCriteria
 
@@ -46,9 +44,13 @@ def decision_uncertainty(
     """
     odds = _odds(np.clip(probability, LEAST, 1 - LEAST).astype(np.float32))
     odds /= np.float32(_odds(criteria.threshold))
-    large = _near_large(labels, spacing, criteria)
-    if large is not None:
-        box, near = large
+    if criteria.outline_share < 1 and mask.any():
+        box = bounding_box(mask | (probability >= criteria.outline), int(np.ceil(OUTLINE_MM / min(spacing))))
+        assert box is not None, "the mask is not empty"
+        accepted = mask[box] & (probability[box] >= criteria.threshold)
+        voxel_ml = float(np.prod(spacing)) / 1000
+        accepted &= large_lesions(accepted, probability[box], voxel_ml, criteria)
+        near = outline_reach(accepted, spacing)
         odds[box][near] *= np.float32(_odds(criteria.threshold) / _odds(criteria.outline))
     uncertainty: NDArray[np.float32] = odds / (1 + odds) ** 2
     return uncertainty
@@ -56,21 +58,3 @@ def decision_uncertainty(
 
 def _odds(probability: Any) -> Any:
     return probability / (1 - probability)
-
-
-def _near_large(
-    labels: NDArray[np.integer], spacing: tuple[float, float, float], criteria: LesionCriteria
-) -> tuple[tuple[slice, ...], NDArray[np.bool_]] | None:
-    """A box, and what in it is near a large lesion; None where there is none."""
-    if criteria.outline_share == 1 or not labels.any():
-        return None
-    volumes = np.bincount(labels.ravel()) * float(np.prod(spacing)) / 1000
-    large = volumes >= criteria.large_ml * (1 - ROUNDING)
-    large[0] = False
-    inside = large[labels]
-    box = bounding_box(inside)
-    if box is None:
-        return None
-    reach = [int(np.ceil(REACH_MM / side)) for side in spacing]
-    grown = tuple(slice(max(0, a.start - r), a.stop + r) for a, r in zip(box, reach, strict=True))
-    return grown, ndimage.distance_transform_edt(~inside[grown], sampling=spacing) <= REACH_MM

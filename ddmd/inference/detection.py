@@ -135,10 +135,10 @@ class Detection:
         criteria = LesionCriteria(
             made["Threshold"], large_ml=made["LargeLesionMl"], outline_share=made["OutlineShare"]
         )
-        labels = np.asanyarray((self.labels or self.mask).dataobj)
+        mask = np.asanyarray(self.mask.dataobj) > 0
         spacing = tuple(float(side) for side in np.linalg.norm(self.mask.affine[:3, :3], axis=0))
         values = decision_uncertainty(
-            np.asanyarray(self.probability.dataobj), labels, (spacing[0], spacing[1], spacing[2]), criteria
+            np.asanyarray(self.probability.dataobj), mask, (spacing[0], spacing[1], spacing[2]), criteria
         )
         return type(self.probability)(values, self.probability.affine, self.probability.header)
 

@@ -47,7 +47,7 @@ def leave_out_faint(
     )
     for draw in draws[:, *near]:
         marked = draw >= DRAW_LEVEL
-        kept = label_components(marked.astype(np.float32), 1.0, criteria, image.part(near)) > 0
+        kept = label_components(marked.astype(np.float32), (1.0, 1.0, 1.0), criteria, image.part(near)) > 0
         draw[marked & ~kept] = 0
     return draws
 

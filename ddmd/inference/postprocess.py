@@ -15,7 +15,12 @@ EVIDENCE_LIMIT = 1e-3  # evidence is kept this far from 0 and 1, so that its odd
 SCORE_ML = 0.5  # the evidence of a volume is the mean probability of this much of its most probable tissue
 UNCERTAIN = (0.25, 0.75)  # probabilities that are neither clearly lesion nor clearly none
 NEIGHBOURS_26 = np.ones((3, 3, 3))
+OUTLINE_MM = (
+    5.0  # along each axis: so far the outline of a large lesion may lie beyond what reaches the threshold
+)
 ROUNDING = 1e-6  # relative: a component of exactly the least volume is a lesion, however its voxels' volume is rounded
+
+Spacing = tuple[float, float, float]
 
 
 @dataclass(frozen=True)
@@ -64,9 +69,9 @@ class LesionCriteria:
     large_ml : float
         What is a large lesion.
     outline_share : float in (0, 1]
-        A large lesion ends only where the probability falls below so much of the threshold. 1: where others do. All
-        that lies within one such outline is one lesion, what the other criteria left out among it; and lesions within
-        one outline are large if they are so together.
+        A large lesion ends only where the probability falls below so much of the threshold, or `OUTLINE_MM` beyond
+        what reaches the threshold. 1: where others do. What the other criteria left out is part of it within that
+        outline. Lesions that voxels of that probability join are large if they are so together.
     """
 
     threshold: float
@@ -113,7 +118,7 @@ class LesionMap:
 
 def label_components(
     probability: NDArray[np.floating],
-    voxel_ml: float,
+    spacing: Spacing,
     criteria: LesionCriteria,
     image: BrightImage | None = None,
 ) -> NDArray[np.int32]:
@@ -122,7 +127,7 @@ def label_components(
     Parameters
     ----------
     probability : (X, Y, Z) float32 in [0, 1]
-    voxel_ml : volume of a voxel in ml
+    spacing : of the voxels in mm
     criteria : LesionCriteria
     image : BrightImage, optional
         Of which contrast is taken; without it that criterion is left out.
@@ -136,13 +141,13 @@ def label_components(
     --------
     >>> probability = np.zeros((4, 4, 4), np.float32)
     >>> probability[0, 0, 0], probability[2:, 2, 2] = 0.7, 0.9
-    >>> label_components(probability, 0.1, LesionCriteria(0.5)).max()
+    >>> label_components(probability, (5.0, 5.0, 4.0), LesionCriteria(0.5)).max()
     np.int32(2)
-    >>> label_components(probability, 0.1, LesionCriteria(0.5, min_ml=0.15)).max()
+    >>> label_components(probability, (5.0, 5.0, 4.0), LesionCriteria(0.5, min_ml=0.15)).max()
     np.int32(1)
     """
     labels = np.zeros_like(probability, dtype=np.int32)
-    found = _components(probability, voxel_ml, criteria, image)
+    found = _components(probability, spacing, float(np.prod(spacing)) / 1000, criteria, image)
     if found is not None:
         box, inside = found
         labels[box] = inside
@@ -151,6 +156,7 @@ def label_components(
 
 def _components(
     probability: NDArray[np.floating],
+    spacing: Spacing,
     voxel_ml: float,
     criteria: LesionCriteria,
     image: BrightImage | None,
@@ -175,9 +181,9 @@ def _components(
         contrasts = _contrasts(box, components, accepted + 1, image)
         accepted = accepted[bright_enough(contrasts, masses, criteria.min_relative_contrast)]
     if criteria.outline_share < 1 and sizes[accepted].sum() * voxel_ml >= criteria.large_ml * (1 - ROUNDING):
-        kept = np.isin(components, accepted + 1)
-        components, sizes = _with_outlines(kept, inside, voxel_ml, criteria)
-        accepted = np.arange(len(sizes))
+        components = _with_outlines(np.isin(components, accepted + 1), inside, spacing, voxel_ml, criteria)
+        sizes = np.bincount(components.ravel())[1:]
+        accepted = np.flatnonzero(sizes)
     accepted = accepted[np.argsort(-sizes[accepted], kind="stable")]
     new_number = np.zeros(len(sizes) + 1, np.int32)
     new_number[accepted + 1] = np.arange(1, len(accepted) + 1)
@@ -185,17 +191,61 @@ def _components(
 
 
 def _with_outlines(
-    kept: NDArray[np.bool_], probability: NDArray[np.floating], voxel_ml: float, criteria: LesionCriteria
-) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-    """Components of what was accepted, large ones out to their outline, and how many voxels each has.
+    kept: NDArray[np.bool_],
+    probability: NDArray[np.floating],
+    spacing: Spacing,
+    voxel_ml: float,
+    criteria: LesionCriteria,
+) -> NDArray[np.int32]:
+    """Components of what was accepted, large ones out to their outline."""
+    large = large_lesions(kept, probability, voxel_ml, criteria)
+    components, found = ndimage.label(kept | (large & outline_reach(kept & large, spacing)), NEIGHBOURS_26)
+    holds_accepted = np.bincount(components[kept], minlength=found + 1) > 0
+    joined: NDArray[np.int32] = np.where(holds_accepted[components], components, 0)
+    return joined
 
-    All that lies within one outline is one lesion, and large if it is so together.
+
+def large_lesions(
+    accepted: NDArray[np.bool_],
+    probability: NDArray[np.floating],
+    voxel_ml: float,
+    criteria: LesionCriteria,
+) -> NDArray[np.bool_]:
+    """Components of voxels with at least the outline's probability in which what was accepted is large.
+
+    Parameters
+    ----------
+    accepted : (X, Y, Z) bool, voxels that reach the threshold, of components that meet the criteria
+    probability : (X, Y, Z) float32 in [0, 1]
+    voxel_ml : volume of a voxel in ml
+    criteria : LesionCriteria
+
+    Returns
+    -------
+    (X, Y, Z) bool
     """
     regions, count = ndimage.label(probability >= criteria.outline, NEIGHBOURS_26)
-    volumes = np.bincount(regions[kept], minlength=count + 1) * voxel_ml
-    large = (volumes > 0) & (volumes >= criteria.large_ml * (1 - ROUNDING))
-    components, found = ndimage.label(kept | large[regions], NEIGHBOURS_26)
-    return components, np.bincount(components.ravel(), minlength=found + 1)[1:]
+    volumes = np.bincount(regions[accepted], minlength=count + 1) * voxel_ml
+    large: NDArray[np.bool_] = (volumes > 0) & (volumes >= criteria.large_ml * (1 - ROUNDING))
+    inside: NDArray[np.bool_] = large[regions]
+    return inside
+
+
+def outline_reach(accepted: NDArray[np.bool_], spacing: Spacing) -> NDArray[np.bool_]:
+    """Where the outline of a large lesion may lie: up to `OUTLINE_MM` along each axis from what was accepted.
+
+    Parameters
+    ----------
+    accepted : (X, Y, Z) bool
+    spacing : of the voxels in mm
+
+    Returns
+    -------
+    (X, Y, Z) bool
+    """
+    reach = [int(OUTLINE_MM / side * (1 + ROUNDING)) for side in spacing]
+    near: NDArray[np.bool_] = ndimage.maximum_filter(accepted, tuple(2 * r + 1 for r in reach))
+    return near
 
 
 def _contrasts(
@@ -238,9 +288,10 @@ def find_lesions(
     -------
     LesionMap
     """
+    x_mm, y_mm, z_mm = (float(side) for side in np.linalg.norm(affine[:3, :3], axis=0))
     voxel_ml = abs(float(np.linalg.det(affine[:3, :3]))) / 1000
     labels, lesions = np.zeros_like(probability, dtype=np.int32), []
-    found = _components(probability, voxel_ml, criteria, image)
+    found = _components(probability, (x_mm, y_mm, z_mm), voxel_ml, criteria, image)
     boxes = []
     if found is not None:
         outer, part = found

@@ -181,13 +181,12 @@ def count_case(
     volume = prepared.volume
     truth = case_truth(case, volume)
     probability = detector.to_volume(prepared, detector.maps(prepared, sampling)).probability
-    voxel_ml = float(np.prod(volume.spacing)) / 1000
     image = BrightImage.of(volume)
     inside = volume.search_region | truth
     counts = []
     for setting in settings:
         criteria = dataclasses.replace(detector.lesion_criteria(), **setting._asdict())
-        counts.append(counts_by_threshold(probability, truth, inside, voxel_ml, criteria, image))
+        counts.append(counts_by_threshold(probability, truth, inside, volume.spacing, criteria, image))
     return counts
 
 
