@@ -1,5 +1,7 @@
 """How near a voxel is to being decided otherwise: highest where the mask ends, and ranked as errors are."""
 
+import dataclasses
+
 import nibabel as nib
 import numpy as np
 import pytest
@@ -51,6 +53,18 @@ def test_near_a_large_lesion_its_outline_decides():
         assert decision_uncertainty(p, mask, SPACING, other).ravel() == pytest.approx(plain, rel=1e-4)
 
 
+def test_what_only_an_outline_took_in_counts_as_accepted():
+    p = np.zeros((30, 1, 1), np.float32)
+    p[2:6], p[6:9], p[9] = 0.9, 0.4, 0.75  # a lesion, its outline, and a spot that its peak would leave out
+    p[10:] = 0.1
+    criteria = LesionCriteria(0.7, min_peak=0.8, large_ml=0.003, outline_share=0.5)
+    mask = label_components(p, (1.0, 1.0, 1.0), criteria) > 0
+    assert np.flatnonzero(mask).tolist() == list(range(2, 10))
+    found = decision_uncertainty(p, mask, (1.0, 1.0, 1.0), criteria).ravel()
+    assert found[14] == pytest.approx(written_out(0.1, 0.35), rel=1e-3)  # 5 mm from the spot
+    assert found[15] == pytest.approx(written_out(0.1, 0.7), rel=1e-3)
+
+
 def test_evaluations_rank_errors_by_it(rng):
     from sklearn.metrics import roc_auc_score
 
@@ -79,3 +93,25 @@ def test_a_detection_gives_it_on_the_input_grid(rng):
     some = (p > 0.01) & (p < 0.99)
     wanted = [written_out(float(x), 0.6) for x in p[some]]
     assert np.asarray(found.dataobj)[some] == pytest.approx(wanted, rel=1e-3)
+
+
+def test_a_detection_takes_criteria_and_spacing_from_its_own_record(rng):
+    values, affine = head(rng, (40, 48, 8))
+    turned = affine[:, [1, 2, 0, 3]]  # stored in another order of axes
+    image = nib.Nifti1Image(values.transpose(1, 2, 0), turned)
+    detection = Detector(tiny_system()).detect(image, sequences="flair", threshold=0.6)
+    mask, p = np.zeros(image.shape, np.uint8), np.full(image.shape, 0.3, np.float32)
+    mask[10:20, 2:5, 10:20], p[10:20, 2:5, 10:20] = 1, 0.9
+    changed = dataclasses.replace(
+        detection,
+        mask=nib.Nifti1Image(mask, turned),
+        probability=nib.Nifti1Image(p, turned),
+        provenance=detection.provenance | {"OutlineShare": 0.5, "LargeLesionMl": 0.5},
+    )
+    x, y, z = (float(side) for side in nib.affines.voxel_sizes(turned))
+    assert y > max(x, z)
+    wanted = decision_uncertainty(
+        p, mask > 0, (x, y, z), LesionCriteria(0.6, large_ml=0.5, outline_share=0.5)
+    )
+    assert (wanted != decision_uncertainty(p, mask > 0, (x, y, z), LesionCriteria(0.6))).any()
+    assert np.array_equal(np.asarray(changed.decision_uncertainty().dataobj), wanted)

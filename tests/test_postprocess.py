@@ -46,19 +46,19 @@ def test_large_lesions_reach_out_to_their_outline(rng, large_ml, share):
     for component in flood_fill(probability >= 0.5):
         at = tuple(np.array(component).T)
         accepted[at] = len(component) * voxel_ml >= 0.03 and probability[at].max() >= 0.8
-    outlined, grown = accepted.copy(), 0
+    outlined, large, core = accepted.copy(), [], []
     for region in flood_fill(probability >= 0.5 * share):
-        kept = np.array([voxel for voxel in region if accepted[voxel]])
-        if len(kept) and len(kept) * voxel_ml >= large_ml - 1e-9:
-            grown += 1
-            for voxel in region:
-                outlined[voxel] |= (abs(kept - voxel) <= reach).all(1).any()
+        kept = [voxel for voxel in region if accepted[voxel]]
+        if kept and len(kept) * voxel_ml >= large_ml - 1e-9:
+            large, core = large + region, core + kept
+    for voxel in large:
+        outlined[voxel] |= (abs(np.array(core) - voxel) <= reach).all(1).any()
     components = [c for c in flood_fill(outlined) if any(accepted[voxel] for voxel in c)]
     labels = label_components(probability, spacing, criteria)
     assert {tuple(v) for v in np.argwhere(labels)} == {voxel for c in components for voxel in c}
     sizes = np.bincount(labels.ravel())[1:]
     assert sorted(sizes, reverse=True) == sizes.tolist() == sorted(map(len, components), reverse=True)
-    assert (grown > 0) == (large_ml < 1e4)
+    assert bool(large) == (large_ml < 1e4)
     assert ((labels > 0) != accepted).any() == (share < 1 and large_ml < 1e4)
 
 

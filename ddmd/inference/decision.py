@@ -22,7 +22,8 @@ def decision_uncertainty(
     """q (1 - q), where the odds of q are those of the probability over those of the probability that decides.
 
     That is the threshold, and where the outline of a large lesion may lie, a share of it. p (1 - p) is highest
-    where the probability is one half, whatever the threshold; this is highest where the mask ends.
+    where the probability is one half, whatever the threshold; this is highest where the mask ends. What only the
+    outline of a large lesion took in counts as accepted, so that outlines are looked for a little too far out.
 
     Parameters
     ----------

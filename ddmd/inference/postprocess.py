@@ -15,9 +15,8 @@ EVIDENCE_LIMIT = 1e-3  # evidence is kept this far from 0 and 1, so that its odd
 SCORE_ML = 0.5  # the evidence of a volume is the mean probability of this much of its most probable tissue
 UNCERTAIN = (0.25, 0.75)  # probabilities that are neither clearly lesion nor clearly none
 NEIGHBOURS_26 = np.ones((3, 3, 3))
-OUTLINE_MM = (
-    5.0  # along each axis: so far the outline of a large lesion may lie beyond what reaches the threshold
-)
+# along each axis: so far from what reaches the threshold the outline of a large lesion may lie
+OUTLINE_MM = 5.0
 ROUNDING = 1e-6  # relative: a component of exactly the least volume is a lesion, however its voxels' volume is rounded
 
 Spacing = tuple[float, float, float]
@@ -69,9 +68,9 @@ class LesionCriteria:
     large_ml : float
         What is a large lesion.
     outline_share : float in (0, 1]
-        A large lesion ends only where the probability falls below so much of the threshold, or `OUTLINE_MM` beyond
-        what reaches the threshold. 1: where others do. What the other criteria left out is part of it within that
-        outline. Lesions that voxels of that probability join are large if they are so together.
+        A large lesion ends only where the probability falls below so much of the threshold, or `OUTLINE_MM` along
+        each axis from what reaches the threshold in any large lesion. 1: where others do. What the other criteria
+        left out is part of it within that outline. Lesions that voxels of that probability join are large if they are so together.
     """
 
     threshold: float

@@ -125,8 +125,8 @@ class Description:
     min_relative_contrast : float
         So are those with less than so much of the contrast of the main one on FLAIR; 0 in files without this entry.
     large_lesion_ml, outline_share : float
-        Lesions of that volume end where the probability falls below so much of the threshold, at most 5 mm beyond
-        where others would; 1 in files without.
+        Lesions of that volume end where the probability falls below so much of the threshold, at most 5 mm along
+        each axis beyond where others would; 1 in files without.
     through_plane_mm : float
         Standard deviation of the Gaussian that smooths maps across slices.
     training : dict
