@@ -134,9 +134,9 @@ def test_a_lesion_exists_as_often_as_draws_mark_it():
 
 
 def test_the_interval_holds_nine_of_ten_volumes(rng):
-    volumes = rng.standard_normal(20000)
+    volumes = rng.standard_normal(200_000)
     low, high = volume_interval(volumes)
-    assert (low, high) == pytest.approx((-1.645, 1.645), abs=0.06)
+    assert (low, high) == pytest.approx((-1.645, 1.645), abs=0.03)
 
 
 def test_three_maps_rank_the_errors_of_one_mask(rng):

@@ -120,7 +120,7 @@ def test_one_case_and_the_pool(scene):
     volume, probability, uncertainty, truth = scene
     case = case_metrics("p", "p", volume, probability, uncertainty, truth, LesionCriteria(0.55))
     mask = probability >= 0.55
-    wanted = [dice(probability >= threshold, truth) for threshold in THRESHOLDS]
+    wanted = [dice(probability >= float(threshold), truth) for threshold in THRESHOLDS]
     assert dice_scores(case.by_threshold) == pytest.approx(wanted)
     assert case.by_threshold.sum(1) == pytest.approx(case.confusion.sum())
     assert case.row["dice"] == pytest.approx(dice(mask, truth))
