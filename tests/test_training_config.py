@@ -16,7 +16,8 @@ def test_shipped_configurations_read_and_hold_the_same_patients_out(path):
     assert config.labels == ("pixel" if path.stem in ("flair-pixel-labels", "supervised") else "image")
     left_out = {"brats2013-pat0005", "brats2013-pat0006", "ms-patient26", "healthy-kirby113"}
     assert left_out <= set(config.holdout)
-    assert (config.seed, config.validation, config.test) == (0, 0.1, 0.2), "the split of the runs before"
+    split_seed = config.seed if config.split_seed is None else config.split_seed
+    assert (split_seed, config.validation, config.test) == (0, 0.1, 0.2), "the split of the runs before"
 
 
 GOOD = """

@@ -38,6 +38,9 @@ class PainterConfig:
         Half the angle, in radians, that an artery's territory takes of a slice, seen from the middle of the brain.
     territory_mm : (low, high)
         Depth of a territory, from the brain's surface.
+    territory_contrast : (low, high)
+        How much brighter a territory is on FLAIR. Never faint: a hemisphere that is a little brighter than the other
+        is no infarct.
     band_mm, cap_mm : (low, high)
         Depth of bands and of caps, from the ventricles' wall.
     cap_reach_mm : (low, high)
@@ -77,6 +80,7 @@ class PainterConfig:
     kinds: tuple[Share, ...] = (0.35, 0.2, 0.2, 0.07, 0.1, 0.08, 0.0)
     territory_width: tuple[Angle, Angle] = (0.15, 0.7)
     territory_mm: tuple[Size, Size] = (8.0, 45.0)
+    territory_contrast: tuple[Size, Size] = (0.8, 2.4)
     large_mm: tuple[Size, Size] = (10.0, 34.0)
     middling_mm: tuple[Size, Size] = (4.5, 11.0)
     small_mm: tuple[Size, Size] = (1.6, 5.0)
@@ -203,19 +207,23 @@ def draw_lesions(
         "reach": random.uniform(0.2, 1.0, 2),  # of bands, caps and territories in the neighbouring planes
         "push": random.uniform(0.0, config.displacement) * (kind == LARGE) * random.chance(0.4),
     }
+    values |= _draw_territory(random, config, values)
     values |= _draw_look(random, config, hard & (kind <= MIDDLING), values)
-    values |= _by_sequence(_draw_sequences(random, config, values), values, sequences)
-    return values | _draw_territory(random, config, kind)
+    return values | _by_sequence(_draw_sequences(random, config, values), values, sequences)
 
 
-def _draw_territory(random: SampleRandom, config: PainterConfig, kind: np.ndarray) -> dict[str, np.ndarray]:
-    """Depth, half angle and direction of a territory; nothing is drawn where the painter paints none."""
+def _draw_territory(
+    random: SampleRandom, config: PainterConfig, values: dict[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Depth, half angle, direction and level of a territory; nothing is drawn where the painter paints none."""
     if not config.kinds[TERRITORY]:
         return {name: np.zeros(len(random)) for name in ("territory", "territory_width", "territory_angle")}
+    territory = values["kind"] == TERRITORY
     return {
-        "territory": random.log_uniform(*config.territory_mm) * (kind == TERRITORY),
+        "territory": random.log_uniform(*config.territory_mm) * territory,
         "territory_width": random.log_uniform(*config.territory_width),
         "territory_angle": random.uniform(-np.pi, np.pi),
+        "level": np.where(territory, random.log_uniform(*config.territory_contrast), values["level"]),
     }
 
 
