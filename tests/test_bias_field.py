@@ -149,18 +149,30 @@ def test_the_field_of_a_phantom_is_clear(seed, spacing):
     pytest.importorskip("nilearn", reason="the extra ddmd[phantom] is not installed")
     from ddmd.data.phantom import phantom
 
-    options = {"seed": seed, "spacing_mm": spacing, "sequences": ("flair",), "noise": 0.0}
-    fields = {}
-    for bias in (0.3, 0.0):
-        made = phantom(bias=bias, **options).images["flair"]
-        volume = Volume.read({"flair": made})
-        _, fields[bias] = correct_bias(volume.images["flair"], volume.brain, volume.spacing, 0.0)
-        if bias:
-            drifted, brain = np.asarray(made.dataobj), volume.brain
-        else:
-            plain = np.asarray(made.dataobj)
-    both = brain & (plain > 0)
-    truth = np.log(drifted[both] / plain[both])
-    assert fields[0.0] is None
-    assert fields[0.3] is not None
-    assert (fields[0.3].log_field[both] - truth).std() < max(0.35 * truth.std(), 0.02)
+    # of a few fields the first that is not almost flat: what is that weak need not be seen
+    for own_seed in range(seed, seed + 10):
+        options = {"seed": own_seed, "spacing_mm": spacing, "sequences": ("flair",), "noise": 0.0}
+        drifted, plain = (phantom(bias=bias, **options).images["flair"] for bias in (0.3, 0.0))
+        with_field, without = (Volume.read({"flair": made}) for made in (drifted, plain))
+        both = with_field.brain & (np.asarray(plain.dataobj) > 0)
+        truth = np.log(np.asarray(drifted.dataobj)[both] / np.asarray(plain.dataobj)[both])
+        if truth.std() > 0.055:
+            break
+    field, none = (
+        correct_bias(volume.images["flair"], volume.brain, volume.spacing, 0.0)[1]
+        for volume in (with_field, without)
+    )
+    assert none is None
+    assert field is not None
+    assert (field.log_field[both] - truth).std() < 0.35 * truth.std()
+
+
+@pytest.mark.parametrize("share", [0.2, 0.3])
+def test_modes_that_share_a_bin_are_no_evidence_of_a_field(share):
+    """A fit that goes through most modes leaves nothing of them but what each lost as the middle of its bin."""
+    signal = np.full((60, 72, 54), 100.0, np.float32)
+    signal[-int(share * 60) :] *= 1.04
+    signal[0, 0, 0] = 50.0
+    field = estimate_bias_field(signal, np.ones(signal.shape, bool), (2.0, 2.0, 2.0), 0.0)
+    bin_width = 0.02
+    assert field.evidence <= 0.5 * field.peak_to_peak / (bin_width / 12**0.5)

@@ -67,10 +67,21 @@ def test_a_component_without_surroundings_has_no_contrast_and_stays():
     assert bright_enough(contrasts, np.array([1.0, 5.0]), 1.0).tolist() == [True, True]
 
 
-@pytest.mark.parametrize("main", [0.0, -1.0, np.nan])
-def test_all_stay_where_the_main_component_is_not_bright(main):
-    assert bright_enough(np.array([main, -3.0, 2.0]), np.array([9.0, 1.0, 1.0]), 0.5).all()
-    assert bright_enough(np.zeros(0), np.zeros(0), 0.5).shape == (0,)
+@pytest.mark.parametrize("contrasts", [[0.0, -3.0], [-1.0, -3.0], [np.nan, -3.0], [np.nan, np.nan], []])
+def test_all_stay_where_none_is_brighter_than_its_surroundings(contrasts):
+    assert bright_enough(np.array(contrasts), np.ones(len(contrasts)), 0.5).tolist() == [True] * len(contrasts)
+
+
+@pytest.mark.parametrize(("unseen", "stays"), [(0.0, False), (-1.0, False), (np.nan, True)])
+def test_what_is_not_bright_is_never_the_main_component(unseen, stays):
+    kept = bright_enough(np.array([unseen, 0.9, 2.0]), np.array([900.0, 1.0, 1.0]), 0.5)
+    assert kept.tolist() == [stays, False, True]
+
+
+@pytest.mark.parametrize(("mass", "stays"), [(8.9, False), (9.1, True)])
+def test_the_main_component_is_that_with_the_largest_contrast_times_root_of_mass(mass, stays):
+    """Contrasts 1 and 3: from 9 times the mass on, the fainter one is the main one, and nothing is faint beside it."""
+    assert bright_enough(np.array([1.0, 3.0]), np.array([mass, 1.0]), 0.5).tolist() == [stays, True]
 
 
 def two_lesions(strength: float):
@@ -81,16 +92,16 @@ def two_lesions(strength: float):
     return labels, np.where(labels > 0, np.float32(0.9), np.float32(0.1)), image.astype(np.float32)
 
 
-@pytest.mark.parametrize(("strength", "found"), [(0.45, 1), (0.55, 2), (3.0, 2)])
+@pytest.mark.parametrize(("strength", "found"), [(0.45, [1]), (0.55, [1, 3]), (1.9, [1, 3]), (3.0, [3])])
 @pytest.mark.parametrize(("scale", "offset"), [(1.0, 0.0), (0.01, -50.0)])
 def test_faint_components_are_no_lesions_whatever_the_unit_of_the_image(strength, found, scale, offset):
     labels, probability, image = two_lesions(strength)
     bright = BrightImage(scale * image + offset, np.ones(labels.shape, bool), (4, 2, 0))
     criteria = LesionCriteria(0.5, min_relative_contrast=0.5)
     lesions = find_lesions(probability, 0 * probability, AFFINE, criteria, bright)
-    assert len(lesions.lesions) == lesions.labels.max() == found
-    assert np.array_equal(lesions.mask, (labels == 1) | ((labels == 3) & (found == 2)))
-    assert label_components(probability, (1.0, 2.0, 3.0), criteria, bright).max() == found
+    assert len(lesions.lesions) == lesions.labels.max() == len(found)
+    assert np.array_equal(lesions.mask, np.isin(labels, found))
+    assert label_components(probability, (1.0, 2.0, 3.0), criteria, bright).max() == len(found)
     for without in (
         label_components(probability, (1.0, 2.0, 3.0), criteria),
         label_components(probability, (1.0, 2.0, 3.0), LesionCriteria(0.5), bright),
@@ -99,7 +110,7 @@ def test_faint_components_are_no_lesions_whatever_the_unit_of_the_image(strength
 
 
 def test_components_are_left_out_by_the_definition():
-    """Of components numbered by scipy: the main one has the largest summed probability, and rings lie in the tissue."""
+    """Of components numbered by scipy: the main one is seen most clearly, and rings lie in the tissue."""
     left_out = 0
     for seed in range(5):
         rng = np.random.default_rng(seed)
@@ -117,7 +128,7 @@ def test_components_are_left_out_by_the_definition():
         accepted = [n for n in range(1, count + 1) if probability[parts == n].max() >= 0.8]
         around = tissue & (probability < 0.55)
         contrast = dict(zip(range(1, count + 1), written_out(parts, image, around, (3, 2, 0)), strict=True))
-        main = max(accepted, key=lambda n: probability[parts == n].sum())
+        main = max(accepted, key=lambda n: contrast[n] * probability[parts == n].sum() ** 0.5)
         kept = [n for n in accepted if not contrast[n] < 0.7 * contrast[main]]
         left_out += len(accepted) - len(kept)
         criteria = LesionCriteria(0.55, 0.0, 0.8, 0.7)
@@ -127,17 +138,21 @@ def test_components_are_left_out_by_the_definition():
     assert left_out >= 5
 
 
-def test_the_main_component_is_that_with_the_largest_summed_probability():
+def test_the_summed_probability_decides_between_equal_contrasts_not_the_volume():
+    """47 voxels of 0.5 and contrast 6 beside 24 of 1 and contrast 4: 6 root(23.5) is more than 4 root(24)."""
     labels = blobs((4, 4, 1), (20, 20, 1), (24, 20, 1))
     large, surer = labels >= 2, labels == 1
     probability = np.where(large, 0.5, np.where(surer, 1.0, 0.0)).astype(np.float32)
-    probability[20, 20, 1] = 0.0  # 47 voxels of 0.5 and 24 of 1
-    image = (10.0 * large + 4.0 * surer).astype(np.float32)
+    probability[20, 20, 1] = 0.0
+    image = (6.0 * large + 4.0 * surer).astype(np.float32)
     bright = BrightImage(image, np.ones(labels.shape, bool), (4, 2, 0))
-    kept = label_components(
-        probability, (10.0, 10.0, 10.0), LesionCriteria(0.5, min_relative_contrast=0.5), bright
-    )
-    assert np.array_equal(kept > 0, (labels > 0) & (probability > 0)), "compared with 4, not with 10"
+
+    def kept(share: float) -> np.ndarray:
+        criteria = LesionCriteria(0.5, min_relative_contrast=share)
+        return label_components(probability, (10.0, 10.0, 10.0), criteria, bright) > 0
+
+    assert np.array_equal(kept(0.66), (labels > 0) & (probability > 0)), "4 of 6 is enough"
+    assert np.array_equal(kept(0.68), large & (probability > 0))
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.3, 1 / 3, 0.7])

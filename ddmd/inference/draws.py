@@ -24,7 +24,7 @@ def leave_out_faint(
 ) -> NDArray[np.uint8]:
     """Draws without the components that are too faint beside the main one of the same draw; see `LesionCriteria`.
 
-    The main one of a draw is its largest.
+    In a draw every voxel of a component counts alike: its volume takes the place of its summed probability.
 
     Parameters
     ----------

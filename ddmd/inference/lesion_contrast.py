@@ -97,14 +97,18 @@ def lesion_contrasts(
 def bright_enough(
     contrasts: NDArray[np.floating], masses: NDArray[np.floating], least: float
 ) -> NDArray[np.bool_]:
-    """Which components have at least `least` times the contrast of the main one.
+    """Which components have at least `least` times the contrast of the main one, the one seen most clearly.
 
-    All of them where the main one is not brighter than its surroundings, and those whose contrast is not known.
+    That is the one with the largest contrast times root of summed probability: how clearly a disc is seen in noise is
+    its contrast times the root of its area (Rose 1948, doi:10.1364/JOSA.38.000196). A large component that is hardly
+    brighter than its surroundings, often a false one, is thus not what the others are compared with.
+
+    All stay where none is brighter than its surroundings, and so do those whose contrast is not known.
 
     Parameters
     ----------
     contrasts : (n,), as `lesion_contrasts` gives them
-    masses : (n,), summed probability; the main component is that with the largest
+    masses : (n,), summed probability
     least : share of the main component's contrast, 0 to 1
 
     Returns
@@ -116,9 +120,10 @@ def bright_enough(
     >>> bright_enough(np.array([0.4, 2.0, 1.0, np.nan]), np.array([1.0, 9.0, 2.0, 1.0]), 0.5)
     array([False,  True,  True,  True])
     """
-    main = contrasts[np.argmax(masses)] if len(masses) else np.nan
-    if not main > 0:
+    bright = np.flatnonzero(contrasts > 0)
+    if not len(bright):
         return np.ones(len(contrasts), bool)
+    main = contrasts[bright[np.argmax(contrasts[bright] * np.sqrt(masses[bright]))]]
     kept: NDArray[np.bool_] = ~(contrasts < least * main * (1 - ROUNDING))
     return kept
 

@@ -62,15 +62,16 @@ class LesionCriteria:
     min_peak : float in [0, 1]
         A component that is nowhere as probable as this is not a lesion.
     min_relative_contrast : float in [0, 1]
-        A component with less than so much of the contrast of the main one is not a lesion. The main one is that with
-        the largest summed probability; contrast is how much brighter a component is on FLAIR than its surroundings,
-        see `ddmd.inference.lesion_contrast`. Without a FLAIR image it says nothing.
+        A component with less than so much of the contrast of the main one is not a lesion. Contrast is how much
+        brighter a component is on FLAIR than its surroundings; the main one has the largest product of contrast and
+        root of summed probability, see `ddmd.inference.lesion_contrast`. Without a FLAIR image it says nothing.
     large_ml : float
         What is a large lesion.
     outline_share : float in (0, 1]
         A large lesion ends only where the probability falls below so much of the threshold, or `OUTLINE_MM` along
         each axis from what reaches the threshold in any large lesion. 1: where others do. What the other criteria
-        left out is part of it within that outline. Lesions that voxels of that probability join are large if they are so together.
+        left out is part of it within that outline. Lesions that voxels of that probability join are large if they are
+        so together.
     """
 
     threshold: float
