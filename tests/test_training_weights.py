@@ -108,6 +108,13 @@ def test_patients_that_are_left_out_are_those_of_validation(config, tmp_path):
     )
     with pytest.raises(ValueError, match="no such folder"):
         choose(tmp_path / "run", path, leave_one_out_path=tmp_path / "none" / "x.json")
+    kinds = tmp_path / "run" / "kinds.json"
+    kinds.write_text(json.dumps(dict.fromkeys(split, "of one kind")))
+    choose(tmp_path / "run", path)
+    assert "best of each: of one kind" in checkpoint.describe(path).threshold_chosen
+    kinds.write_text(json.dumps({"nobody": "other", min(split): "other"}))
+    with pytest.raises(ValueError, match=r"kinds\.json: nobody is no patient of this run's data"):
+        choose(tmp_path / "run", path)
 
 
 @pytest.mark.parametrize(("pick", "other"), [("lowest", 4), ("highest", 14)])

@@ -3,8 +3,9 @@
 `python -m ddmd.training.threshold RUN WEIGHTS [--steps N] [--peak P ...] [--contrast C ...] [--outline S ...]
 [--training NAME] [--pick highest]` writes them into the weights file: the threshold, the least peak and the least
 relative contrast of a lesion, how far large lesions reach, and the N that they are for. All combinations of what is given
-are tried. Patients of every kind count alike: a kind is a data set, or what the run's folder says in kinds.json, {patient: kind}. With `--training NAME`,
-the training patients of that data set choose, too, where training opened no mask: with image-level labels.
+are tried. Kinds of lesions count alike: a patient's is the data set, or what kinds.json in the run's folder says,
+{patient: kind}. With `--training NAME`, the training patients of that data set choose, too, where training opened no
+mask: with image-level labels.
 
 `--leave-one-out FILE` writes what each validation patient reaches with the settings that the others choose, as JSON.
 """
@@ -203,7 +204,8 @@ def choose(
 ) -> list[tuple[Setting, Choice]]:
     """The settings with the highest mean over kinds on the patients that choose and have masks.
 
-    Nothing in the weights file changes but its threshold, what `Setting` names, and, where it is given, its N (`steps`).
+    Nothing in the weights file changes but its threshold, what `Setting` names, and, where it is given, its N
+    (`steps`).
 
     Parameters
     ----------
@@ -226,8 +228,9 @@ def choose(
     Raises
     ------
     ValueError
-        If the folder holds no run, or no validation patient of it has a mask; if training patients are to choose
-        whose masks were trained on; if the JSON file has no folder.
+        If the folder holds no run, or no validation patient of it has a mask; if kinds.json names a patient that is
+        not in the run's data; if training patients are to choose whose masks were trained on; if the JSON file has no
+        folder.
     """
     if leave_one_out_path is not None and not leave_one_out_path.parent.is_dir():
         raise ValueError(f"{leave_one_out_path.parent}: no such folder; make it first")
@@ -235,9 +238,12 @@ def choose(
     config, kinds = read_run(run), read_kinds(run / "kinds.json")
     if training and config.labels != "image":
         raise ValueError(f"{run}: its masks were trained on; only validation patients can choose")
+    cases = mask_cases(config)
+    if unknown := sorted(set(kinds) - {case.patient for case in cases}):
+        raise ValueError(f"{run / 'kinds.json'}: {', '.join(unknown)} is no patient of this run's data")
     chosen = [
         case
-        for case in mask_cases(config)
+        for case in cases
         if case.masks is not None
         and (
             split.get(case.patient) == "validation"
