@@ -48,14 +48,14 @@ def examples(weights: str, data: Path, seed: int) -> list[Example]:
             case.volume(detector.description.required_sequences, detector.description.optional_sequences)
         )
         maps = detector.to_volume(prepared, detector.maps(prepared, config))
-        voxel_ml = float(np.prod(prepared.volume.spacing)) / 1000
+        voxel_ml = prepared.volume.voxel_ml
         image = BrightImage.of(prepared.volume)
         marked = case.lesion().any((0, 1))
         far = np.convolve(marked, np.ones(2 * MARGIN + 1), "same") == 0
         for has_lesion, chosen in ((True, np.ones_like(marked)), (False, far)):
             part = maps.probability[:, :, chosen]
             bright = image.part((slice(None), slice(None), chosen)) if image is not None else None
-            detected = bool(label_components(part, prepared.volume.spacing, criteria, bright).any())
+            detected = bool(label_components(part, prepared.volume.affine, criteria, bright).any())
             rows.append(Example(case.patient, lesion_evidence(part, voxel_ml), detected, has_lesion))
     return rows
 

@@ -13,7 +13,7 @@ from ddmd.inference.postprocess import LesionCriteria, label_components
 from ddmd.io.volume import Volume
 from tests.volumes import head, tiny_system
 
-SPACING = (1.0, 2.0, 3.0)
+AFFINE = np.diag([1.0, 2.0, 3.0, 1.0])
 
 
 def written_out(p: float, deciding: float) -> float:
@@ -24,15 +24,15 @@ def written_out(p: float, deciding: float) -> float:
 
 def test_it_is_highest_at_the_threshold_and_falls_on_both_sides(rng):
     p = np.linspace(0.01, 0.99, 99, dtype=np.float32).reshape(99, 1, 1)
-    found = decision_uncertainty(p, p >= 0.7, SPACING, LesionCriteria(0.7)).ravel()
+    found = decision_uncertainty(p, p >= 0.7, AFFINE, LesionCriteria(0.7)).ravel()
     assert found == pytest.approx([written_out(float(x), 0.7) for x in p.ravel()], rel=1e-4)
     assert found.argmax() == 69
     assert found.max() == pytest.approx(0.25)
     assert (np.diff(found)[:69] > 0).all()
     assert (np.diff(found)[69:] < 0).all()
-    half = decision_uncertainty(p, p >= 0.5, SPACING, LesionCriteria(0.5))
+    half = decision_uncertainty(p, p >= 0.5, AFFINE, LesionCriteria(0.5))
     assert half == pytest.approx(p * (1 - p), rel=1e-4)
-    ends = decision_uncertainty(np.array([[[0.0, 1.0]]], np.float32), p[:1] > 1, SPACING, LesionCriteria(0.7))
+    ends = decision_uncertainty(np.array([[[0.0, 1.0]]], np.float32), p[:1] > 1, AFFINE, LesionCriteria(0.7))
     assert (ends < 1e-5).all()
     assert np.isfinite(ends).all()
 
@@ -43,14 +43,14 @@ def test_near_a_large_lesion_its_outline_decides():
     p = np.where(mask, 0.9, 0.3).astype(np.float32)
     mask[18:20, 4:8, 2:6], p[18:20, 4:8, 2:6] = True, 0.4  # within the outline, below the threshold
     criteria = LesionCriteria(0.7, large_ml=0.9, outline_share=0.5)
-    found = decision_uncertainty(p, mask, SPACING, criteria)
+    found = decision_uncertainty(p, mask, AFFINE, criteria)
     near = np.zeros_like(mask)
     near[3:23, 2:10, 1:7] = True  # 5, 2 and 1 voxels of 1, 2 and 3 mm beyond what reaches the threshold
     wanted = [written_out(float(x), 0.35 if n else 0.7) for x, n in zip(p.ravel(), near.ravel(), strict=True)]
     assert found.ravel() == pytest.approx(wanted, rel=1e-4)
     plain = [written_out(float(x), 0.7) for x in p.ravel()]
     for other in (LesionCriteria(0.7, large_ml=1.0, outline_share=0.5), LesionCriteria(0.7, large_ml=0.9)):
-        assert decision_uncertainty(p, mask, SPACING, other).ravel() == pytest.approx(plain, rel=1e-4)
+        assert decision_uncertainty(p, mask, AFFINE, other).ravel() == pytest.approx(plain, rel=1e-4)
 
 
 def test_what_only_an_outline_took_in_counts_as_accepted():
@@ -58,9 +58,9 @@ def test_what_only_an_outline_took_in_counts_as_accepted():
     p[2:6], p[6:9], p[9] = 0.9, 0.4, 0.75  # a lesion, its outline, and a spot that its peak would leave out
     p[10:] = 0.1
     criteria = LesionCriteria(0.7, min_peak=0.8, large_ml=0.003, outline_share=0.5)
-    mask = label_components(p, (1.0, 1.0, 1.0), criteria) > 0
+    mask = label_components(p, np.eye(4), criteria) > 0
     assert np.flatnonzero(mask).tolist() == list(range(2, 10))
-    found = decision_uncertainty(p, mask, (1.0, 1.0, 1.0), criteria).ravel()
+    found = decision_uncertainty(p, mask, np.eye(4), criteria).ravel()
     assert found[14] == pytest.approx(written_out(0.1, 0.35), rel=1e-3)  # 5 mm from the spot
     assert found[15] == pytest.approx(written_out(0.1, 0.7), rel=1e-3)
 
@@ -75,8 +75,8 @@ def test_evaluations_rank_errors_by_it(rng):
     criteria = LesionCriteria(0.8)
     row = case_metrics("p", "p", volume, p, 0 * p, truth, criteria).row
     inside = volume.search_region | truth
-    mask = label_components(p, volume.spacing, criteria) > 0
-    scores = decision_uncertainty(p, mask, volume.spacing, criteria)
+    mask = label_components(p, volume.affine, criteria) > 0
+    scores = decision_uncertainty(p, mask, volume.affine, criteria)
     wrong = (mask != truth)[inside]
     assert row["decision_auroc"] == pytest.approx(roc_auc_score(wrong, scores[inside]), abs=0.02)
     assert row["decision_auroc"] > row["bernoulli_auroc"] + 0.05
@@ -108,10 +108,7 @@ def test_a_detection_takes_criteria_and_spacing_from_its_own_record(rng):
         probability=nib.Nifti1Image(p, turned),
         provenance=detection.provenance | {"OutlineShare": 0.5, "LargeLesionMl": 0.5},
     )
-    x, y, z = (float(side) for side in nib.affines.voxel_sizes(turned))
-    assert y > max(x, z)
-    wanted = decision_uncertainty(
-        p, mask > 0, (x, y, z), LesionCriteria(0.6, large_ml=0.5, outline_share=0.5)
-    )
-    assert (wanted != decision_uncertainty(p, mask > 0, (x, y, z), LesionCriteria(0.6))).any()
+    assert np.argmax(nib.affines.voxel_sizes(turned)) == 1
+    wanted = decision_uncertainty(p, mask > 0, turned, LesionCriteria(0.6, large_ml=0.5, outline_share=0.5))
+    assert (wanted != decision_uncertainty(p, mask > 0, turned, LesionCriteria(0.6))).any()
     assert np.array_equal(np.asarray(changed.decision_uncertainty().dataobj), wanted)

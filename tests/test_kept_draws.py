@@ -187,12 +187,13 @@ def test_volumes_of_lesions_are_the_components_that_touch_them():
     draws[0, 1:5, 1, 1] = True  # lesion 1 with two voxels more
     draws[1, 1:9, 1, 1] = True  # both in one: voxel 5 is as far from 2 as from 8
     draws[2, 11, 3, 3] = True  # beside both
-    volumes = lesion_volumes(labels, draws, 0.5)
-    assert volumes[0].tolist() == [2.0, 0.0]
-    assert volumes[1].sum() == 4.0
-    assert volumes[1].min() >= 1.5
+    affine = np.diag([1.0, 1.0, 500.0, 1.0])  # 0.5 ml a voxel
+    volumes = lesion_volumes(labels, draws, affine)
+    assert volumes[0] == pytest.approx([2.0, 0.0])
+    assert volumes[1].sum() == pytest.approx(4.0)
+    assert volumes[1].min() >= 1.499
     assert volumes[2:].sum() == 0.0
-    assert lesion_volumes(labels * 0, draws, 0.5).shape == (4, 0)
+    assert lesion_volumes(labels * 0, draws, affine).shape == (4, 0)
 
 
 def test_the_calibrated_interval_just_reaches_the_volume_that_chose_its_scale(rng):
@@ -211,7 +212,7 @@ def test_the_summary_is_counted_from_the_masks(rng):
     draws = np.where(rng.random((9, 6, 6, 6)) < 0.4, 200, 100).astype(np.uint8)
     labels = np.zeros((6, 6, 6), np.int32)
     labels[2, 2, 2] = 1
-    summary = summarise_draws(draws, labels, (1.0, 2.0, 3.0), scale=1.0)
+    summary = summarise_draws(draws, labels, np.diag([1.0, 2.0, 3.0, 1.0]), scale=1.0)
     counts = (draws >= 128).sum((1, 2, 3)) * 0.006
     assert summary.volumes_ml == pytest.approx(counts)
     assert summary.volume_interval_ml == pytest.approx(tuple(np.quantile(counts, (0.05, 0.95))))

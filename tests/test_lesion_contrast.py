@@ -40,9 +40,9 @@ def written_out(labels, image, around, radius):
         for voxel in np.ndindex(labels.shape):
             box = tuple(slice(max(0, v - r), v + r + 1) for v, r in zip(voxel, radius, strict=True))
             if labels[voxel] == number:
-                inside.append(image[voxel])
+                inside.append(float(image[voxel]))
             elif around[voxel] and (labels[box] == number).any():
-                ring.append(image[voxel])
+                ring.append(float(image[voxel]))
         contrasts.append(np.median(inside) - np.median(ring) if ring else np.nan)
     return contrasts
 
@@ -69,7 +69,9 @@ def test_a_component_without_surroundings_has_no_contrast_and_stays():
 
 @pytest.mark.parametrize("contrasts", [[0.0, -3.0], [-1.0, -3.0], [np.nan, -3.0], [np.nan, np.nan], []])
 def test_all_stay_where_none_is_brighter_than_its_surroundings(contrasts):
-    assert bright_enough(np.array(contrasts), np.ones(len(contrasts)), 0.5).tolist() == [True] * len(contrasts)
+    assert bright_enough(np.array(contrasts), np.ones(len(contrasts)), 0.5).tolist() == [True] * len(
+        contrasts
+    )
 
 
 @pytest.mark.parametrize(("unseen", "stays"), [(0.0, False), (-1.0, False), (np.nan, True)])
@@ -101,10 +103,10 @@ def test_faint_components_are_no_lesions_whatever_the_unit_of_the_image(strength
     lesions = find_lesions(probability, 0 * probability, AFFINE, criteria, bright)
     assert len(lesions.lesions) == lesions.labels.max() == len(found)
     assert np.array_equal(lesions.mask, np.isin(labels, found))
-    assert label_components(probability, (1.0, 2.0, 3.0), criteria, bright).max() == len(found)
+    assert label_components(probability, AFFINE, criteria, bright).max() == len(found)
     for without in (
-        label_components(probability, (1.0, 2.0, 3.0), criteria),
-        label_components(probability, (1.0, 2.0, 3.0), LesionCriteria(0.5), bright),
+        label_components(probability, AFFINE, criteria),
+        label_components(probability, AFFINE, LesionCriteria(0.5), bright),
     ):
         assert without.max() == 2, "one without an image, one without the criterion"
 
@@ -133,7 +135,8 @@ def test_components_are_left_out_by_the_definition():
         left_out += len(accepted) - len(kept)
         criteria = LesionCriteria(0.55, 0.0, 0.8, 0.7)
         assert np.array_equal(
-            label_components(probability, (10.0, 10.0, 10.0), criteria, bright) > 0, np.isin(parts, kept)
+            label_components(probability, np.diag([10.0, 10.0, 10.0, 1.0]), criteria, bright) > 0,
+            np.isin(parts, kept),
         )
     assert left_out >= 5
 
@@ -149,7 +152,7 @@ def test_the_summed_probability_decides_between_equal_contrasts_not_the_volume()
 
     def kept(share: float) -> np.ndarray:
         criteria = LesionCriteria(0.5, min_relative_contrast=share)
-        return label_components(probability, (10.0, 10.0, 10.0), criteria, bright) > 0
+        return label_components(probability, np.diag([10.0, 10.0, 10.0, 1.0]), criteria, bright) > 0
 
     assert np.array_equal(kept(0.66), (labels > 0) & (probability > 0)), "4 of 6 is enough"
     assert np.array_equal(kept(0.68), large & (probability > 0))
@@ -161,7 +164,7 @@ def test_exactly_the_least_contrast_is_enough_however_the_image_is_scaled(scale)
     image = ((100 + 100 * (labels == 1) + 50 * (labels == 3)) * np.float32(scale)).astype(np.float32)
     bright = BrightImage(image, np.ones(labels.shape, bool), (4, 2, 0))
     criteria = LesionCriteria(0.5, min_relative_contrast=0.5)
-    assert label_components(probability, (10.0, 10.0, 10.0), criteria, bright).max() == 2
+    assert label_components(probability, np.diag([10.0, 10.0, 10.0, 1.0]), criteria, bright).max() == 2
     with pytest.raises(ValueError, match="min_relative_contrast is 5"):
         LesionCriteria(0.5, min_relative_contrast=5.0)
 
@@ -170,7 +173,7 @@ def test_what_another_criterion_leaves_out_is_not_the_main_component():
     labels, probability, image = two_lesions(0.3)
     probability[labels == 3] = 0.95
     bright = BrightImage(image, np.ones(labels.shape, bool), (4, 2, 0))
-    kept = label_components(probability, (1.0, 2.0, 3.0), LesionCriteria(0.5, 0.0, 0.92, 0.5), bright)
+    kept = label_components(probability, AFFINE, LesionCriteria(0.5, 0.0, 0.92, 0.5), bright)
     assert np.array_equal(kept > 0, labels == 3)
 
 
@@ -227,12 +230,10 @@ def test_counts_at_every_threshold_are_those_of_the_whole_volume(share):
     inside = rng.random(truth.shape) < 0.9
     bright = BrightImage(rng.normal(size=truth.shape) + probability, rng.random(truth.shape) < 0.8, (4, 3, 0))
     criteria = LesionCriteria(0.5, 0.0, 0.6, 0.4, 0.02, share)
-    counts = counts_by_threshold(probability, truth, inside, (1.0, 0.5, 2.0), criteria, bright)
+    affine = np.diag([1.0, 0.5, 2.0, 1.0])
+    counts = counts_by_threshold(probability, truth, inside, affine, criteria, bright)
     for threshold, count in zip(THRESHOLDS, counts, strict=True):
         mask = (
-            label_components(
-                probability, (1.0, 0.5, 2.0), replace(criteria, threshold=float(threshold)), bright
-            )
-            > 0
+            label_components(probability, affine, replace(criteria, threshold=float(threshold)), bright) > 0
         )
         assert count.tolist() == confusion(mask, truth, inside).tolist()

@@ -6,6 +6,8 @@ from itertools import product
 import numpy as np
 import pytest
 
+from ddmd.evaluation.case_metrics import case_metrics
+from ddmd.inference.draws import summarise_draws
 from ddmd.inference.postprocess import (
     SCORE_ML,
     LesionCriteria,
@@ -14,6 +16,7 @@ from ddmd.inference.postprocess import (
     lesion_evidence,
     lesion_score,
 )
+from ddmd.io.volume import Volume
 
 
 def flood_fill(mask):
@@ -37,10 +40,8 @@ def flood_fill(mask):
 def test_large_lesions_reach_out_to_their_outline(rng, large_ml, share):
     """All by flood fill: what is accepted at the threshold, and where that is large in a region, the region near it."""
     probability = np.clip(rng.random((14, 11, 9)).astype(np.float32) ** 4, 0, 1)
-    spacing, criteria = (
-        (2.0, 4.0, 3.0),
-        LesionCriteria(0.5, 0.03, 0.8, large_ml=large_ml, outline_share=share),
-    )
+    affine = np.diag([2.0, 4.0, 3.0, 1.0])
+    criteria = LesionCriteria(0.5, 0.03, 0.8, large_ml=large_ml, outline_share=share)
     voxel_ml, reach = 0.024, np.array([2, 1, 1])  # of 5 mm
     accepted = np.zeros(probability.shape, bool)
     for component in flood_fill(probability >= 0.5):
@@ -54,7 +55,7 @@ def test_large_lesions_reach_out_to_their_outline(rng, large_ml, share):
     for voxel in large:
         outlined[voxel] |= (abs(np.array(core) - voxel) <= reach).all(1).any()
     components = [c for c in flood_fill(outlined) if any(accepted[voxel] for voxel in c)]
-    labels = label_components(probability, spacing, criteria)
+    labels = label_components(probability, affine, criteria)
     assert {tuple(v) for v in np.argwhere(labels)} == {voxel for c in components for voxel in c}
     sizes = np.bincount(labels.ravel())[1:]
     assert sorted(sizes, reverse=True) == sizes.tolist() == sorted(map(len, components), reverse=True)
@@ -66,7 +67,7 @@ def test_two_parts_within_one_outline_are_large_together():
     probability = np.zeros((12, 3, 3), np.float32)
     probability[1:11, 1, 1] = 0.4
     probability[2:4, 1, 1] = probability[8:10, 1, 1] = 0.9
-    ten_mm, four_mm = (10.0, 10.0, 10.0), (4.0, 10.0, 25.0)  # 1 ml a voxel
+    ten_mm, four_mm = np.diag([10.0, 10.0, 10.0, 1.0]), np.diag([4.0, 10.0, 25.0, 1.0])  # 1 ml a voxel
     parts = LesionCriteria(0.6, large_ml=5.0, outline_share=0.5)
     assert label_components(probability, four_mm, parts).max() == 2, "4 ml together"
     whole = LesionCriteria(0.6, large_ml=4.0, outline_share=0.5)
@@ -85,7 +86,9 @@ def test_an_outline_leaves_out_what_joins_the_lesion_only_out_of_reach():
     probability = np.zeros((12, 6, 1), np.float32)
     probability[1:4, 1, 0] = 0.9
     probability[4:11, 1, 0] = probability[10, 1:4, 0] = probability[2:11, 3, 0] = 0.4
-    found = label_components(probability, (1.0, 2.0, 3.0), LesionCriteria(0.6, outline_share=0.5))
+    found = label_components(
+        probability, np.diag([1.0, 2.0, 3.0, 1.0]), LesionCriteria(0.6, outline_share=0.5)
+    )
     assert np.array_equal(np.argwhere(found), [[x, 1, 0] for x in range(1, 9)])
 
 
@@ -129,7 +132,7 @@ def test_a_map_without_candidates_has_no_lesions():
 def test_nan_is_never_lesion():
     probability = np.full((3, 3, 3), np.nan, np.float32)
     probability[1, 1, 1] = 0.9
-    labels = label_components(probability, (1.0, 1.0, 1.0), LesionCriteria(0.5))
+    labels = label_components(probability, np.eye(4), LesionCriteria(0.5))
     assert labels.sum() == labels[1, 1, 1] == 1
 
 
@@ -170,5 +173,35 @@ def test_a_component_of_exactly_the_least_volume_is_a_lesion():
     probability[2, 2, 2:4] = 0.9  # two voxels
     probability[6, 6, 6] = 0.9
     for side in (3.0, np.nextafter(3.0, 0), 2.0 * 1.5):
-        labels = label_components(probability, (1.0, 1.0, side), LesionCriteria(0.5, min_ml=0.006))
+        labels = label_components(
+            probability, np.diag([1.0, 1.0, side, 1.0]), LesionCriteria(0.5, min_ml=0.006)
+        )
         assert np.array_equal(labels > 0, np.where(probability > 0, [[[0, 0, 1, 1, 0, 0, 0, 0]]], 0))
+
+
+def test_volumes_are_those_of_the_grid_whose_axes_are_not_at_right_angles(rng):
+    """A voxel has 8 mm3, and sides of 1 x 1 x 10.2 mm. All that counts voxels agrees."""
+    affine = np.diag([1.0, 1.0, 8.0, 1.0])
+    affine[0, 2] = 6.4
+    values = np.zeros((30, 30, 8), np.float32)
+    values[5:25, 5:25] = rng.uniform(90, 110, (20, 20, 8))
+    volume = Volume.from_array({"flair": values}, affine, brain=values > 0, skull="off", bias="off")
+    probability = np.zeros(values.shape, np.float32)
+    probability[8:13, 8:13, 2] = 0.9  # 25 voxels
+    exactly, more = LesionCriteria(0.5, min_ml=0.2), LesionCriteria(0.5, min_ml=0.21)
+    assert label_components(probability, affine, exactly).max() == 1
+    assert label_components(probability, affine, more).max() == 0, (
+        "by the product of the sides it would be 0.256 ml"
+    )
+    (lesion,) = find_lesions(probability, 0 * probability, affine, exactly).lesions
+    row = case_metrics("p", "p", volume, probability, 0 * probability, probability > 0, exactly).row
+    draws = np.where(probability > 0, 255, 0).astype(np.uint8)[None]
+    summary = summarise_draws(draws, (probability > 0).astype(np.int32), affine, scale=1.0)
+    found = (
+        lesion.volume_ml,
+        row["lesion_ml"],
+        row["detected_ml"],
+        *summary.volumes_ml,
+        *summary.lesion_intervals_ml[0],
+    )
+    assert found == pytest.approx([0.2] * 6)

@@ -26,7 +26,7 @@ from ddmd.evaluation.metrics import (
 )
 from ddmd.inference.decision import decision_uncertainty
 from ddmd.inference.lesion_contrast import BrightImage
-from ddmd.inference.postprocess import LesionCriteria, Spacing, find_lesions, label_components, lesion_score
+from ddmd.inference.postprocess import LesionCriteria, find_lesions, label_components, lesion_score
 from ddmd.io.background import bounding_box
 from ddmd.io.volume import Volume
 
@@ -82,7 +82,7 @@ def counts_by_threshold(
     probability: Floats,
     truth: Mask,
     inside: Mask,
-    spacing: Spacing,
+    affine: NDArray[np.floating],
     criteria: LesionCriteria,
     image: BrightImage | None,
 ) -> NDArray[np.int64]:
@@ -92,7 +92,7 @@ def counts_by_threshold(
     ----------
     probability : (X, Y, Z) float32
     truth, inside : (X, Y, Z) bool, lesion and what is counted
-    spacing : of the voxels in mm
+    affine : (4, 4), voxels to mm
     criteria : LesionCriteria, whose threshold is replaced
     image : BrightImage, optional, as `label_components` takes it
     """
@@ -103,7 +103,7 @@ def counts_by_threshold(
     box = tuple(slice(max(0, a.start - r), a.stop + r) for a, r in zip(marked, reach, strict=True))
     part = image.part(box) if image is not None else None
     masks = (
-        label_components(probability[box], spacing, replace(criteria, threshold=float(threshold)), part) > 0
+        label_components(probability[box], affine, replace(criteria, threshold=float(threshold)), part) > 0
         for threshold in THRESHOLDS
     )
     counts = np.array([confusion(mask, truth[box], inside[box]) for mask in masks])
@@ -138,7 +138,6 @@ def case_metrics(
     criteria : LesionCriteria
     draws : DrawMetrics, where draws were kept
     """
-    voxel_ml = float(np.prod(volume.spacing)) / 1000
     image = BrightImage.of(volume)
     lesion_map = find_lesions(probability, uncertainty, volume.affine, criteria, image)
     mask, inside = lesion_map.mask, volume.search_region | truth
@@ -149,23 +148,23 @@ def case_metrics(
     baseline = Histogram.count(smoothed_intensity(volume)[inside], true_voxels, *BASELINE_RANGE)
     variance = Histogram.count(_log10(uncertainty[inside]), wrong, *VARIANCE_RANGE)
     bernoulli = Histogram.count(_log10(p * (1 - p)), wrong, *VARIANCE_RANGE)
-    nearness = decision_uncertainty(probability, mask, volume.spacing, criteria)[inside]
+    nearness = decision_uncertainty(probability, mask, volume.affine, criteria)[inside]
     decision = Histogram.count(_log10(nearness), wrong, *VARIANCE_RANGE)
-    by_threshold = counts_by_threshold(probability, truth, inside, volume.spacing, criteria, image)
+    by_threshold = counts_by_threshold(probability, truth, inside, volume.affine, criteria, image)
     has_lesion: Mask = np.any(truth, axis=(0, 1))
     lesion_slices = confusion(mask[:, :, has_lesion], truth[:, :, has_lesion], inside[:, :, has_lesion])
     row: dict[str, Any] = {
         "patient": name,
         **confusion_metrics(counts),
-        "lesion_ml": float(truth.sum()) * voxel_ml,
-        "detected_ml": float(mask.sum()) * voxel_ml,
-        "false_positive_ml": float(counts[1]) * voxel_ml,
+        "lesion_ml": float(truth.sum()) * volume.voxel_ml,
+        "detected_ml": float(mask.sum()) * volume.voxel_ml,
+        "false_positive_ml": float(counts[1]) * volume.voxel_ml,
         "dice_oracle": float("nan") if empty else best_dice(counts, by_threshold),
         "baseline_dice_oracle": float("nan") if empty else float(baseline.dice_curve().max()),
         "auprc": histogram.average_precision(),
         "hd95_mm": hausdorff_95(mask, truth, volume.spacing),
         **lesion_wise(mask, truth),
-        "score": lesion_score(probability, voxel_ml, bool(lesion_map.lesions)),
+        "score": lesion_score(probability, volume.voxel_ml, bool(lesion_map.lesions)),
         "dice_lesion_slices": confusion_metrics(lesion_slices)["dice"],
         "uncertainty_auroc": variance.auroc(),
         "bernoulli_auroc": bernoulli.auroc(),

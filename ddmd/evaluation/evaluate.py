@@ -209,27 +209,26 @@ def _draw_metrics(
 ) -> DrawMetrics:
     """Figures of the draws of one case beside draws of one step; energy distances where several raters marked it."""
     volume = prepared.volume
-    voxel_ml = float(np.prod(volume.spacing)) / 1000
     image = BrightImage.of(volume)
-    labels = label_components(maps.probability, volume.spacing, criteria, image)
+    labels = label_components(maps.probability, volume.affine, criteria, image)
     raters = case.rater_lesions()
     fast = detector.sampling_config(samples=config.samples, seed=config.seed, quality="fast")
     one_step = detector.maps(prepared, fast, keep_draws=len(raters) > 1)
     mean = detector.to_volume(prepared, one_step).probability
     inside = volume.search_region | truth
     draws = _whole(detector, prepared, sampled)
-    one_step_mask = label_components(mean, volume.spacing, criteria, image) > 0
+    one_step_mask = label_components(mean, volume.affine, criteria, image) > 0
     aurocs = error_aurocs(draws[:, inside], mean[inside], one_step_mask[inside], truth[inside])
     compared = len(raters) > 1
     least, thresholded = criteria.min_relative_contrast, None
     if compared and least and image is not None:
         levels = [LesionCriteria(float(level), min_relative_contrast=least) for level in RANDOM_THRESHOLDS]
-        thresholded = np.stack([label_components(mean, volume.spacing, level, image) > 0 for level in levels])
+        thresholded = np.stack([label_components(mean, volume.affine, level, image) > 0 for level in levels])
     return draw_metrics(
         draws,
         labels,
         truth,
-        voxel_ml,
+        volume.voxel_ml,
         np.stack(raters) if compared else None,
         _whole(detector, prepared, one_step) if compared else None,
         mean,

@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ddmd.inference.postprocess import OUTLINE_MM, LesionCriteria, Spacing, large_lesions, outline_reach
+from ddmd.inference.postprocess import OUTLINE_MM, LesionCriteria, large_lesions, outline_reach
 from ddmd.io.background import bounding_box
+from ddmd.io.geometry import voxel_sides
 
 LEAST = 1e-6  # probabilities are kept this far from 0 and 1, so that their odds are finite
 
@@ -16,7 +17,7 @@ LEAST = 1e-6  # probabilities are kept this far from 0 and 1, so that their odds
 def decision_uncertainty(
     probability: NDArray[np.floating],
     mask: NDArray[np.bool_],
-    spacing: Spacing,
+    affine: NDArray[np.floating],
     criteria: LesionCriteria,
 ) -> NDArray[np.float32]:
     """q (1 - q), where the odds of q are those of the probability over those of the probability that decides.
@@ -30,7 +31,7 @@ def decision_uncertainty(
     probability : (X, Y, Z) float32 in [0, 1]
     mask : (X, Y, Z) bool
         True in the lesions that the criteria found.
-    spacing : of the voxels in mm
+    affine : (4, 4), voxels to mm
     criteria : LesionCriteria
 
     Returns
@@ -40,18 +41,18 @@ def decision_uncertainty(
     Examples
     --------
     >>> p = np.array([[[0.7, 0.5, 0.01]]], np.float32)
-    >>> decision_uncertainty(p, p > 0.7, (1.0, 1.0, 1.0), LesionCriteria(0.7)).round(2)
+    >>> decision_uncertainty(p, p > 0.7, np.eye(4), LesionCriteria(0.7)).round(2)
     array([[[0.25, 0.21, 0.  ]]], dtype=float32)
     """
     odds = _odds(np.clip(probability, LEAST, 1 - LEAST).astype(np.float32))
     odds /= np.float32(_odds(criteria.threshold))
     if criteria.outline_share < 1 and mask.any():
-        box = bounding_box(mask | (probability >= criteria.outline), int(np.ceil(OUTLINE_MM / min(spacing))))
+        reach = int(np.ceil(OUTLINE_MM / min(voxel_sides(affine))))
+        box = bounding_box(mask | (probability >= criteria.outline), reach)
         assert box is not None, "the mask is not empty"
         accepted = mask[box] & (probability[box] >= criteria.threshold)
-        voxel_ml = float(np.prod(spacing)) / 1000
-        accepted &= large_lesions(accepted, probability[box], voxel_ml, criteria)
-        near = outline_reach(accepted, spacing)
+        accepted &= large_lesions(accepted, probability[box], affine, criteria)
+        near = outline_reach(accepted, affine)
         odds[box][near] *= np.float32(_odds(criteria.threshold) / _odds(criteria.outline))
     uncertainty: NDArray[np.float32] = odds / (1 + odds) ** 2
     return uncertainty

@@ -17,6 +17,7 @@ from ddmd.inference.decision import decision_uncertainty
 from ddmd.inference.postprocess import UNCERTAIN, Lesion, LesionCriteria
 from ddmd.io.atomic import atomic_path
 from ddmd.io.dicom import DicomSeries
+from ddmd.io.geometry import voxel_ml
 from ddmd.io.naming import file_stem
 from ddmd.io.results import (
     PLAIN_NAMES,
@@ -120,10 +121,10 @@ class Detection:
         possible, sure = UNCERTAIN
         mask = np.asanyarray(self.mask.dataobj) > 0
         probability = np.asanyarray(self.probability.dataobj)
-        voxel_ml = abs(float(np.linalg.det(self.mask.affine[:3, :3]))) / 1000
         low = int(np.count_nonzero(mask & (probability >= sure)))
         high = int(np.count_nonzero(mask | (probability >= possible)))
-        return low * voxel_ml, high * voxel_ml
+        one_ml = voxel_ml(self.mask.affine)
+        return low * one_ml, high * one_ml
 
     def decision_uncertainty(self) -> nib.Nifti1Image:
         """How near each voxel is to being decided otherwise, float32 image in [0, 0.25]; see `ddmd.inference.decision`.
@@ -136,10 +137,8 @@ class Detection:
             made["Threshold"], large_ml=made["LargeLesionMl"], outline_share=made["OutlineShare"]
         )
         mask = np.asanyarray(self.mask.dataobj) > 0
-        spacing = tuple(float(side) for side in np.linalg.norm(self.mask.affine[:3, :3], axis=0))
-        values = decision_uncertainty(
-            np.asanyarray(self.probability.dataobj), mask, (spacing[0], spacing[1], spacing[2]), criteria
-        )
+        probability = np.asanyarray(self.probability.dataobj)
+        values = decision_uncertainty(probability, mask, self.mask.affine, criteria)
         return type(self.probability)(values, self.probability.affine, self.probability.header)
 
     @property

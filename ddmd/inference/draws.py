@@ -11,6 +11,7 @@ from scipy import ndimage
 from ddmd.inference.lesion_contrast import BrightImage
 from ddmd.inference.postprocess import LesionCriteria, label_components
 from ddmd.io.background import bounding_box
+from ddmd.io.geometry import voxel_ml, voxel_sides
 
 DRAW_THRESHOLD = 0.5  # from which a voxel of a draw is lesion
 DRAW_LEVEL = 128  # the same of a draw as uint8, 255 for 1
@@ -47,7 +48,7 @@ def leave_out_faint(
     )
     for draw in draws[:, *near]:
         marked = draw >= DRAW_LEVEL
-        kept = label_components(marked.astype(np.float32), (1.0, 1.0, 1.0), criteria, image.part(near)) > 0
+        kept = label_components(marked.astype(np.float32), np.eye(4), criteria, image.part(near)) > 0
         draw[marked & ~kept] = 0
     return draws
 
@@ -165,8 +166,7 @@ def lesion_existence(labels: NDArray[np.integer], draws: NDArray[np.bool_]) -> N
 def lesion_volumes(
     labels: NDArray[np.integer],
     draws: NDArray[np.bool_],
-    voxel_ml: float,
-    spacing: tuple[float, float, float] = (1.0, 1.0, 1.0),
+    affine: NDArray[np.floating],
 ) -> NDArray[np.float64]:
     """Volume (S, n) of each lesion in each draw: the components of the draw (26 neighbours) that touch it.
 
@@ -176,8 +176,7 @@ def lesion_volumes(
     ----------
     labels : (X, Y, Z) int, n lesions numbered from 1
     draws : (S, X, Y, Z) bool
-    voxel_ml : volume of a voxel in ml
-    spacing : of the voxels in mm
+    affine : (4, 4), voxels to mm
     """
     count = int(labels.max(initial=0))
     volumes = np.zeros((len(draws), count))
@@ -188,7 +187,7 @@ def lesion_volumes(
     nearest = labels
     if count > 1:
         places = ndimage.distance_transform_edt(
-            labels == 0, sampling=spacing, return_distances=False, return_indices=True
+            labels == 0, sampling=voxel_sides(affine), return_distances=False, return_indices=True
         )
         nearest = labels[tuple(places)]
     for row, draw in zip(volumes, draws, strict=True):
@@ -197,14 +196,14 @@ def lesion_volumes(
         touching[np.unique(components[labels > 0])] = True
         touching[0] = False
         own = nearest if count > 1 else np.ones_like(labels)
-        row[:] = np.bincount(own[touching[components]], minlength=count + 1)[1:] * voxel_ml
+        row[:] = np.bincount(own[touching[components]], minlength=count + 1)[1:] * voxel_ml(affine)
     return volumes
 
 
 def summarise_draws(
     draws: NDArray[np.uint8],
     labels: NDArray[np.integer],
-    spacing: tuple[float, float, float],
+    affine: NDArray[np.floating],
     scale: float = INTERVAL_SCALE,
 ) -> DrawSummary:
     """Intervals and existence from draws on the grid of the detected lesions.
@@ -213,13 +212,12 @@ def summarise_draws(
     ----------
     draws : (S, X, Y, Z) uint8, 255 for probability 1
     labels : (X, Y, Z) int, the detected lesions, numbered from 1
-    spacing : of the voxels in mm
+    affine : (4, 4), voxels to mm
     scale : of the intervals, see `calibrated_interval`
     """
     masks = draws >= DRAW_LEVEL
-    voxel_ml = float(np.prod(spacing)) / 1000
-    volumes = np.count_nonzero(masks.reshape(len(masks), -1), axis=1) * voxel_ml
-    of_lesions = lesion_volumes(labels, masks, voxel_ml, spacing)
+    volumes = np.count_nonzero(masks.reshape(len(masks), -1), axis=1) * voxel_ml(affine)
+    of_lesions = lesion_volumes(labels, masks, affine)
     return DrawSummary(
         volumes_ml=volumes,
         volume_interval_ml=calibrated_interval(volumes, scale),

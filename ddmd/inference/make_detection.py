@@ -55,7 +55,7 @@ def make_detection(
     lesions, interval, image = found.lesions, None, None
     if draws is not None:
         labels = prepared.slices.part_of(found.labels)
-        summary = summarise_draws(draws, labels, volume.spacing)
+        summary = summarise_draws(draws, labels, volume.affine)
         interval = summary.volume_interval_ml
         lesions = tuple(
             replace(lesion, existence=share, volume_interval_ml=ends)
@@ -71,7 +71,7 @@ def make_detection(
         inter_discrepancy=volume.to_native(maps.inter, copy=False),
         intra_discrepancy=volume.to_native(maps.intra, copy=False),
         image=volume.to_native(_shown_image(system.description, volume)),
-        score=lesion_score(maps.probability, float(np.prod(volume.spacing)) / 1000, bool(found.lesions)),
+        score=lesion_score(maps.probability, volume.voxel_ml, bool(found.lesions)),
         lesions=lesions,
         notes=tuple(without_folders(note, volume.sources) for note in volume.notes),
         provenance=provenance(

@@ -10,6 +10,7 @@ from scipy import ndimage
 
 from ddmd.inference.lesion_contrast import BrightImage, bright_enough, lesion_contrasts
 from ddmd.io.background import bounding_box
+from ddmd.io.geometry import voxel_ml, voxel_sides
 
 EVIDENCE_LIMIT = 1e-3  # evidence is kept this far from 0 and 1, so that its odds are finite
 SCORE_ML = 0.5  # the evidence of a volume is the mean probability of this much of its most probable tissue
@@ -18,8 +19,6 @@ NEIGHBOURS_26 = np.ones((3, 3, 3))
 # along each axis: so far from what reaches the threshold the outline of a large lesion may lie
 OUTLINE_MM = 5.0
 ROUNDING = 1e-6  # relative: a component of exactly the least volume is a lesion, however its voxels' volume is rounded
-
-Spacing = tuple[float, float, float]
 
 
 @dataclass(frozen=True)
@@ -118,7 +117,7 @@ class LesionMap:
 
 def label_components(
     probability: NDArray[np.floating],
-    spacing: Spacing,
+    affine: NDArray[np.floating],
     criteria: LesionCriteria,
     image: BrightImage | None = None,
 ) -> NDArray[np.int32]:
@@ -127,7 +126,7 @@ def label_components(
     Parameters
     ----------
     probability : (X, Y, Z) float32 in [0, 1]
-    spacing : of the voxels in mm
+    affine : (4, 4), voxels to mm
     criteria : LesionCriteria
     image : BrightImage, optional
         Of which contrast is taken; without it that criterion is left out.
@@ -141,13 +140,14 @@ def label_components(
     --------
     >>> probability = np.zeros((4, 4, 4), np.float32)
     >>> probability[0, 0, 0], probability[2:, 2, 2] = 0.7, 0.9
-    >>> label_components(probability, (5.0, 5.0, 4.0), LesionCriteria(0.5)).max()
+    >>> affine = np.diag([5.0, 5.0, 4.0, 1.0])
+    >>> label_components(probability, affine, LesionCriteria(0.5)).max()
     np.int32(2)
-    >>> label_components(probability, (5.0, 5.0, 4.0), LesionCriteria(0.5, min_ml=0.15)).max()
+    >>> label_components(probability, affine, LesionCriteria(0.5, min_ml=0.15)).max()
     np.int32(1)
     """
     labels = np.zeros_like(probability, dtype=np.int32)
-    found = _components(probability, spacing, float(np.prod(spacing)) / 1000, criteria, image)
+    found = _components(probability, affine, criteria, image)
     if found is not None:
         box, inside = found
         labels[box] = inside
@@ -156,8 +156,7 @@ def label_components(
 
 def _components(
     probability: NDArray[np.floating],
-    spacing: Spacing,
-    voxel_ml: float,
+    affine: NDArray[np.floating],
     criteria: LesionCriteria,
     image: BrightImage | None,
 ) -> tuple[tuple[slice, ...], NDArray[np.int32]] | None:
@@ -174,14 +173,15 @@ def _components(
     component = components[candidates]
     sizes = np.bincount(component, minlength=count + 1)[1:]
     peaks = ndimage.maximum(inside[candidates], component, np.arange(1, count + 1))
+    one_ml = voxel_ml(affine)
     least = criteria.min_ml * (1 - ROUNDING)
-    accepted = np.flatnonzero((sizes * voxel_ml >= least) & (peaks >= criteria.min_peak))
+    accepted = np.flatnonzero((sizes * one_ml >= least) & (peaks >= criteria.min_peak))
     if image is not None and criteria.min_relative_contrast and len(accepted) > 1:
         masses = ndimage.sum_labels(inside[candidates], component, accepted + 1)
         contrasts = _contrasts(box, components, accepted + 1, image)
         accepted = accepted[bright_enough(contrasts, masses, criteria.min_relative_contrast)]
-    if criteria.outline_share < 1 and sizes[accepted].sum() * voxel_ml >= criteria.large_ml * (1 - ROUNDING):
-        components = _with_outlines(np.isin(components, accepted + 1), inside, spacing, voxel_ml, criteria)
+    if criteria.outline_share < 1 and sizes[accepted].sum() * one_ml >= criteria.large_ml * (1 - ROUNDING):
+        components = _with_outlines(np.isin(components, accepted + 1), inside, affine, criteria)
         sizes = np.bincount(components.ravel())[1:]
         accepted = np.flatnonzero(sizes)
     accepted = accepted[np.argsort(-sizes[accepted], kind="stable")]
@@ -193,13 +193,12 @@ def _components(
 def _with_outlines(
     kept: NDArray[np.bool_],
     probability: NDArray[np.floating],
-    spacing: Spacing,
-    voxel_ml: float,
+    affine: NDArray[np.floating],
     criteria: LesionCriteria,
 ) -> NDArray[np.int32]:
     """Components of what was accepted, large ones out to their outline."""
-    large = large_lesions(kept, probability, voxel_ml, criteria)
-    components, found = ndimage.label(kept | (large & outline_reach(kept & large, spacing)), NEIGHBOURS_26)
+    large = large_lesions(kept, probability, affine, criteria)
+    components, found = ndimage.label(kept | (large & outline_reach(kept & large, affine)), NEIGHBOURS_26)
     holds_accepted = np.bincount(components[kept], minlength=found + 1) > 0
     joined: NDArray[np.int32] = np.where(holds_accepted[components], components, 0)
     return joined
@@ -208,7 +207,7 @@ def _with_outlines(
 def large_lesions(
     accepted: NDArray[np.bool_],
     probability: NDArray[np.floating],
-    voxel_ml: float,
+    affine: NDArray[np.floating],
     criteria: LesionCriteria,
 ) -> NDArray[np.bool_]:
     """Components of voxels with at least the outline's probability in which what was accepted is large.
@@ -217,7 +216,7 @@ def large_lesions(
     ----------
     accepted : (X, Y, Z) bool, voxels that reach the threshold, of components that meet the criteria
     probability : (X, Y, Z) float32 in [0, 1]
-    voxel_ml : volume of a voxel in ml
+    affine : (4, 4), voxels to mm
     criteria : LesionCriteria
 
     Returns
@@ -225,25 +224,25 @@ def large_lesions(
     (X, Y, Z) bool
     """
     regions, count = ndimage.label(probability >= criteria.outline, NEIGHBOURS_26)
-    volumes = np.bincount(regions[accepted], minlength=count + 1) * voxel_ml
+    volumes = np.bincount(regions[accepted], minlength=count + 1) * voxel_ml(affine)
     large: NDArray[np.bool_] = (volumes > 0) & (volumes >= criteria.large_ml * (1 - ROUNDING))
     inside: NDArray[np.bool_] = large[regions]
     return inside
 
 
-def outline_reach(accepted: NDArray[np.bool_], spacing: Spacing) -> NDArray[np.bool_]:
+def outline_reach(accepted: NDArray[np.bool_], affine: NDArray[np.floating]) -> NDArray[np.bool_]:
     """Where the outline of a large lesion may lie: up to `OUTLINE_MM` along each axis from what was accepted.
 
     Parameters
     ----------
     accepted : (X, Y, Z) bool
-    spacing : of the voxels in mm
+    affine : (4, 4), voxels to mm
 
     Returns
     -------
     (X, Y, Z) bool
     """
-    reach = [int(OUTLINE_MM / side * (1 + ROUNDING)) for side in spacing]
+    reach = [int(OUTLINE_MM / side * (1 + ROUNDING)) for side in voxel_sides(affine)]
     near: NDArray[np.bool_] = ndimage.maximum_filter(accepted, tuple(2 * r + 1 for r in reach))
     return near
 
@@ -288,10 +287,8 @@ def find_lesions(
     -------
     LesionMap
     """
-    x_mm, y_mm, z_mm = (float(side) for side in np.linalg.norm(affine[:3, :3], axis=0))
-    voxel_ml = abs(float(np.linalg.det(affine[:3, :3]))) / 1000
     labels, lesions = np.zeros_like(probability, dtype=np.int32), []
-    found = _components(probability, (x_mm, y_mm, z_mm), voxel_ml, criteria, image)
+    found = _components(probability, affine, criteria, image)
     boxes = []
     if found is not None:
         outer, part = found
@@ -304,7 +301,7 @@ def find_lesions(
         p, u = probability[box][inside], uncertainty[box][inside]
         lesions.append(
             Lesion(
-                volume_ml=int(inside.sum()) * voxel_ml,
+                volume_ml=int(inside.sum()) * voxel_ml(affine),
                 centre_mm=(x, y, z),
                 peak_probability=float(p.max()),
                 mean_probability=float(p.mean(dtype=np.float64)),

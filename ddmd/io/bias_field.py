@@ -14,7 +14,9 @@ SAMPLES = 150_000  # voxels the field is estimated from
 BLOCK_MM = 14.0  # edge of the blocks whose commonest intensity is taken
 MIN_BLOCK_SHARE = 0.3  # of a full block's voxels: blocks with fewer are left out
 LOG_RANGE, BINS, BIN_SMOOTHING = 1.2, 120, 3.0  # of the histograms of log intensity
-BIN_SPREAD = 2 * LOG_RANGE / BINS / 12**0.5  # standard deviation of what a mode loses as the middle of its bin
+BIN_SPREAD = (
+    2 * LOG_RANGE / BINS / 12**0.5
+)  # standard deviation of what a mode loses as the middle of its bin
 ROUNDS = 15  # of reweighted least squares
 OUTLIER = 1.5  # robust standard deviations at which a block has a quarter of the weight
 RIDGE = 1e-5

@@ -107,6 +107,17 @@ def _notes(image: nib.Nifti1Pair, name: str) -> tuple[str, ...]:
     return tuple(notes)
 
 
+def voxel_sides(affine: np.ndarray) -> tuple[float, float, float]:
+    """Lengths in mm of a voxel's sides, of an affine (4, 4) from voxels to mm."""
+    x, y, z = np.linalg.norm(affine[:3, :3], axis=0)
+    return float(x), float(y), float(z)
+
+
+def voxel_ml(affine: np.ndarray) -> float:
+    """Volume of a voxel in ml; less than the product of its sides where the axes are not at right angles."""
+    return abs(float(np.linalg.det(affine[:3, :3]))) / 1000
+
+
 def unit_of(header: Any) -> tuple[str, float]:
     """The unit of length in a NIfTI header, and how many mm it is; what is not known is mm."""
     return UNITS.get(int(header["xyzt_units"]) & UNIT_BITS, UNITS[0])

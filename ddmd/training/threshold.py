@@ -187,7 +187,7 @@ def count_case(
     counts = []
     for setting in settings:
         criteria = dataclasses.replace(detector.lesion_criteria(), **setting._asdict())
-        counts.append(counts_by_threshold(probability, truth, inside, volume.spacing, criteria, image))
+        counts.append(counts_by_threshold(probability, truth, inside, volume.affine, criteria, image))
     return counts
 
 
