@@ -15,7 +15,11 @@ PLANES = {
     "sagittal": np.array([[0.0, 1.0, 0.0], [0.0, 0.0, -1.0]]),
     "coronal": np.array([[1.0, 0.0, 0.0], [0.0, 0.0, -1.0]]),
 }
-PATIENT = {"PatientName": "Doe^Zarathustra", "PatientID": "HOSP-0815-77", "PatientBirthDate": "19610412"}
+PATIENT = {
+    "PatientName": "Doeringer^Zarathustra",
+    "PatientID": "HOSP-0815-77",
+    "PatientBirthDate": "19610412",
+}
 FLAIR = {"SeriesDescription": "t2_tirm_tra_dark-fluid", "ScanningSequence": ["SE", "IR"], "InversionTime": 2400.0,
          "EchoTime": 110.0, "RepetitionTime": 9000.0}  # fmt: skip
 T1 = {"SeriesDescription": "t1_mprage", "ScanningSequence": "GR", "InversionTime": 900.0, "EchoTime": 3.0,
@@ -36,9 +40,9 @@ def scene(points: np.ndarray) -> np.ndarray:
     return np.where(in_block(points), 1000, np.where(inside, waves, 0)).astype(np.int16)
 
 
-def in_block(points: np.ndarray) -> np.ndarray:
-    """Whether points (..., 3) in mm LPS are in the block."""
-    return np.all((points >= BLOCK[:, 0]) & (points <= BLOCK[:, 1]), axis=-1)
+def in_block(points: np.ndarray, slack: float = 0.0) -> np.ndarray:
+    """Whether points (..., 3) in mm LPS are in the block, or so many mm beside it."""
+    return np.all((points >= BLOCK[:, 0] - slack) & (points <= BLOCK[:, 1] + slack), axis=-1)
 
 
 def grid(plane: np.ndarray, spacing: float, step: float) -> tuple[np.ndarray, np.ndarray]:

@@ -107,7 +107,7 @@ def test_the_lesion_lies_at_one_place_in_dicom_and_in_nifti(plane, reverse, tmp_
     places, values = seg_points(paths["mask"])
     marked = places[values > 0]
     assert len(marked) == len(expected)
-    assert in_block(marked).all()
+    assert in_block(marked, slack=0.02).all()
     assert marked[:, 0].min() > 0 > marked[:, 1].max(), "the patient's left is +x and the front is -y in LPS"
 
 
@@ -150,7 +150,7 @@ def test_highdicom_reads_a_segmentation_as_the_same_volume(axial, tmp_path):
     volume = seg.get_volume(combine_segments=True)
     indices = np.argwhere(volume.array > 0)
     world = nib.affines.apply_affine(volume.affine, indices)
-    assert in_block(world).all()
+    assert in_block(world, slack=0.02).all()
     assert len(world) == np.asanyarray(detection.mask.dataobj).sum()
 
 
@@ -301,7 +301,7 @@ def test_a_damaged_file_beside_the_slices_is_named_and_one_among_them_refused(ax
 
 def test_several_patients_are_several_cases_and_no_single_volume(tmp_path):
     root = tmp_path / "export"
-    names = ("Doe^Zarathustra", "Roe^Hildegard")
+    names = ("Doeringer^Zarathustra", "Roe^Hildegard")
     for k, name in enumerate(names):
         write_series(root / name, PLANES["axial"], patient={"PatientName": name, "PatientID": f"HOSP-{k}"})
     with pytest.raises(VolumeError, match="FLAIR series of 2 patients"):
@@ -312,7 +312,9 @@ def test_several_patients_are_several_cases_and_no_single_volume(tmp_path):
     assert cases[0].volume(("flair",)).name == "patient-1_series-5"
     apart = find_cases([root / name for name in names], require=("flair",), annotations=False)
     assert len({case.name for case in apart}) == 2
-    assert not any(word in case.name.lower() for case in apart for word in ("doe", "roe", "hilde", "zara"))
+    assert not any(
+        word in case.name.lower() for case in apart for word in ("doeringer", "roe", "hilde", "zara")
+    )
 
 
 def test_a_multi_frame_file_is_a_volume_of_its_own(plane, tmp_path, rng):
@@ -332,7 +334,7 @@ def test_a_multi_frame_file_is_a_volume_of_its_own(plane, tmp_path, rng):
         known_detection({"flair": tmp_path / "multi"}).save_dicom_seg(tmp_path / "out")["mask"]
     )
     assert (values > 0).sum() > 20
-    assert in_block(places[values > 0]).all()
+    assert in_block(places[values > 0], slack=0.02).all()
 
 
 def test_files_named_one_by_one_are_a_series_and_results_beside_them_are_none(axial, tmp_path, monkeypatch):
@@ -388,14 +390,14 @@ def patient_words_in(path: Path) -> list[str]:
     content = path.read_bytes()
     content = gzip.decompress(content) if path.suffix == ".gz" else content
     text = (path.name.encode() + content).lower()
-    words = ("zarathustra", "doe", "hosp-0815", "19610412", "acc4711", "20260102")
+    words = ("zarathustra", "doeringer", "hosp-0815", "19610412", "acc4711", "20260102")
     return [word for word in words if word.encode() in text]
 
 
 def test_the_command_line_writes_segmentations_beside_maps_that_name_no_patient(tmp_path):
-    root = tmp_path / "DOE_Zarathustra"
-    files = write_series(root, PLANES["axial"], names="Doe-{:03d}.dcm")
-    shutil.copy(files[0], root / "Doe-again.dcm")
+    root = tmp_path / "DOERINGER_Zarathustra"
+    files = write_series(root, PLANES["axial"], names="Doeringer-{:03d}.dcm")
+    shutil.copy(files[0], root / "Doeringer-again.dcm")
     before = {path: path.read_bytes() for path in root.rglob("*")}
     out = tmp_path / "out"
     result = CliRunner().invoke(app, ["detect", str(root), "-o", str(out), "--samples", "1", "--steps", "1"])
