@@ -26,7 +26,7 @@ from ddmd.models import checkpoint
 SETS = {
     "draws": "draws",
     "random_thresholds": "random thresholds of p",
-    "bright_thresholds": "the same without faint components",
+    "random_thresholds_without_faint": "the same without faint components",
     "one_step_draws": "draws of one step",
 }
 TERMS = {

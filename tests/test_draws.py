@@ -13,6 +13,7 @@ from ddmd.evaluation.draws import (
     iou_distances,
     threshold_energy_distance,
 )
+from ddmd.evaluation.summary import FIGURES
 from ddmd.inference.draws import lesion_existence, volume_interval
 
 
@@ -187,7 +188,8 @@ def test_everything_of_one_case(rng):
     family = np.stack([probability >= 0.3, probability >= 0.7])
     both = draw_metrics(draws, labels, truth, 0.1, raters, one_step, probability, family)
     wanted = family_energy_distance(family, raters, 8).distance
-    assert both.row["bright_thresholds_distance"] == pytest.approx(wanted)
+    assert both.row["random_thresholds_without_faint_distance"] == pytest.approx(wanted)
+    assert {name for name in both.row if "distance" in name} <= set(FIGURES), "reports have them"
     assert result.row["random_thresholds_distance"] == pytest.approx(thresholds.distance)
     alone = draw_metrics(draws, labels, truth, 0.1)
     assert not any("distance" in name for name in alone.row), "one annotator has no spread to compare with"

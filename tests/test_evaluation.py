@@ -395,7 +395,7 @@ def test_the_command_exits_with_1_where_a_case_failed(data):
     "wrong",
     [
         {"part": "validation"}, {"part": "tset"}, {"threshold": 2.0}, {"threshold": "0.5"}, {"overwrite": "no"},
-        {"draws": 1}, {"layout": "zip"},
+        {"quality": "best"}, {"layout": "zip"},
     ],
     ids=str,
 )  # fmt: skip

@@ -89,6 +89,18 @@ def test_draws_are_kept_on_request_only(detector, image):
     assert streamed.volume_interval_ml is not None
 
 
+def test_draws_are_those_of_the_quality_draws(detector, image):
+    """Intervals are fitted to that quality: samples of the posterior mean hardly differ, and theirs would be too narrow."""
+    kept = detector.detect(image, sequences="flair", samples=3, steps=2, draws=True)
+    named = detector.detect(image, sequences="flair", samples=3, steps=2, quality="draws")
+    assert kept.provenance["Sampling"] == named.provenance["Sampling"]
+    assert kept.provenance["Sampling"]["stop"] == 0.0
+    assert kept.volume_interval_ml == named.volume_interval_ml
+    for refused in (detector.detect, lambda one, **options: list(detector.detect_all([one], **options))):
+        with pytest.raises(ValueError, match='draws and quality "fast" exclude each other'):
+            refused(image, quality="fast", draws=True)
+
+
 def test_figures_of_draws_are_in_the_files(detector, image, tmp_path):
     detection = detector.detect(image, sequences="flair", samples=5, steps=2, draws=True)
     assert detection.lesions

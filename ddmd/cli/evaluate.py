@@ -12,7 +12,6 @@ from ddmd.cli.entry import SOME_FAILED, bad_usage, require_extra
 from ddmd.cli.options import (
     Debug,
     Device,
-    Draws,
     Json,
     Overwrite,
     Quality,
@@ -49,7 +48,6 @@ def command(
     samples: Samples = None,
     steps: Steps = None,
     quality: Quality = None,
-    draws: Draws = False,
     device: Device = "auto",
     threads: Threads = None,
     overwrite: Overwrite = False,
@@ -65,11 +63,12 @@ def command(
     require_extra("evaluate", EXTRA)
     with startup.quick_imports():
         from ddmd.evaluation.evaluate import evaluate
+        from ddmd.evaluation.summary import FIGURE_COLUMNS
 
     try:
         report = evaluate(
             data, weights=weights, out=output, split=patients, device=device_name(device), samples=samples,
-            steps=steps, layout=layout, overwrite=overwrite, quality=quality, draws=draws,
+            steps=steps, layout=layout, overwrite=overwrite, quality=quality,
         )  # fmt: skip
     except ValueError as error:
         raise bad_usage(error) from None
@@ -80,14 +79,7 @@ def command(
             console.note(note)
         count = len(report.patients)
         console.say(f"{count} patient{'' if count == 1 else 's'}")
-        rows = []
-        for name in dict.fromkeys((*report.pooled, *report.intervals)):
-            pooled = f"{report.pooled[name]:.3f}" if name in report.pooled else ""
-            mean = (
-                "{:.3f} [{:.3f}, {:.3f}]".format(*report.intervals[name]) if name in report.intervals else ""
-            )
-            rows.append((name.replace("_", " "), pooled, mean))
-        console.table(("figure", "pooled", "mean over patients [95 %]"), rows)
+        console.table(FIGURE_COLUMNS, report.figure_rows())
         console.say(f"report: {output / 'report.html'}")
     for failure in report.failures:
         console.error(f"{failure.case}: {failure.error}: {failure.message}")

@@ -25,7 +25,9 @@ Quality = Annotated[
     str | None,
     typer.Option("--quality", metavar="NAME", help="fast (posterior mean) or draws (masks, intervals)."),
 ]
-Draws = Annotated[bool, typer.Option("--draws", help="Keep the drawn masks, and measure them.")]
+Draws = Annotated[
+    bool, typer.Option("--draws", help="Keep the drawn masks: --quality draws, and its masks in files.")
+]
 Threads = Annotated[
     int | None,
     typer.Option("--threads", metavar="N", help="CPU threads to compute with; by default all cores."),

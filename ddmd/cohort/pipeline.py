@@ -27,6 +27,7 @@ from ddmd.cohort.work import (
     Task,
     input_sha256,
 )
+from ddmd.diffusion.samplers import quality_of
 from ddmd.inference.detection import Detection, check_maps
 from ddmd.inference.detector import READING_OPTIONS, Detector
 from ddmd.io.results import (
@@ -239,12 +240,14 @@ def plan_cohort(
     listed = [cases] if isinstance(cases, str | os.PathLike) else list(cases)
     detectors = load_detectors(weights, "cpu" if engine == "ray" else device, precision)
     detector = detectors[0]
+    kept_maps = tuple(dict.fromkeys((*check_maps(maps), *(("draws",) if draws else ()))))
+    quality = quality_of(quality, "draws" in kept_maps)
     options = CohortOptions(
         sampling=detector.sampling_config(
             samples, steps, sampler, seed, batch, eta=eta, stop=stop, quality=quality
         ),
         threshold=detector.lesion_criteria(threshold).threshold,
-        maps=tuple(dict.fromkeys((*check_maps(maps), *(("draws",) if draws else ())))),
+        maps=kept_maps,
         overlay=overlay,
         reading=dict(reading or {}),
         check_all=all(not isinstance(case, Case) and Path(case).is_file() for case in listed),
@@ -339,7 +342,7 @@ def detect_cohort(
     workers : threads that read, and threads that write
         At most 2 * workers + 2 cases for one device are in memory.
     threshold, samples, steps, sampler, seed, batch, eta, stop, quality : as `Detector.detect` takes them
-    draws : whether the draws are written, as "draws" among the maps does
+    draws : whether the drawn masks are written, as "draws" among the maps does; the quality is then "draws"
     reading : options of `Volume.read`, optional; a brain mask is the path of a file
     sequence : what images are whose names do not say it, optional
 

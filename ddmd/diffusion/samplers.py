@@ -32,6 +32,28 @@ QUALITIES: dict[str, dict[str, Any]] = {
 """Named sampling: "fast" is the posterior mean in one step; with "draws" each sample is a mask of its own."""
 
 
+def quality_of(quality: str | None, draws: bool) -> str | None:
+    """The named sampling that a caller asks for: "draws" where the drawn masks are to be kept.
+
+    Parameters
+    ----------
+    quality : one of QUALITIES, optional
+    draws : whether drawn masks are to be kept
+
+    Returns
+    -------
+    str, or None for the weights' own sampling
+
+    Raises
+    ------
+    ValueError
+        If draws of the quality "fast" are asked for: its samples are one posterior mean, and no masks of their own.
+    """
+    if draws and quality == "fast":
+        raise ValueError('draws and quality "fast" exclude each other: the posterior mean has no drawn masks')
+    return "draws" if draws else quality
+
+
 @dataclass(frozen=True)
 class SamplingConfig:
     """How masks are sampled: the user's choice. A weights file stores the defaults (all but seed and batch).

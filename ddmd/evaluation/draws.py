@@ -287,7 +287,9 @@ def draw_metrics(
             "random_thresholds": threshold_energy_distance(mean, raters, len(draws)),
         }
         if thresholded is not None:
-            distances["bright_thresholds"] = family_energy_distance(thresholded, raters, len(draws))
+            distances["random_thresholds_without_faint"] = family_energy_distance(
+                thresholded, raters, len(draws)
+            )
         if one_step is not None:
             distances["one_step_draws"] = energy_distance(one_step >= threshold * _unit(one_step), raters)
         for name, result in distances.items():

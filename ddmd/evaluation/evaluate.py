@@ -32,7 +32,7 @@ from ddmd.validation import choice, flag
 
 __all__ = ["EvaluationError", "Report", "evaluate", "evaluate_case"]
 
-RANDOM_THRESHOLDS = (np.arange(50) + 0.5) / 50  # of which masks stand for those of random thresholds
+EVEN_THRESHOLDS = (np.arange(50) + 0.5) / 50  # of which masks stand for those of random thresholds
 
 
 def evaluate(
@@ -49,7 +49,6 @@ def evaluate(
     layout: str = "auto",
     overwrite: bool = False,
     quality: str | None = None,
-    draws: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> Report:
     """Detect in every case with a mask, and compare.
@@ -71,9 +70,8 @@ def evaluate(
         S and N; by default what the weights say.
     layout : of the data; see `find_cases`
     overwrite : whether `out` may hold an earlier evaluation
-    quality : as `Detector.detect` takes it
-    draws : whether draws are measured, too: intervals, existence and, of cases with masks of single raters,
-        energy distances, beside draws of one step. Quality "draws" measures them.
+    quality : as `Detector.detect` takes it; "draws" measures the drawn masks, too
+        Intervals, existence and, of cases with masks of several raters, energy distances, beside draws of one step.
     progress : called with the name of each case, optional
 
     Returns
@@ -91,7 +89,7 @@ def evaluate(
     for module in ("monai", "sklearn"):
         if importlib.util.find_spec(module) is None:
             raise EvaluationError(f"evaluation needs {module}; run pip install 'ddmd[evaluate]'")
-    overwrite, draws = flag("overwrite", overwrite), flag("draws", draws)
+    overwrite = flag("overwrite", overwrite)
     choice("part", part, tuple(FRACTIONS))
     if split is None and part != "test":
         raise EvaluationError(
@@ -117,13 +115,12 @@ def evaluate(
     if not cases:
         raise EvaluationError(f"{data}: no case with a mask{f' in part {part}' if split else ''}")
     sampling = detector.sampling_config(samples, steps, quality=quality)
-    measured = draws or quality == "draws"
     evaluated, failures = [], []
     for case in cases:
         if progress is not None:
             progress(case.name)
         try:
-            evaluated.append(evaluate_case(detector, case, threshold, sampling, measured))
+            evaluated.append(evaluate_case(detector, case, threshold, sampling, quality == "draws"))
         except Exception as error:  # whatever it is, it is this case's; the others go on
             file = (case.masks or next(iter(case.files.values())))[0]
             failures.append(Failure(case.name, str(file), type(error).__name__, str(error)))
@@ -222,7 +219,7 @@ def _draw_metrics(
     compared = len(raters) > 1
     least, thresholded = criteria.min_relative_contrast, None
     if compared and least and image is not None:
-        levels = [LesionCriteria(float(level), min_relative_contrast=least) for level in RANDOM_THRESHOLDS]
+        levels = [LesionCriteria(float(level), min_relative_contrast=least) for level in EVEN_THRESHOLDS]
         thresholded = np.stack([label_components(mean, volume.affine, level, image) > 0 for level in levels])
     return draw_metrics(
         draws,

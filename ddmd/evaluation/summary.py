@@ -63,11 +63,16 @@ FIGURES = {
     "random_thresholds_rater_distance": "mean distance of p at a random threshold to a rater",
     "random_thresholds_diversity": "diversity of p at random thresholds",
     "random_thresholds_best_match_dice": "Dice of the best random threshold, mean over raters",
+    "random_thresholds_without_faint_distance": "generalized energy distance, the same without faint components",
+    "random_thresholds_without_faint_rater_distance": "mean distance of such a mask to a rater",
+    "random_thresholds_without_faint_diversity": "diversity of such masks",
+    "random_thresholds_without_faint_best_match_dice": "Dice of the best such mask, mean over raters",
     "one_step_draws_distance": "generalized energy distance, one-step draws",
     "one_step_draws_rater_distance": "mean distance of a one-step draw to a rater",
     "one_step_draws_diversity": "diversity of one-step draws",
     "one_step_draws_best_match_dice": "Dice of the best one-step draw, mean over raters",
 }  # name of a figure -> what it is called in reports
+FIGURE_COLUMNS = ("figure", "pooled", "mean over patients [95 %]")
 POOLED_ONLY = {"accuracy", "accuracy_of_empty_mask", "auprc"}  # not averaged over patients
 RESAMPLES = 2000
 
@@ -109,12 +114,19 @@ class Report:
         """The figures as a rich table."""
         from rich.table import Table
 
-        table = Table("figure", "pooled", "mean over patients [95 %]", title=f"{len(self.patients)} cases")
+        table = Table(*FIGURE_COLUMNS, title=f"{len(self.patients)} cases")
+        for row in self.figure_rows():
+            table.add_row(*row)
+        return table
+
+    def figure_rows(self) -> list[tuple[str, str, str]]:
+        """Of each figure, what it is called, its pooled value, and its mean over patients with the interval."""
+        rows = []
         for name in self.names():
             pooled = f"{self.pooled[name]:.3f}" if name in self.pooled else ""
             mean = "{:.3f} [{:.3f}, {:.3f}]".format(*self.intervals[name]) if name in self.intervals else ""
-            table.add_row(FIGURES.get(name, name), pooled, mean)
-        return table
+            rows.append((FIGURES.get(name, name), pooled, mean))
+        return rows
 
     def names(self) -> list[str]:
         """The figures that this report has, in the order of FIGURES."""

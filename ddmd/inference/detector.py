@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from ddmd import validation
-from ddmd.diffusion.samplers import QUALITIES
+from ddmd.diffusion.samplers import QUALITIES, quality_of
 from ddmd.inference.detection import Detection
 from ddmd.inference.devices import DEVICES, pick_device
 from ddmd.inference.draws import leave_out_faint
@@ -352,7 +352,8 @@ class Detector:
             )
         reading = {key: options.pop(key) for key in READING_OPTIONS if key in options}
         sampling = {key: options[key] for key in SAMPLING_OPTIONS if key in options}
-        self.sampling_config(**sampling)  # refused before anything is read
+        quality_of(options.get("quality"), options.get("draws", False))  # refused before anything is read
+        self.sampling_config(**sampling)
         self.lesion_criteria(options.get("threshold"))
         for _, prepared in prefetch(volumes, lambda volume: self.prepare(volume, **reading)):
             yield self.detect(prepared(), **options)
@@ -403,10 +404,10 @@ class Detector:
             Share of the T steps that are left out at the end, where x_0 is predicted at once; 0 leaves out none.
         quality : "fast" or "draws", optional
             Named sampling, by default what the weights say; options that are given override it. "fast" is the
-            posterior mean in one step. "draws" samples masks that a rater could have drawn, and with them
+            posterior mean in one step. "draws" samples masks that differ from one another, and with them
             intervals of the volumes and the probability that each lesion exists; it takes several times as long.
         draws : bool
-            Whether the detection holds the draws; intervals and existence come with them.
+            Whether the detection holds the drawn masks; the quality is then "draws".
 
         Returns
         -------
@@ -419,7 +420,7 @@ class Detector:
         DetectionError
             If the maps are not finite.
         ValueError
-            If an option is of another type or out of range.
+            If an option is of another type or out of range, or draws of quality "fast" are asked for.
 
         Notes
         -----
@@ -428,10 +429,11 @@ class Detector:
         """
         begun = time.perf_counter()
         criteria = self.lesion_criteria(threshold)
+        keep_image = validation.flag("draws", draws)
+        quality = quality_of(quality, keep_image)
         config = self.sampling_config(
             samples, steps, sampler, seed, batch, eta=eta, stop=stop, quality=quality
         )
-        keep_image = validation.flag("draws", draws)
         if not isinstance(volume, Prepared):
             volume = self.prepare(
                 volume, affine=affine, sequences=sequences, resample=resample, skull=skull, brain=brain,
@@ -441,7 +443,7 @@ class Detector:
             refuse_reading("Prepared", affine, sequences, resample, skull, brain, bias, strip)
             check_prepared(volume, self.description)
         prepared: Prepared = volume
-        sampled = self.maps(prepared, config, progress, keep_draws=keep_image or quality == "draws")
+        sampled = self.maps(prepared, config, progress, keep_draws=quality == "draws")
         maps = self.to_volume(prepared, sampled)
         kept = self.draws(prepared, sampled)
         del sampled  # its memory is needed for the images
