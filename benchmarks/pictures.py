@@ -115,9 +115,14 @@ TITLES = {
 
 
 def painted(
-    kind: int, count: int, seed: int, sequences: tuple[str, ...] = ("flair",), slice_mm: float = 2.0
+    kind: int,
+    count: int,
+    seed: int,
+    sequences: tuple[str, ...] = ("flair",),
+    slice_mm: float = 2.0,
+    **ranges: Any,
 ) -> dict[str, torch.Tensor]:
-    """Samples with one kind of lesion, painted on slices of a healthy phantom."""
+    """Samples with one kind of lesion, painted on slices of a healthy phantom; `ranges` are of `PainterConfig`."""
     made = phantom(seed=seed, lesions=0, sequences=sequences, spacing_mm=(1.0, 1.0, slice_mm))
     volume = Volume.read(made.images, require=sequences)
     cut = extract(volume, sequences, SliceGrid())
@@ -140,7 +145,9 @@ def painted(
     )  # fmt: skip
     slices = DeviceSlices([case], torch.device("cpu"), cut.grid.mm)
     shares = tuple(float(i == kind) for i in range(len(KINDS)))
-    painter_config = PainterConfig(kinds=shares, enhancing=(1.0, 1.0, 0.3) if several else (0.7, 0.3, 0.1))
+    if several:
+        ranges["enhancing"] = (1.0, 1.0, 0.3)
+    painter_config = PainterConfig(kinds=shares, **ranges)
     batches = BatchMaker(
         slices, config, "lesions", {"phantom": 1.0},
         augmentation_config=STILL, painter_config=painter_config, stripped=0,
@@ -152,21 +159,21 @@ def painted(
 
 
 def painter(count: int = 6, seed: int = 0) -> Figure:
-    """Lesions painted on a healthy phantom, their masks outlined: a kind a row, thick slices, four sequences."""
+    """Lesions painted on a healthy phantom, their masks outlined: a row for each kind, places, thick slices, four sequences."""
+    samples = {TITLES[name]: painted(kind, count, seed) for kind, name in enumerate(KINDS)}
+    samples |= {
+        "small at the cortex: juxtacortical": painted(
+            KINDS.index("small"), count, seed, periventricular=0.0, juxtacortical=1.0
+        ),
+        "faint: large": painted(KINDS.index("large"), count, seed, faint=1.0),
+        "bands in slices of 7 mm: edges are the mean through the slice": painted(
+            KINDS.index("bands"), count, seed, slice_mm=7.0
+        ),
+    }
     rows = [
-        (
-            TITLES[name],
-            [(planes[1], mask) for planes, mask in zip(batch["planes"], batch["mask"], strict=True)],
-        )
-        for name, batch in ((name, painted(kind, count, seed)) for kind, name in enumerate(KINDS))
+        (title, [(planes[1], mask) for planes, mask in zip(batch["planes"], batch["mask"], strict=True)])
+        for title, batch in samples.items()
     ]
-    thick = painted(KINDS.index("bands"), count, seed, slice_mm=7.0)
-    rows.append(
-        (
-            "bands in slices of 7 mm: edges are the mean through the slice",
-            [(planes[1], mask) for planes, mask in zip(thick["planes"], thick["mask"], strict=True)],
-        )
-    )
     for name in ("large", "small"):
         batch = painted(KINDS.index(name), 1, seed, ALL)
         planes = batch["planes"][0, len(ALL) : 2 * len(ALL)]

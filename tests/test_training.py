@@ -10,11 +10,14 @@ import signal
 import subprocess
 import sys
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from ddmd.cohort.discovery import find_cases
+from ddmd.cohort.tables import label_slices
 from ddmd.models import checkpoint
 from ddmd.models.checkpoint import WeightsError
 from ddmd.training import loop, train
@@ -55,6 +58,27 @@ def test_image_track_trains_without_opening_a_mask_and_its_weights_load(config, 
     split = json.loads((tmp_path / "run" / "split.json").read_text())
     assert sorted(split.values()).count("test") == 1
     assert (tmp_path / "run" / "events").is_dir()
+
+
+def test_a_table_of_labels_trains_volumes_without_opening_the_masks_beside_them(config, rng, tmp_path):
+    """As the shipped recipe takes volumes: labelled once from the masks, which are unreadable when training begins."""
+    for number in range(4):
+        folder = tmp_path / "volumes" / f"p{number}"
+        folder.mkdir(parents=True)
+        values, affine = head(rng, (64, 64, 6))
+        lesion = np.zeros(values.shape, np.uint8)
+        lesion[30:34, 30:34, 2:4] = 1
+        for name, array in (("flair", values), ("lesion", lesion)):
+            nib.save(nib.Nifti1Image(array, affine), folder / f"{name}.nii.gz")
+    label_slices(find_cases(tmp_path / "volumes"), tmp_path / "labelled")
+    for mask in (tmp_path / "volumes").rglob("lesion.nii.gz"):
+        mask.write_bytes(b"nobody may open this")
+    data = (DataEntry(str(tmp_path / "labelled"), "table"),)
+    config = dataclasses.replace(config, data=data)
+    assert checkpoint.describe(train(config, tmp_path / "run")).training["labels"] == "image"
+    masked = dataclasses.replace(config, data=(DataEntry(str(tmp_path / "volumes")),), labels="pixel")
+    with pytest.raises(ValueError, match="lesion"):
+        train(masked, tmp_path / "pixel")
 
 
 def test_pixel_track_opens_the_masks(config, tmp_path):

@@ -1,4 +1,4 @@
-"""Draws of a volume: masks that raters could have drawn, and what only they tell: intervals and existence."""
+"""Draws of a volume: masks that differ from one another, and what only they tell: intervals and existence."""
 
 from __future__ import annotations
 
@@ -191,8 +191,8 @@ def lesion_volumes(
         )
         nearest = labels[tuple(places)]
     for row, draw in zip(volumes, draws, strict=True):
-        components, found = ndimage.label(draw[box], NEIGHBOURS_26)
-        touching = np.zeros(found + 1, bool)
+        components, number = ndimage.label(draw[box], NEIGHBOURS_26)
+        touching = np.zeros(number + 1, bool)
         touching[np.unique(components[labels > 0])] = True
         touching[0] = False
         own = nearest if count > 1 else np.ones_like(labels)

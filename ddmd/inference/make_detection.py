@@ -51,10 +51,12 @@ def make_detection(
     Detection
     """
     volume = prepared.volume
-    found = find_lesions(maps.probability, maps.uncertainty, volume.affine, criteria, BrightImage.of(volume))
-    lesions, interval, image = found.lesions, None, None
+    lesion_map = find_lesions(
+        maps.probability, maps.uncertainty, volume.affine, criteria, BrightImage.of(volume)
+    )
+    lesions, interval, image = lesion_map.lesions, None, None
     if draws is not None:
-        labels = prepared.slices.part_of(found.labels)
+        labels = prepared.slices.part_of(lesion_map.labels)
         summary = summarise_draws(draws, labels, volume.affine)
         interval = summary.volume_interval_ml
         lesions = tuple(
@@ -65,13 +67,13 @@ def make_detection(
         )
         image = draws_image(prepared, draws) if keep_draws else None
     return Detection(
-        mask=volume.to_native(found.mask, np.uint8),
+        mask=volume.to_native(lesion_map.mask, np.uint8),
         probability=volume.to_native(maps.probability, copy=False),
         uncertainty=volume.to_native(maps.uncertainty, copy=False),
         inter_discrepancy=volume.to_native(maps.inter, copy=False),
         intra_discrepancy=volume.to_native(maps.intra, copy=False),
         image=volume.to_native(_shown_image(system.description, volume)),
-        score=lesion_score(maps.probability, volume.voxel_ml, bool(found.lesions)),
+        score=lesion_score(maps.probability, volume.voxel_ml, bool(lesion_map.lesions)),
         lesions=lesions,
         notes=tuple(without_folders(note, volume.sources) for note in volume.notes),
         provenance=provenance(
@@ -86,7 +88,7 @@ def make_detection(
             time.perf_counter() - begun,
         ),
         name=volume.name,
-        labels=volume.to_native(found.labels, np.min_scalar_type(len(found.lesions))),
+        labels=volume.to_native(lesion_map.labels, np.min_scalar_type(len(lesion_map.lesions))),
         dicom=volume.dicom,
         draws=image,
         volume_interval_ml=interval,

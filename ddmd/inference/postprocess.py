@@ -65,12 +65,11 @@ class LesionCriteria:
         brighter a component is on FLAIR than its surroundings; the main one has the largest product of contrast and
         root of summed probability, see `ddmd.inference.lesion_contrast`. Without a FLAIR image it says nothing.
     large_ml : float
-        What is a large lesion.
+        Volume in ml from which a lesion is large. Lesions that voxels of at least `outline` join count together.
     outline_share : float in (0, 1]
-        A large lesion ends only where the probability falls below so much of the threshold, or `OUTLINE_MM` along
-        each axis from what reaches the threshold in any large lesion. 1: where others do. What the other criteria
-        left out is part of it within that outline. Lesions that voxels of that probability join are large if they are
-        so together.
+        A large lesion reaches on to where the probability falls below so much of the threshold, by at most
+        `OUTLINE_MM` along each axis. What the other criteria left out is part of it there. With 1 it ends where
+        others do.
     """
 
     threshold: float
@@ -147,9 +146,9 @@ def label_components(
     np.int32(1)
     """
     labels = np.zeros_like(probability, dtype=np.int32)
-    found = _components(probability, affine, criteria, image)
-    if found is not None:
-        box, inside = found
+    boxed = _components(probability, affine, criteria, image)
+    if boxed is not None:
+        box, inside = boxed
         labels[box] = inside
     return labels
 
@@ -198,8 +197,8 @@ def _with_outlines(
 ) -> NDArray[np.int32]:
     """Components of what was accepted, large ones out to their outline."""
     large = large_lesions(kept, probability, affine, criteria)
-    components, found = ndimage.label(kept | (large & outline_reach(kept & large, affine)), NEIGHBOURS_26)
-    holds_accepted = np.bincount(components[kept], minlength=found + 1) > 0
+    components, count = ndimage.label(kept | (large & outline_reach(kept & large, affine)), NEIGHBOURS_26)
+    holds_accepted = np.bincount(components[kept], minlength=count + 1) > 0
     joined: NDArray[np.int32] = np.where(holds_accepted[components], components, 0)
     return joined
 
@@ -288,10 +287,10 @@ def find_lesions(
     LesionMap
     """
     labels, lesions = np.zeros_like(probability, dtype=np.int32), []
-    found = _components(probability, affine, criteria, image)
+    boxed = _components(probability, affine, criteria, image)
     boxes = []
-    if found is not None:
-        outer, part = found
+    if boxed is not None:
+        outer, part = boxed
         labels[outer] = part
         boxes = [_within(box, outer) for box in ndimage.find_objects(part)]
     for number, box in enumerate(boxes, 1):

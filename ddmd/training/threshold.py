@@ -302,14 +302,14 @@ def mask_cases(config: TrainConfig) -> list[Case]:
 
     A case of a table without a mask takes that of the case of the same name which the folder of its image has.
     """
-    found: dict[Path, dict[str, Case]] = {}
+    cases_beside: dict[Path, dict[str, Case]] = {}
     cases = []
     for case in cases_of(config):
         if case.masks is None and not case.stack:
             folder = next(iter(case.files.values()))[0].resolve().parent.parent
-            if folder not in found:
-                found[folder] = {other.name: other for other in find_cases(folder)}
-            beside = found[folder].get(case.name)
+            if folder not in cases_beside:
+                cases_beside[folder] = {other.name: other for other in find_cases(folder)}
+            beside = cases_beside[folder].get(case.name)
             case = case if beside is None else dataclasses.replace(case, masks=beside.masks)
         cases.append(case)
     return cases
