@@ -1,6 +1,7 @@
 """Which files are read and with which values, what is refused before memory is taken, and what leaves a header."""
 
 import bz2
+import gc
 import gzip
 import os
 import struct
@@ -535,6 +536,7 @@ def test_a_damaged_file_is_closed(tmp_path, rng):
     path = tmp_path / "a_flair.nii.gz"
     write(path, values, affine)
     path.write_bytes(path.read_bytes() + b"garbage")
+    gc.collect()  # what other tests left open
     before = len(os.listdir("/proc/self/fd"))
     _refused("the gz is damaged", path)
     assert len(os.listdir("/proc/self/fd")) == before

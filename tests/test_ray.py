@@ -1,5 +1,6 @@
 """A cohort on Ray: the results of one machine, when an actor is killed, when a case kills its actor, on a cluster."""
 
+import contextlib
 import csv
 import dataclasses
 import json
@@ -72,8 +73,9 @@ def assert_only_this_machine():
     """The processes of Ray listen at the loopback address alone, and none is the dashboard's server."""
     me, listening = psutil.Process(), []
     for process in (me, *me.children(recursive=True)):
-        assert "dashboard.py" not in " ".join(process.cmdline()).split("/")
-        listening += [c.laddr.ip for c in process.net_connections() if c.status == psutil.CONN_LISTEN]
+        with contextlib.suppress(psutil.NoSuchProcess):  # it ended meanwhile
+            assert "dashboard.py" not in " ".join(process.cmdline()).split("/")
+            listening += [c.laddr.ip for c in process.net_connections() if c.status == psutil.CONN_LISTEN]
     assert listening
     assert {ip.removeprefix("::ffff:") for ip in listening} <= {"127.0.0.1", "::1"}
 
