@@ -104,7 +104,7 @@ def volumes(*evaluations: Mapping[str, Any]) -> str:
     return "\n".join([
         *lines, "", f"False-positive volume of healthy controls: {', '.join(empty) or 'not measured'}. Uncertainty "
         f"against error, AUROC, on the {len(first['patients'])} volumes with lesions: "
-        f"{pooled['uncertainty_auroc']:.3f}; p(1 - p) {pooled['bernoulli_auroc']:.3f}, nearness to the decision "
+        f"{pooled['uncertainty_auroc']:.3f}; p(1 - p) {pooled['bernoulli_auroc']:.3f}, decision uncertainty "
         f"{pooled['decision_auroc']:.3f}. Pooled Dice without the 5 % least certain voxels "
         f"{pooled['dice_without_5_percent']:.3f}, with them {pooled['dice']:.3f}.",
     ])  # fmt: skip
@@ -163,7 +163,7 @@ def kinds() -> str:
 
 
 def dices(rows: Mapping[str, Mapping[str, Any]], names: str, key: str = "dice") -> list[float]:
-    """Dice of the cases of a kind that have one."""
+    """Dice, or another figure, of the cases of a kind that have one."""
     return [
         row[key]
         for name, row in rows.items()
@@ -217,6 +217,100 @@ def leave_one_out() -> str:
     return "\n".join(lines)
 
 
+def errors() -> str:
+    """How well each map ranks the errors of a mask: AUROC, mean over the cases of a kind, as Markdown."""
+    maps = ("uncertainty_auroc", "bernoulli_auroc", "decision_auroc")
+    named = [f"`{name}`: variance | p(1 - p) | decision uncertainty" for name in SHIPPED]
+    lines = [f"| | cases | {' | '.join(named)} |", "|---" * (2 + 3 * len(SHIPPED)) + "|"]
+    for data_sets, part in ((TESTED, "test"), (VALIDATED, "validation")):
+        systems = [by_case(name, data_sets)[0] for name in SHIPPED]
+        for kind in KINDS:
+            cells = []
+            for rows in systems:
+                for key in maps:
+                    values = dices(rows, kind.names, key)
+                    cells.append(number(fmean(values) if values else None))
+            if any(cells):
+                count = len(dices(systems[0], kind.names, maps[0]))
+                lines.append(f"| {kind.label}, {part} | {count} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def goals() -> str:
+    """What was to be reached, and what was, with image-level labels, as Markdown."""
+    image, pixel = (newest(name)["lgg"]["pooled"]["dice"] for name in SHIPPED)
+    (tested, healthy), _ = (by_case(name) for name in SHIPPED)
+    validated = by_case(SHIPPED[0], VALIDATED)[0]
+    lines = ["| figure | goal | test patients | validation patients, flattered |", "|---|---|---|---|"]
+    pooled = newest(SHIPPED[0])["lgg-validation"]["pooled"]["dice"]
+    lines.append(f"| TCGA-LGG slices, pooled Dice | 0.70 | {image:.3f} | {pooled:.3f} |")
+    lines.append(f"| the same as a share of `{SHIPPED[1]}` | 0.90 | {image / pixel:.3f} | |")
+    for label, names, goal in (
+        ("glioma volumes, Dice", "brats", "0.86"), ("multiple sclerosis, Dice", "ms-", "0.55"),
+        ("white matter hyperintensities, Dice", "wmh", "0.60"), ("stroke, Dice", "stroke|isles", "0.50"),
+    ):  # fmt: skip
+        cells = [spread(dices(rows, names)) or "no patient" for rows in (tested, validated)]
+        lines.append(f"| {label} | {goal} | {' | '.join(cells)} |")
+    marked = fmean(row["detected_ml"] for row in healthy.values())
+    lines.append(f"| marked in the healthy control (ml) | below 1 | {marked:.1f} | |")
+    below = [
+        ", ".join(
+            sorted(name for name in rows if other[name]["dice"] < rows[name]["dice"] and "TCGA" not in name)
+        )
+        for rows, other in ((tested, by_case(SHIPPED[1])[0]), (validated, by_case(SHIPPED[1], VALIDATED)[0]))
+    ]
+    lines.append(
+        f"| volumes where `{SHIPPED[1]}` is below | none | {' | '.join(one or 'none' for one in below)} |"
+    )
+    for key, label in (("uncertainty_auroc", "variance"), ("decision_auroc", "decision uncertainty")):
+        cells = []
+        for rows in (tested, validated):
+            kinds_above = [
+                fmean(dices(rows, kind.names, key)) > fmean(dices(rows, kind.names, "bernoulli_auroc"))
+                for kind in KINDS
+                if dices(rows, kind.names, key)
+            ]
+            cells.append(f"{sum(kinds_above)} of {len(kinds_above)}")
+        lines.append(
+            f"| kinds where the {label} ranks errors better than p(1 - p) | all | {' | '.join(cells)} |"
+        )
+    return "\n".join(lines)
+
+
+DRAWN = {
+    "draws: energy distance": "draws",
+    "random thresholds of p: energy distance": "random thresholds of the probability",
+    "the same without faint components: energy distance": "random thresholds without faint components, as draws leave them out",
+    "draws of one step: energy distance": "draws of one step",
+    "raters: E d(rater, rater')": "between the annotators",
+    "AUROC of draws that contradict the mask of the posterior mean": "AUROC against errors: draws that contradict the mask",
+    "AUROC of the variance of draws, same mask": "AUROC against errors: variance of the draws",
+    "AUROC of p(1 - p) of the posterior mean, same mask": "AUROC against errors: p(1 - p)",
+    "draws: E d(draw, rater)": "distance of draws to the annotators",
+    "the same without faint components: E d(draw, rater)": "distance of random thresholds without faint components to them",
+    "draws: E d(draw, draw')": "between draws",
+    "the same without faint components: E d(draw, draw')": "between random thresholds without faint components",
+    "draws: best-match Dice": "Dice of the best draw",
+    "the same without faint components: best-match Dice": "Dice of the best random threshold without faint components",
+    "share of the spread between draws": "share of the spread that lies between draws",
+    "calibration error of existence": "calibration error of the probability that a lesion exists",
+}  # fmt: skip
+
+
+def draws() -> str:
+    """Drawn masks against two annotators, a case a column, as Markdown."""
+    dated = sorted(RESULTS.glob(f"draws-{SHIPPED[0]}-????-??-??.json"))
+    cases = json.loads(dated[-1].read_text())["cases"]
+    lines = [f"| `{SHIPPED[0]}` | {' | '.join(cases)} | mean |", "|---" * (2 + len(cases)) + "|"]
+    for key, label in DRAWN.items():
+        values = [case[key] for case in cases.values()]
+        known = [value for value in values if value is not None]
+        lines.append(
+            f"| {label} | {' | '.join(map(number, values))} | {number(fmean(known) if known else None)} |"
+        )
+    return "\n".join(lines)
+
+
 def table_row(
     label: str, lesion_ml: str, baseline: float | None, rows: Sequence[Mapping[str, Any]], key: str = "dice"
 ) -> str:
@@ -249,7 +343,15 @@ def texts() -> dict[Path, str]:
     texts = {
         README: filled(README.read_text(), {"kinds": kinds()}),
         QUALITY: filled(
-            QUALITY.read_text(), {"kinds": kinds(), "cases": overview(), "leave one out": leave_one_out()}
+            QUALITY.read_text(),
+            {
+                "goals": goals(),
+                "kinds": kinds(),
+                "cases": overview(),
+                "leave one out": leave_one_out(),
+                "draws": draws(),
+                "errors": errors(),
+            },
         ),
     }
     for name in SHIPPED:

@@ -5,12 +5,15 @@ table, a figure a row. DATA is a folder of volumes; by default those with masks 
 whole volumes. Masks without any voxel in common would reach "no overlap": where no distance is below it, the measure
 does not tell draws from noise.
 
-`python -m benchmarks.calibrate_draws` chooses the shifts.
+With the sampling that ships and all cases it writes benchmarks/results/draws-WEIGHTS-DATE.json, too, from which
+`python -m benchmarks.cards` makes a table. `python -m benchmarks.calibrate_draws` chooses the shifts.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
+import hashlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +24,11 @@ from ddmd.evaluation.case_metrics import CaseMetrics
 from ddmd.evaluation.evaluate import evaluate_case
 from ddmd.evaluation.metrics import calibration_error
 from ddmd.inference.detector import Detector
+from ddmd.io.atomic import write_text
+from ddmd.io.text import json_text
 from ddmd.models import checkpoint
+
+RESULTS = Path(__file__).with_name("results")
 
 SETS = {
     "draws": "draws",
@@ -114,6 +121,16 @@ def main() -> None:
         columns[case.name] = figures(evaluate_case(detector, case, None, config, draws=True))
         print(f"{case.name} done", flush=True)
     print_table(columns)
+    if not options.cases and config == detector.sampling_config(quality="draws"):
+        path = checkpoint.find(options.weights)
+        result = {
+            "weights": detector.description.name,
+            "weights_sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+            "cases": columns,
+        }
+        write_text(
+            RESULTS / f"draws-{detector.description.name}-{datetime.date.today()}.json", json_text(result)
+        )
 
 
 if __name__ == "__main__":

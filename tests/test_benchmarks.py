@@ -86,7 +86,7 @@ def test_tables_of_an_evaluation_leave_out_what_is_not_there():
     assert "| p | 2.0 | 1.0 | 0.250 | 0.500 |  |" in text
     assert "False-positive volume of healthy controls: q: 1.2 ml." in text
     assert (
-        "AUROC, on the 1 volumes with lesions: 0.750; p(1 - p) 0.500, nearness to the decision 0.875. Pooled"
+        "AUROC, on the 1 volumes with lesions: 0.750; p(1 - p) 0.500, decision uncertainty 0.875. Pooled"
         in text
     )
 
@@ -375,12 +375,47 @@ def test_tables_in_the_texts_are_those_of_the_last_evaluations():
     assert all(mean in text for path, text in texts.items() if path.name in ("README.md", "quality.md"))
 
 
+def test_goals_and_ranked_errors_are_those_of_the_evaluations(monkeypatch):
+    """Two test volumes of a kind and one validation volume, with figures written out."""
+
+    def row(name, dice, variance, bernoulli, decision):
+        return {"patient": name, "dice": dice, "uncertainty_auroc": variance, "bernoulli_auroc": bernoulli,
+                "decision_auroc": decision}  # fmt: skip
+
+    def evaluations(name):
+        better = 0.1 if name == "flair-pixel-labels" else 0.0
+        tested = [row("brats-1", 0.5, 0.7, 0.8, 0.9), row("brats-2", 0.9 - 5 * better, 0.9, 0.8, 0.7)]
+        return {
+            "lgg": {"pooled": {"dice": 0.6 + 2 * better}, "patients": [], "without_mask": []},
+            "lgg-validation": {"pooled": {"dice": 0.7}, "patients": [], "without_mask": []},
+            "volumes": {"patients": tested, "without_mask": [{"patient": "well", "detected_ml": 1.5}]},
+            "volumes-validation": {"patients": [row("wmh-1", 0.4, 0.9, 0.8, 0.7)], "without_mask": []},
+        }
+
+    monkeypatch.setattr(cards, "newest", evaluations)
+    goals = cards.goals().splitlines()
+    for line in (
+        "| TCGA-LGG slices, pooled Dice | 0.70 | 0.600 | 0.700 |",
+        "| the same as a share of `flair-pixel-labels` | 0.90 | 0.750 | |",
+        "| glioma volumes, Dice | 0.86 | 0.70 (0.50 to 0.90) | no patient |",
+        "| white matter hyperintensities, Dice | 0.60 | no patient | 0.40 |",
+        "| marked in the healthy control (ml) | below 1 | 1.5 | |",
+        "| volumes where `flair-pixel-labels` is below | none | brats-2 | none |",
+        "| kinds where the variance ranks errors better than p(1 - p) | all | 0 of 1 | 1 of 1 |",
+        "| kinds where the decision uncertainty ranks errors better than p(1 - p) | all | 0 of 1 | 0 of 1 |",
+    ):
+        assert line in goals
+    assert "| Glioma, volumes, test | 2 | 0.800 | 0.800 | 0.800 | 0.800 | 0.800 | 0.800 |" in cards.errors()
+    assert "| White matter hyperintensities, validation | 1 | 0.900 | 0.800 | 0.700 |" in cards.errors()
+
+
 @pytest.mark.parametrize("name", checkpoint.available())
 def test_evaluations_are_of_the_weights_that_ship(name):
     checksum = hashlib.sha256(checkpoint.find(name).read_bytes()).hexdigest()
     assert {one["weights_sha256"] for one in cards.newest(name).values()} == {checksum}
-    for path in sorted(cards.RESULTS.glob(f"leave-one-out-{name}-*.json"))[-1:]:
-        assert json.loads(path.read_text())["weights_sha256"] == checksum
+    for kind in ("leave-one-out", "draws"):
+        for path in sorted(cards.RESULTS.glob(f"{kind}-{name}-*.json"))[-1:]:
+            assert json.loads(path.read_text())["weights_sha256"] == checksum
     with pytest.raises(ValueError, match="no evaluation of nothing on lgg"):
         cards.newest("nothing")
 

@@ -148,8 +148,8 @@ def case_metrics(
     baseline = Histogram.count(smoothed_intensity(volume)[inside], true_voxels, *BASELINE_RANGE)
     variance = Histogram.count(_log10(uncertainty[inside]), wrong, *VARIANCE_RANGE)
     bernoulli = Histogram.count(_log10(p * (1 - p)), wrong, *VARIANCE_RANGE)
-    nearness = decision_uncertainty(probability, mask, volume.affine, criteria)[inside]
-    decision = Histogram.count(_log10(nearness), wrong, *VARIANCE_RANGE)
+    decision_map = decision_uncertainty(probability, mask, volume.affine, criteria)[inside]
+    decision = Histogram.count(_log10(decision_map), wrong, *VARIANCE_RANGE)
     by_threshold = counts_by_threshold(probability, truth, inside, volume.affine, criteria, image)
     has_lesion: Mask = np.any(truth, axis=(0, 1))
     lesion_slices = confusion(mask[:, :, has_lesion], truth[:, :, has_lesion], inside[:, :, has_lesion])

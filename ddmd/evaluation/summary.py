@@ -44,7 +44,7 @@ FIGURES = {
     "score_brier": "Brier score of the score",
     "uncertainty_auroc": "uncertainty against error, AUROC",
     "bernoulli_auroc": "p(1 - p) against error, AUROC",
-    "decision_auroc": "nearness to the decision against error, AUROC",
+    "decision_auroc": "decision uncertainty against error, AUROC",
     "draws_contradiction_auroc": "share of draws that contradict the mask against its error, AUROC",
     "draws_variance_auroc": "variance of the draws against the same error, AUROC",
     "posterior_mean_bernoulli_auroc": "p(1 - p) of the posterior mean against the same error, AUROC",
