@@ -21,7 +21,7 @@ from typing import Any
 from ddmd.evaluation.evaluate import evaluate
 from ddmd.training import train
 from ddmd.training.config import TrainConfig, read_config
-from ddmd.training.threshold import choose
+from ddmd.training.threshold import choose_settings
 
 RESULTS = Path(__file__).with_name("results")
 FIGURES = ("dice", "dice_oracle", "precision", "recall", "uncertainty_auroc", "slice_auroc")
@@ -83,7 +83,7 @@ def measure(name: str, config: TrainConfig, folder: Path) -> list[dict[str, Any]
     if kept.exists():
         return json.loads(kept.read_text())
     path, rows = train(config, folder), []
-    (_setting, choice), *_tried = choose(folder, path)
+    (_setting, choice), *_tried = choose_settings(folder, path)
     for samples in (None, 1) if name == "whole" else (None,):
         report = evaluate(
             config.data[0].root, weights=str(path), split=folder / "split.json", samples=samples

@@ -21,9 +21,9 @@ from ddmd.training.export import export_checkpoints
 from ddmd.training.run import cases_of
 from ddmd.training.threshold import (
     TOLERANCE,
-    Choice,
+    Chosen,
     Setting,
-    choose,
+    choose_settings,
     dice_by_kind,
     leave_one_out,
     pick_settings,
@@ -45,7 +45,7 @@ def test_choosing_a_threshold_changes_nothing_else(config, tmp_path, monkeypatch
     config = dataclasses.replace(config, data=data, validation=0.25, test=0.25)
     path = train(config, tmp_path / "run")
     before = load_file(path)
-    (setting, choice), *tried = choose(tmp_path / "run", path)
+    (setting, choice), *tried = choose_settings(tmp_path / "run", path)
     after, description = load_file(path), checkpoint.describe(path)
     assert all(torch.equal(before[k], after[k]) for k in before | after)
     assert description.threshold == choice.threshold
@@ -54,24 +54,24 @@ def test_choosing_a_threshold_changes_nothing_else(config, tmp_path, monkeypatch
     assert f"({choice.mean:.3f};" in description.threshold_chosen
     assert description.threshold_chosen.endswith("on 1 cases of validation patients")
     assert description.sampling.items() <= dataclasses.asdict(config.sampling).items()
-    choose(tmp_path / "run", path, steps=2)
+    choose_settings(tmp_path / "run", path, steps=2)
     assert checkpoint.describe(path).sampling == description.sampling | {"steps": 2}
     good, bad = (np.tile([hits, 5, 10, 0], (len(THRESHOLDS), 1)) for hits in (20, 0))
     monkeypatch.setattr(threshold, "count_case", lambda *_: [bad, good])
-    (setting, choice), *tried = choose(
+    (setting, choice), *tried = choose_settings(
         tmp_path / "run", path, peaks=[1.0, 0.0], contrasts=[0.4], outlines=[0.7]
     )
     assert [one for one, _ in tried] == [(1.0, 0.4, 0.7), (0.0, 0.4, 0.7)]
-    assert [one.setting for _, one in tried] == [0, 1]
+    assert [one.number for _, one in tried] == [0, 1]
     assert [one.mean for _, one in tried] == pytest.approx([0.0, 40 / 55])
     assert (setting, choice) == tried[1]
     changed = checkpoint.describe(path)
     assert (changed.min_peak, changed.min_relative_contrast, changed.outline_share) == setting
     assert changed.threshold == choice.threshold
     with pytest.raises(ValueError, match="min_peak is 2"):
-        choose(tmp_path / "run", path, peaks=[0.9, 2.0])
+        choose_settings(tmp_path / "run", path, peaks=[0.9, 2.0])
     with pytest.raises(ValueError, match="split.json: cannot be read"):
-        choose(tmp_path / "nowhere", path)
+        choose_settings(tmp_path / "nowhere", path)
 
 
 def test_every_setting_is_counted_with_its_own_criteria_and_with_the_image(config, tmp_path, monkeypatch):
@@ -97,7 +97,7 @@ def test_patients_that_are_left_out_are_those_of_validation(config, tmp_path):
     data = (DataEntry(str(write_slices(tmp_path / "masked", np.random.default_rng(1), 6)), name="set"),)
     path = train(dataclasses.replace(config, data=data, validation=0.34, test=0.17), tmp_path / "run")
     out = tmp_path / "leave_one_out.json"
-    choose(tmp_path / "run", path, training=["set"], leave_one_out_path=out)
+    choose_settings(tmp_path / "run", path, training=["set"], leave_one_out_path=out)
     result = json.loads(out.read_text())
     split = json.loads((tmp_path / "run" / "split.json").read_text())
     assert set(result["patients"]) == {name for name, part in split.items() if part == "validation"}
@@ -107,14 +107,14 @@ def test_patients_that_are_left_out_are_those_of_validation(config, tmp_path):
         "of the file as it is now"
     )
     with pytest.raises(ValueError, match="no such folder"):
-        choose(tmp_path / "run", path, leave_one_out_path=tmp_path / "none" / "x.json")
+        choose_settings(tmp_path / "run", path, leave_one_out_path=tmp_path / "none" / "x.json")
     kinds = tmp_path / "run" / "kinds.json"
     kinds.write_text(json.dumps(dict.fromkeys(split, "of one kind")))
-    choose(tmp_path / "run", path)
+    choose_settings(tmp_path / "run", path)
     assert "best of each: of one kind" in checkpoint.describe(path).threshold_chosen
     kinds.write_text(json.dumps({"nobody": "other", min(split): "other"}))
     with pytest.raises(ValueError, match=r"kinds\.json: nobody is no patient of this run's data"):
-        choose(tmp_path / "run", path)
+        choose_settings(tmp_path / "run", path)
 
 
 @pytest.mark.parametrize(("pick", "other"), [("lowest", 4), ("highest", 14)])
@@ -130,8 +130,8 @@ def test_of_thresholds_with_nearly_equal_dice_the_lowest_or_highest_is_taken(pic
 def test_of_several_settings_the_best_for_the_threshold_is_taken():
     curves = np.full((3, len(THRESHOLDS)), 0.3)
     curves[0, 9], curves[1, 12], curves[2, 12] = 0.5, 0.497, 0.496
-    assert pick_settings(curves, "lowest") == Choice(0, pytest.approx(THRESHOLDS[9]), 0.5)
-    assert pick_settings(curves, "highest") == Choice(1, pytest.approx(THRESHOLDS[12]), 0.497)
+    assert pick_settings(curves, "lowest") == Chosen(0, pytest.approx(THRESHOLDS[9]), 0.5)
+    assert pick_settings(curves, "highest") == Chosen(1, pytest.approx(THRESHOLDS[12]), 0.497)
 
 
 def test_every_kind_counts_alike_in_the_choice_of_a_threshold(rng):

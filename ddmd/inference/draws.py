@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from ddmd.inference.lesion_contrast import BrightImage
-from ddmd.inference.postprocess import LesionCriteria, label_components
+from ddmd.inference.postprocess import NEIGHBOURS_26, LesionCriteria, label_components
 from ddmd.io.background import bounding_box
 from ddmd.io.geometry import voxel_ml, voxel_sides
 
@@ -17,7 +17,6 @@ DRAW_THRESHOLD = 0.5  # from which a voxel of a draw is lesion
 DRAW_LEVEL = 128  # the same of a draw as uint8, 255 for 1
 INTERVAL = 0.9
 VOLUME_FLOOR_ML = 0.05  # added to volumes before their logarithm is taken, so that 0 has one
-NEIGHBOURS_26 = np.ones((3, 3, 3))
 
 
 def leave_out_faint(

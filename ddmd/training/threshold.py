@@ -52,10 +52,10 @@ class Setting(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Choice:
+class Chosen:
     """The number of a setting, a threshold, and the mean over kinds that both reach."""
 
-    setting: int
+    number: int
     threshold: float
     mean: float
 
@@ -63,7 +63,7 @@ class Choice:
 PICKS = {"lowest": 0, "highest": -1}
 
 
-def pick_settings(curves: np.ndarray, pick: str = "lowest") -> Choice:
+def pick_settings(curves: np.ndarray, pick: str = "lowest") -> Chosen:
     """Of all thresholds that reach nearly the highest mean in any setting the lowest or highest, and the best setting
     for it.
 
@@ -75,7 +75,7 @@ def pick_settings(curves: np.ndarray, pick: str = "lowest") -> Choice:
     near = curves >= curves.max() - TOLERANCE
     column = np.flatnonzero(near.any(axis=0))[PICKS[pick]]
     setting = int(np.argmax(curves[:, column]))
-    return Choice(setting, round(float(THRESHOLDS[column]), 3), float(curves[setting, column]))
+    return Chosen(setting, round(float(THRESHOLDS[column]), 3), float(curves[setting, column]))
 
 
 def kind_of(case: Case, kinds: Mapping[str, str]) -> str:
@@ -161,14 +161,14 @@ def leave_one_out(
         choice = pick_settings(
             np.stack([mean_over_kinds([of_one[i] for i in others], own_kinds) for of_one in counts]), pick
         )
-        of_chosen = counts[choice.setting]
+        of_chosen = counts[choice.number]
         own = dice_scores(
             np.sum([of_chosen[i] for i, name in enumerate(patients) if name == patient], axis=0)
         )
         dice = float(own[np.argmin(np.abs(THRESHOLDS - choice.threshold))])
         result[patient] = {
             "threshold": choice.threshold,
-            **settings[choice.setting]._asdict(),
+            **settings[choice.number]._asdict(),
             "dice": round(dice, 4),
         }
     return result
@@ -191,7 +191,7 @@ def count_case(
     return counts
 
 
-def choose(
+def choose_settings(
     run: Path,
     path: Path,
     steps: int | None = None,
@@ -201,7 +201,7 @@ def choose(
     training: Sequence[str] = (),
     leave_one_out_path: Path | None = None,
     pick: str = "lowest",
-) -> list[tuple[Setting, Choice]]:
+) -> list[tuple[Setting, Chosen]]:
     """The settings with the highest mean over kinds on the patients that choose and have masks.
 
     Nothing in the weights file changes but its threshold, what `Setting` names, and, where it is given, its N
@@ -222,7 +222,7 @@ def choose(
 
     Returns
     -------
-    list of (Setting, Choice)
+    list of (Setting, Chosen)
         First what was chosen, then every setting with the threshold that `pick` takes in it.
 
     Raises
@@ -268,13 +268,13 @@ def choose(
     own_kinds = [kind_of(case, kinds) for case in chosen]
     curves = np.stack([mean_over_kinds(of_setting, own_kinds) for of_setting in counts])
     choice = pick_settings(curves, pick)
-    of_kinds = dice_by_kind(counts[choice.setting], own_kinds)
+    of_kinds = dice_by_kind(counts[choice.number], own_kinds)
     others = f" and of training patients of {', '.join(training)}" if training else ""
     best = ", ".join(f"{kind} {one.max():.3f}" for kind, one in of_kinds.items())
     description = dataclasses.replace(
         own,
         sampling=own.sampling | {"steps": sampling.steps},
-        **settings[choice.setting]._asdict(),
+        **settings[choice.number]._asdict(),
         threshold=choice.threshold,
         threshold_chosen=f"{pick} within {TOLERANCE} of the highest Dice, mean over kinds ({choice.mean:.3f}; best of "
         f"each: {best}), on {len(chosen)} cases of validation patients" + others,
@@ -291,10 +291,10 @@ def choose(
         }
         write_text(leave_one_out_path, json_text(result))
     each = [
-        (setting, dataclasses.replace(pick_settings(curve[None], pick), setting=number))
+        (setting, dataclasses.replace(pick_settings(curve[None], pick), number=number))
         for number, (setting, curve) in enumerate(zip(settings, curves, strict=True))
     ]
-    return [(settings[choice.setting], choice), *each]
+    return [(settings[choice.number], choice), *each]
 
 
 def mask_cases(config: TrainConfig) -> list[Case]:
@@ -315,7 +315,7 @@ def mask_cases(config: TrainConfig) -> list[Case]:
     return cases
 
 
-def _line(setting: Setting, choice: Choice) -> str:
+def _line(setting: Setting, choice: Chosen) -> str:
     return (
         f"peak {setting.min_peak:g}, contrast {setting.min_relative_contrast:g}, outline {setting.outline_share:g}, "
         f"threshold {choice.threshold:.3f}: mean Dice {choice.mean:.3f}"
@@ -355,7 +355,7 @@ def main() -> None:
     )
     options = parser.parse_args()
     try:
-        chosen, *each = choose(
+        chosen, *each = choose_settings(
             options.run, options.weights, options.steps, options.peak, options.contrast, options.outline,
             options.training, options.leave_one_out, options.pick,
         )  # fmt: skip
