@@ -62,7 +62,7 @@ def drawn_volumes(detector: Detector, case: Case, config: SamplingConfig) -> Dra
     )
     draws = detector.draws(prepared, detector.maps(prepared, config, keep_draws=True))
     assert draws is not None
-    voxel_ml = prepared.volume.voxel_ml
+    voxel_ml = prepared.volume.voxel_volume_ml
     volumes = np.array([np.count_nonzero(draw >= DRAW_LEVEL) * voxel_ml for draw in draws])
     return DrawnVolumes(case.patient, volumes, float(case.lesion().sum()) * voxel_ml)
 

@@ -48,7 +48,7 @@ def examples(weights: str, data: Path, seed: int) -> list[Example]:
             case.volume(detector.description.required_sequences, detector.description.optional_sequences)
         )
         maps = detector.to_volume(prepared, detector.maps(prepared, config))
-        voxel_ml = prepared.volume.voxel_ml
+        voxel_ml = prepared.volume.voxel_volume_ml
         image = BrightImage.of(prepared.volume)
         marked = case.lesion().any((0, 1))
         far = np.convolve(marked, np.ones(2 * MARGIN + 1), "same") == 0

@@ -121,7 +121,7 @@ def main() -> None:
         columns[case.name] = figures(evaluate_case(detector, case, None, config, draws=True))
         print(f"{case.name} done", flush=True)
     print_table(columns)
-    if not options.cases and config == detector.sampling_config(quality="draws"):
+    if columns and not options.cases and config == detector.sampling_config(quality="draws"):
         path = checkpoint.find(options.weights)
         result = {
             "weights": detector.description.name,

@@ -159,7 +159,7 @@ def painted(
 
 
 def painter(count: int = 6, seed: int = 0) -> Figure:
-    """Lesions painted on a healthy phantom, their masks outlined: a row for each kind, places, thick slices, four sequences."""
+    """Lesions painted on a healthy phantom, their masks outlined: a row for each kind, places, faint, thick slices, four sequences."""
     samples = {TITLES[name]: painted(kind, count, seed) for kind, name in enumerate(KINDS)}
     samples |= {
         "small at the cortex: juxtacortical": painted(

@@ -158,6 +158,8 @@ def test_the_field_of_a_phantom_is_clear(seed, spacing):
         truth = np.log(np.asarray(drifted.dataobj)[both] / np.asarray(plain.dataobj)[both])
         if truth.std() > 0.055:
             break
+    else:
+        pytest.fail("ten fields that are almost flat")
     field, none = (
         correct_bias(volume.images["flair"], volume.brain, volume.spacing, 0.0)[1]
         for volume in (with_field, without)
@@ -169,10 +171,9 @@ def test_the_field_of_a_phantom_is_clear(seed, spacing):
 
 @pytest.mark.parametrize("share", [0.2, 0.3])
 def test_modes_that_share_a_bin_are_no_evidence_of_a_field(share):
-    """A fit that goes through most modes leaves nothing of them but what each lost as the middle of its bin."""
+    """A fit through most modes leaves at least what each lost as the middle of its bin; 15 times that was seen."""
     signal = np.full((60, 72, 54), 100.0, np.float32)
     signal[-int(share * 60) :] *= 1.04
     signal[0, 0, 0] = 50.0
     field = estimate_bias_field(signal, np.ones(signal.shape, bool), (2.0, 2.0, 2.0), 0.0)
-    bin_width = 0.02
-    assert field.evidence <= 0.5 * field.peak_to_peak / (bin_width / 12**0.5)
+    assert not field.clear

@@ -89,13 +89,21 @@ def test_draws_are_kept_on_request_only(detector, image):
     assert streamed.volume_interval_ml is not None
 
 
-def test_draws_are_those_of_the_quality_draws(detector, image):
+def test_draws_are_those_of_the_quality_draws(image):
     """Intervals are fitted to that quality: samples of the posterior mean hardly differ, and theirs would be too narrow."""
+    system = tiny_system()
+    fast = replace(system.description, sampling=system.description.sampling | {"stop": 0.98})
+    detector = Detector(replace(system, description=fast))
+    assert detector.sampling_config().stop == 0.98
     kept = detector.detect(image, sequences="flair", samples=3, steps=2, draws=True)
     named = detector.detect(image, sequences="flair", samples=3, steps=2, quality="draws")
     assert kept.provenance["Sampling"] == named.provenance["Sampling"]
     assert kept.provenance["Sampling"]["stop"] == 0.0
     assert kept.volume_interval_ml == named.volume_interval_ml
+    with pytest.raises(ValueError, match="quality is 'best'"):
+        detector.detect(image, quality="best", draws=True)
+    with pytest.raises(ValueError, match="draws is 1"):
+        next(detector.detect_all([image], quality="fast", draws=1))
     for refused in (detector.detect, lambda one, **options: list(detector.detect_all([one], **options))):
         with pytest.raises(ValueError, match='draws and quality "fast" exclude each other'):
             refused(image, quality="fast", draws=True)

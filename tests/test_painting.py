@@ -15,7 +15,16 @@ from ddmd.training.config import DataEntry, DenoiserStage, TrainConfig
 from ddmd.training.device_slices import DeviceSlices
 from ddmd.training.intensity_scale import AIR_MARGIN, HIGH, LOW
 from ddmd.training.lesion_painter import TRANSPLANT_RIM, transplant
-from ddmd.training.lesion_parameters import BANDS, KINDS, LARGE, MANY, SMALL, TERRITORY, PainterConfig
+from ddmd.training.lesion_parameters import (
+    BANDS,
+    KINDS,
+    LARGE,
+    MANY,
+    SMALL,
+    TERRITORY,
+    PainterConfig,
+    draw_lesions,
+)
 from ddmd.training.prepared_case import PreparedCase
 from ddmd.training.sample_random import NoiseFields, SampleRandom, pick
 
@@ -155,6 +164,18 @@ def test_a_territory_reaches_from_the_surface_inwards_on_one_side(rng):
     assert 6 < deepest[10.0] < 16 < deepest[30.0]
     assert np.median(sectors) < np.pi / 2
     assert max(sectors) < np.pi
+
+
+def test_a_territory_is_bright_also_where_other_lesions_are_faint_or_dark(seed):
+    config = replace(
+        PLAIN, kinds=(0.5, 0, 0, 0, 0, 0, 0.5), faint=1.0, dark=1.0, territory_contrast=(0.9, 1.1)
+    )
+    drawn = draw_lesions(SampleRandom(seed, 2, np.arange(60)), config, np.zeros(60, bool))
+    territory = drawn["kind"] == TERRITORY
+    level = drawn["level"][:, 0]
+    assert 5 < territory.sum() < 55
+    assert ((level[territory] >= 0.9) & (level[territory] <= 1.1)).all()
+    assert (level[~territory] < 0).all()
 
 
 def test_a_territory_ends_at_the_mirror_plane_however_the_head_is_turned(rng):

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 import weakref
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -84,6 +85,30 @@ def test_results_are_those_of_one_by_one_and_a_failure_stays_with_its_case(detec
     run = json.loads((out / "run.json").read_text())
     assert (run["Cases"], run["Done"], run["Failed"]) == (6, 5, 1)
     assert run["WeightsSha256"] == detector.weights_sha256
+
+
+@pytest.mark.parametrize(
+    "asked", [{"draws": True}, {"maps": ("mask", "draws")}, {"quality": "draws"}], ids=str
+)
+def test_drawn_masks_of_a_cohort_are_those_of_the_quality_draws(cohort, tmp_path, asked):
+    """Also with weights whose own sampling stops early, and where a result of the posterior mean is there."""
+    system = tiny_system()
+    fast = system.description.sampling | {"stop": 0.98}
+    path = tmp_path / "fast.safetensors"
+    checkpoint.save(replace(system, description=replace(system.description, sampling=fast)), path)
+    case, options = find_cases(cohort)[0], OPTIONS | {"weights": path, "device": "cpu"}
+    folder = next(iter(case.files.values()))[0].parent
+    list(detect_cohort(folder, tmp_path / "out", **options))
+    ((_, result),) = detect_cohort(
+        folder, tmp_path / "out", skip_existing=True, overwrite=True, **options, **asked
+    )
+    alone = Detector.load(path, "cpu").detect(case.volume(("flair",)), samples=2, steps=1, draws=True)
+    assert result.provenance["Sampling"] == alone.provenance["Sampling"]
+    assert result.volume_interval_ml == alone.volume_interval_ml
+    assert list(detect_cohort(folder, tmp_path / "out", **options, **asked)) == [], "done before"
+    if asked != {"quality": "draws"}:
+        with pytest.raises(ValueError, match='draws and quality "fast" exclude each other'):
+            list(detect_cohort(folder, tmp_path / "out", **options, **asked, quality="fast"))
 
 
 def test_a_cohort_that_was_cut_off_goes_on_and_ends_with_the_same_tables(detector, cohort, tmp_path):

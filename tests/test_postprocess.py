@@ -5,6 +5,7 @@ from itertools import product
 
 import numpy as np
 import pytest
+from scipy import ndimage
 
 from ddmd.evaluation.case_metrics import case_metrics
 from ddmd.inference.draws import summarise_draws
@@ -193,6 +194,12 @@ def test_volumes_are_those_of_the_grid_whose_axes_are_not_at_right_angles(rng):
     assert label_components(probability, affine, more).max() == 0, (
         "by the product of the sides it would be 0.256 ml"
     )
+    around = np.where(ndimage.binary_dilation(probability > 0), np.maximum(probability, 0.3), 0).astype(
+        np.float32
+    )
+    for large_ml, outlined in ((0.2, True), (0.21, False)):
+        criteria = LesionCriteria(0.5, large_ml=large_ml, outline_share=0.5)
+        assert ((label_components(around, affine, criteria) > 0).sum() > 25) == outlined
     (lesion,) = find_lesions(probability, 0 * probability, affine, exactly).lesions
     row = case_metrics("p", "p", volume, probability, 0 * probability, probability > 0, exactly).row
     draws = np.where(probability > 0, 255, 0).astype(np.uint8)[None]

@@ -113,7 +113,7 @@ def test_patients_that_are_left_out_are_those_of_validation(config, tmp_path):
     choose_settings(tmp_path / "run", path)
     assert "best of each: of one kind" in checkpoint.describe(path).threshold_chosen
     kinds.write_text(json.dumps({"nobody": "other", min(split): "other"}))
-    with pytest.raises(ValueError, match=r"kinds\.json: nobody is no patient of this run's data"):
+    with pytest.raises(ValueError, match=r"kinds\.json: not among the patients of this run's data: nobody"):
         choose_settings(tmp_path / "run", path)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import ddmd
 from ddmd.cohort.cases import Case
-from ddmd.inference.detection import Detection
+from ddmd.inference.detection import DRAWS_INTERVAL, Detection
 from ddmd.inference.detector import Detector, Prepared
 from ddmd.inference.session import SamplingConfig
 from ddmd.io.results import Naming, file_sha256
@@ -169,6 +169,9 @@ class CohortOptions:
         if self.overlay:
             endings.append("_overlay.png")
         there = all(any(str(file).endswith(ending) for file in files) for ending in endings)
+        measured = summary.get("LesionMlIntervalKind") == DRAWS_INTERVAL
+        if measured != (self.quality == "draws"):
+            return False
         return there and facts.sha256 is not None and json_line(earlier) == json_line(wanted)
 
 

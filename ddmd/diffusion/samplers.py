@@ -47,8 +47,11 @@ def quality_of(quality: str | None, draws: bool) -> str | None:
     Raises
     ------
     ValueError
-        If draws of the quality "fast" are asked for: its samples are one posterior mean, and no masks of their own.
+        If there is no such quality, or draws of "fast" are asked for: its samples are one posterior mean, and no masks
+        of their own.
     """
+    if quality is not None:
+        validation.choice("quality", quality, tuple(QUALITIES))
     if draws and quality == "fast":
         raise ValueError('draws and quality "fast" exclude each other: the posterior mean has no drawn masks')
     return "draws" if draws else quality

@@ -225,7 +225,7 @@ def _draw_metrics(
         draws,
         labels,
         truth,
-        volume.voxel_ml,
+        volume.voxel_volume_ml,
         np.stack(raters) if compared else None,
         _whole(detector, prepared, one_step) if compared else None,
         mean,

@@ -17,7 +17,7 @@ from ddmd.inference.decision import decision_uncertainty
 from ddmd.inference.postprocess import UNCERTAIN, Lesion, LesionCriteria
 from ddmd.io.atomic import atomic_path
 from ddmd.io.dicom import DicomSeries
-from ddmd.io.geometry import voxel_ml
+from ddmd.io.geometry import voxel_volume_ml
 from ddmd.io.naming import file_stem
 from ddmd.io.results import (
     PLAIN_NAMES,
@@ -123,8 +123,8 @@ class Detection:
         probability = np.asanyarray(self.probability.dataobj)
         low = int(np.count_nonzero(mask & (probability >= sure)))
         high = int(np.count_nonzero(mask | (probability >= possible)))
-        one_ml = voxel_ml(self.mask.affine)
-        return low * one_ml, high * one_ml
+        voxel_ml = voxel_volume_ml(self.mask.affine)
+        return low * voxel_ml, high * voxel_ml
 
     def decision_uncertainty(self) -> nib.Nifti1Image:
         """How near each voxel is to being decided otherwise, float32 image in [0, 0.25]; see `ddmd.inference.decision`.

@@ -352,8 +352,8 @@ class Detector:
             )
         reading = {key: options.pop(key) for key in READING_OPTIONS if key in options}
         sampling = {key: options[key] for key in SAMPLING_OPTIONS if key in options}
-        quality_of(options.get("quality"), options.get("draws", False))  # refused before anything is read
-        self.sampling_config(**sampling)
+        quality_of(options.get("quality"), validation.flag("draws", options.get("draws", False)))
+        self.sampling_config(**sampling)  # all refused before anything is read
         self.lesion_criteria(options.get("threshold"))
         for _, prepared in prefetch(volumes, lambda volume: self.prepare(volume, **reading)):
             yield self.detect(prepared(), **options)
@@ -407,7 +407,8 @@ class Detector:
             posterior mean in one step. "draws" samples masks that differ from one another, and with them
             intervals of the volumes and the probability that each lesion exists; it takes several times as long.
         draws : bool
-            Whether the detection holds the drawn masks; the quality is then "draws".
+            Whether the detection holds the drawn masks; the quality is then "draws", whatever sampling the weights
+            store.
 
         Returns
         -------

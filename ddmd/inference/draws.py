@@ -11,7 +11,7 @@ from scipy import ndimage
 from ddmd.inference.lesion_contrast import BrightImage
 from ddmd.inference.postprocess import NEIGHBOURS_26, LesionCriteria, label_components
 from ddmd.io.background import bounding_box
-from ddmd.io.geometry import voxel_ml, voxel_sides
+from ddmd.io.geometry import voxel_sides, voxel_volume_ml
 
 DRAW_THRESHOLD = 0.5  # from which a voxel of a draw is lesion
 DRAW_LEVEL = 128  # the same of a draw as uint8, 255 for 1
@@ -195,7 +195,7 @@ def lesion_volumes(
         touching[np.unique(components[labels > 0])] = True
         touching[0] = False
         own = nearest if count > 1 else np.ones_like(labels)
-        row[:] = np.bincount(own[touching[components]], minlength=count + 1)[1:] * voxel_ml(affine)
+        row[:] = np.bincount(own[touching[components]], minlength=count + 1)[1:] * voxel_volume_ml(affine)
     return volumes
 
 
@@ -215,7 +215,7 @@ def summarise_draws(
     scale : of the intervals, see `calibrated_interval`
     """
     masks = draws >= DRAW_LEVEL
-    volumes = np.count_nonzero(masks.reshape(len(masks), -1), axis=1) * voxel_ml(affine)
+    volumes = np.count_nonzero(masks.reshape(len(masks), -1), axis=1) * voxel_volume_ml(affine)
     of_lesions = lesion_volumes(labels, masks, affine)
     return DrawSummary(
         volumes_ml=volumes,

@@ -73,7 +73,7 @@ def make_detection(
         inter_discrepancy=volume.to_native(maps.inter, copy=False),
         intra_discrepancy=volume.to_native(maps.intra, copy=False),
         image=volume.to_native(_shown_image(system.description, volume)),
-        score=lesion_score(maps.probability, volume.voxel_ml, bool(lesion_map.lesions)),
+        score=lesion_score(maps.probability, volume.voxel_volume_ml, bool(lesion_map.lesions)),
         lesions=lesions,
         notes=tuple(without_folders(note, volume.sources) for note in volume.notes),
         provenance=provenance(

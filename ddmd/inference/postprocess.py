@@ -10,7 +10,7 @@ from scipy import ndimage
 
 from ddmd.inference.lesion_contrast import BrightImage, bright_enough, lesion_contrasts
 from ddmd.io.background import bounding_box
-from ddmd.io.geometry import voxel_ml, voxel_sides
+from ddmd.io.geometry import voxel_sides, voxel_volume_ml
 
 EVIDENCE_LIMIT = 1e-3  # evidence is kept this far from 0 and 1, so that its odds are finite
 SCORE_ML = 0.5  # the evidence of a volume is the mean probability of this much of its most probable tissue
@@ -172,14 +172,14 @@ def _components(
     component = components[candidates]
     sizes = np.bincount(component, minlength=count + 1)[1:]
     peaks = ndimage.maximum(inside[candidates], component, np.arange(1, count + 1))
-    one_ml = voxel_ml(affine)
+    voxel_ml = voxel_volume_ml(affine)
     least = criteria.min_ml * (1 - ROUNDING)
-    accepted = np.flatnonzero((sizes * one_ml >= least) & (peaks >= criteria.min_peak))
+    accepted = np.flatnonzero((sizes * voxel_ml >= least) & (peaks >= criteria.min_peak))
     if image is not None and criteria.min_relative_contrast and len(accepted) > 1:
         masses = ndimage.sum_labels(inside[candidates], component, accepted + 1)
         contrasts = _contrasts(box, components, accepted + 1, image)
         accepted = accepted[bright_enough(contrasts, masses, criteria.min_relative_contrast)]
-    if criteria.outline_share < 1 and sizes[accepted].sum() * one_ml >= criteria.large_ml * (1 - ROUNDING):
+    if criteria.outline_share < 1 and sizes[accepted].sum() * voxel_ml >= criteria.large_ml * (1 - ROUNDING):
         components = _with_outlines(np.isin(components, accepted + 1), inside, affine, criteria)
         sizes = np.bincount(components.ravel())[1:]
         accepted = np.flatnonzero(sizes)
@@ -223,7 +223,7 @@ def large_lesions(
     (X, Y, Z) bool
     """
     regions, count = ndimage.label(probability >= criteria.outline, NEIGHBOURS_26)
-    volumes = np.bincount(regions[accepted], minlength=count + 1) * voxel_ml(affine)
+    volumes = np.bincount(regions[accepted], minlength=count + 1) * voxel_volume_ml(affine)
     large: NDArray[np.bool_] = (volumes > 0) & (volumes >= criteria.large_ml * (1 - ROUNDING))
     inside: NDArray[np.bool_] = large[regions]
     return inside
@@ -300,7 +300,7 @@ def find_lesions(
         p, u = probability[box][inside], uncertainty[box][inside]
         lesions.append(
             Lesion(
-                volume_ml=int(inside.sum()) * voxel_ml(affine),
+                volume_ml=int(inside.sum()) * voxel_volume_ml(affine),
                 centre_mm=(x, y, z),
                 peak_probability=float(p.max()),
                 mean_probability=float(p.mean(dtype=np.float64)),

@@ -67,7 +67,7 @@ def provenance(
         "Device": str(device),
         "Precision": str(dtype).removeprefix("torch."),
         "Seconds": round(seconds, 2),
-        "BrainMl": round(float(volume.brain.sum()) * volume.voxel_ml, 1),
+        "BrainMl": round(float(volume.brain.sum()) * volume.voxel_volume_ml, 1),
         "Quality": quality(volume, probability),
     }
 

@@ -31,7 +31,7 @@ class BiasField:
     """A smooth field of a volume and what speaks for it.
 
     log_field : (X, Y, Z) float32, 0 on average over the blocks; the image is to be divided by its exponential.
-    evidence : standard deviation of the field over that of what it leaves unexplained.
+    evidence : standard deviation of the field over that of what it leaves unexplained, at least BIN_SPREAD.
     peak_to_peak : of the field within the brain's blocks, natural logarithm.
     additive : whether the intensities have no meaningful zero, so that the field is to be subtracted.
     """

@@ -113,7 +113,7 @@ def voxel_sides(affine: np.ndarray) -> tuple[float, float, float]:
     return float(x), float(y), float(z)
 
 
-def voxel_ml(affine: np.ndarray) -> float:
+def voxel_volume_ml(affine: np.ndarray) -> float:
     """Volume of a voxel in ml; less than the product of its sides where the axes are not at right angles."""
     return abs(float(np.linalg.det(affine[:3, :3]))) / 1000
 

@@ -19,7 +19,7 @@ from ddmd.io.clean_images import brain_notes, clean_images, given_brain
 from ddmd.io.common_grid import grid_difference, refuse_differences, resampled_to
 from ddmd.io.dicom import DicomSeries
 from ddmd.io.errors import VolumeError
-from ddmd.io.geometry import voxel_ml, voxel_sides
+from ddmd.io.geometry import voxel_sides, voxel_volume_ml
 from ddmd.io.input_sequences import images_by_sequence, images_taken, sequence_names
 from ddmd.io.inputs import InputImage, array_image, input_images
 from ddmd.io.intensities import LOWEST, intensities_of
@@ -68,9 +68,9 @@ class Volume:
         return voxel_sides(self.affine)
 
     @cached_property
-    def voxel_ml(self) -> float:
+    def voxel_volume_ml(self) -> float:
         """Volume of a voxel in ml."""
-        return voxel_ml(self.affine)
+        return voxel_volume_ml(self.affine)
 
     @classmethod
     def read(

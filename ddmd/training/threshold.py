@@ -240,7 +240,9 @@ def choose_settings(
         raise ValueError(f"{run}: its masks were trained on; only validation patients can choose")
     cases = mask_cases(config)
     if unknown := sorted(set(kinds) - {case.patient for case in cases}):
-        raise ValueError(f"{run / 'kinds.json'}: {', '.join(unknown)} is no patient of this run's data")
+        raise ValueError(
+            f"{run / 'kinds.json'}: not among the patients of this run's data: {', '.join(unknown)}"
+        )
     chosen = [
         case
         for case in cases
