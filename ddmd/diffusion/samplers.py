@@ -25,7 +25,7 @@ QUALITIES: dict[str, dict[str, Any]] = {
         "eta": 0.0,
         "stop": 0.0,
         "shared_noise": True,
-        "rater_sd": 1.2,
+        "rater_sd": 0.8,
         "rater_mean": 0.0,
     },
 }
