@@ -241,7 +241,10 @@ def goals() -> str:
     image, pixel = (newest(name)["lgg"]["pooled"]["dice"] for name in SHIPPED)
     (tested, healthy), _ = (by_case(name) for name in SHIPPED)
     validated = by_case(SHIPPED[0], VALIDATED)[0]
-    lines = ["| figure | goal | test patients | validation patients, flattered |", "|---|---|---|---|"]
+    lines = [
+        "| figure | goal | test patients | validation patients (whose masks chose settings) |",
+        "|---|---|---|---|",
+    ]
     pooled = newest(SHIPPED[0])["lgg-validation"]["pooled"]["dice"]
     lines.append(f"| TCGA-LGG slices, pooled Dice | 0.70 | {image:.3f} | {pooled:.3f} |")
     lines.append(f"| the same as a share of `{SHIPPED[1]}` | 0.90 | {image / pixel:.3f} | |")
@@ -260,7 +263,7 @@ def goals() -> str:
         for rows, other in ((tested, by_case(SHIPPED[1])[0]), (validated, by_case(SHIPPED[1], VALIDATED)[0]))
     ]
     lines.append(
-        f"| volumes where `{SHIPPED[1]}` is below | none | {' | '.join(one or 'none' for one in below)} |"
+        f"| volumes where `{SHIPPED[1]}` has a lower Dice than `{SHIPPED[0]}` | none | {' | '.join(one or 'none' for one in below)} |"
     )
     for key, label in (("uncertainty_auroc", "variance"), ("decision_auroc", "decision uncertainty")):
         cells = []
@@ -286,9 +289,12 @@ DRAWN = {
     "AUROC of draws that contradict the mask of the posterior mean": "AUROC against errors: draws that contradict the mask",
     "AUROC of the variance of draws, same mask": "AUROC against errors: variance of the draws",
     "AUROC of p(1 - p) of the posterior mean, same mask": "AUROC against errors: p(1 - p)",
+    "no overlap: energy distance": "no overlap",
     "draws: E d(draw, rater)": "distance of draws to the annotators",
+    "random thresholds of p: E d(draw, rater)": "distance of random thresholds to the annotators",
     "the same without faint components: E d(draw, rater)": "distance of random thresholds without faint components to them",
     "draws: E d(draw, draw')": "between draws",
+    "random thresholds of p: E d(draw, draw')": "between random thresholds",
     "the same without faint components: E d(draw, draw')": "between random thresholds without faint components",
     "draws: best-match Dice": "Dice of the best draw",
     "the same without faint components: best-match Dice": "Dice of the best random threshold without faint components",

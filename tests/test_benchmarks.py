@@ -400,7 +400,7 @@ def test_goals_and_ranked_errors_are_those_of_the_evaluations(monkeypatch):
         "| glioma volumes, Dice | 0.86 | 0.70 (0.50 to 0.90) | no patient |",
         "| white matter hyperintensities, Dice | 0.60 | no patient | 0.40 |",
         "| marked in the healthy control (ml) | below 1 | 1.5 | |",
-        "| volumes where `flair-pixel-labels` is below | none | brats-2 | none |",
+        "| volumes where `flair-pixel-labels` has a lower Dice than `flair-image-labels` | none | brats-2 | none |",
         "| kinds where the variance ranks errors better than p(1 - p) | all | 0 of 1 | 1 of 1 |",
         "| kinds where the decision uncertainty ranks errors better than p(1 - p) | all | 0 of 1 | 0 of 1 |",
     ):

@@ -53,7 +53,9 @@ def quality_of(quality: str | None, draws: bool) -> str | None:
     if quality is not None:
         validation.choice("quality", quality, tuple(QUALITIES))
     if draws and quality == "fast":
-        raise ValueError('draws and quality "fast" exclude each other: the posterior mean has no drawn masks')
+        raise ValueError(
+            'draws and quality "fast" exclude each other: the posterior mean has no drawn masks; leave out one of them'
+        )
     return "draws" if draws else quality
 
 
